@@ -1,0 +1,56 @@
+# Every target sets up what it needs: a virtual environment in .venv, made with venv and pip alone.
+# Stamp files in .venv remember what was installed, so a second call starts at once.
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+PYTHON ?= python3
+DATASET ?= digits
+PRESET ?= cpu
+VENV := .venv
+BIN := $(VENV)/bin
+
+help: ## this list
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 20
+	@echo "PYTHON=python3.12 picks the interpreter (3.10 to 3.13); DATASET=cifar10 PRESET=paper is the paper at its size."
+
+replicate: $(VENV)/.installed-run ## train, sample and score every system: runs/ and figures/
+	$(BIN)/robust-jem replicate --dataset $(DATASET) --preset $(PRESET)
+
+# One thread a worker: two notebooks at a time share the machine instead of fighting over it.
+test: $(VENV)/.installed-test ## notebooks first, then tests/
+	MPLBACKEND=Agg OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 $(NBDEV_TEST_FLAGS)
+	MPLBACKEND=Agg $(BIN)/pytest -q tests $(PYTEST_FLAGS)
+
+docs: $(VENV)/.installed-docs replicate ## the site, in _docs/
+	$(BIN)/python docs/build.py
+
+prepare: $(VENV)/.installed-test ## export nbs/ to robust_jem/, strip outputs, make README.md
+	$(BIN)/nbdev_export
+	$(BIN)/jupyter nbconvert --log-level WARN --clear-output --inplace nbs/*.ipynb nbs/*/*.ipynb
+	$(BIN)/nbdev_clean
+	$(BIN)/python docs/readme.py
+
+clean: ## remove what was built; runs/, data/ and figures/ stay
+	rm -rf $(VENV) _build _proc _docs build dist *.egg-info .pytest_cache .hypothesis
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+$(BIN)/pip:
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null || { \
+	  echo "robust-jem needs Python 3.10 to 3.13, but '$(PYTHON)' is $$($(PYTHON) --version 2>&1 || true): try 'make PYTHON=python3.12'" >&2; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { \
+	  echo "'$(PYTHON)' can't make virtual environments: install its venv package (on Debian and Ubuntu: apt install python3-venv)" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+INSTALL = $(BIN)/python -m pip install --disable-pip-version-check --quiet -e
+
+$(VENV)/.installed-run: settings.ini setup.py | $(BIN)/pip
+	$(INSTALL) .
+	@touch $@
+$(VENV)/.installed-test: settings.ini setup.py | $(BIN)/pip
+	$(INSTALL) '.[dev]'
+	@touch $@ $(VENV)/.installed-run
+$(VENV)/.installed-docs: settings.ini setup.py | $(BIN)/pip
+	$(INSTALL) '.[dev,docs]'
+	@touch $@ $(VENV)/.installed-run $(VENV)/.installed-test
+
+.PHONY: help replicate test docs prepare clean
+.NOTPARALLEL:

@@ -1,0 +1,272 @@
+"""Build the site: `python docs/build.py`, after `make replicate`. Reads nbs/, robust_jem/, figures/ and the last replication's
+executed notebooks; writes _docs/.
+
+    nbs/*.ipynb  →  _build/executed   run, unless neither the notebook nor the package changed since
+                 →  _proc             nbdev: exported cells become documentation, hidden ones go
+                 →  _build/source     what Quarto would have understood becomes what MyST understands
+                 →  _docs             Sphinx, with warnings as errors
+"""
+import json, os, re, shutil, subprocess, sys
+from concurrent.futures import ThreadPoolExecutor
+from hashlib import sha256
+from itertools import groupby
+from pathlib import Path
+
+import nbformat
+import yaml
+from nbclient import NotebookClient
+from nbdev.config import get_config
+from nbdev.serve import proc_nbs
+
+from api import document, line_number, target
+from readme import expand_includes
+
+ROOT = Path(__file__).resolve().parent.parent
+RECORD = ROOT / "runs" / "digits-cpu"                  # where `make replicate` leaves */notebooks/*.ipynb
+STAGES = ("train", "generate", "evaluate")             # the order of a run's notebooks in the navigation
+BUILD = ROOT / "_build"
+EXECUTED, SOURCE, SITE = BUILD / "executed", BUILD / "source", ROOT / "_docs"
+
+DIRECTIVE = re.compile(r"^#\| *([\w-]+):? *(.*)\n?", re.M)
+SKIP = "skip-execution"
+SHOW_DOC = re.compile(r"^show_doc\(([\w.]+)", re.M)
+
+
+# 1. Run the notebooks ------------------------------------------------------------------------------------------------
+
+def execute(path: Path, package: str) -> None:
+    "Run one notebook into `EXECUTED`, cells with a directive that tests skip left out."
+    out = EXECUTED / path.name
+    key = sha256(path.read_bytes() + package.encode()).hexdigest()
+    if out.exists() and json.loads(out.read_text(encoding="utf-8"))["metadata"].get("made_from") == key: return
+    nb = nbformat.read(path, as_version=4)
+    flags = set(get_config().tst_flags.split())
+    for cell in nb.cells:
+        d = dict(DIRECTIVE.findall(cell.source))
+        if d.get("eval") == "false" or d.keys() & flags or "nbdev_export(" in cell.source:
+            cell.metadata["tags"] = [*cell.metadata.get("tags", []), SKIP]
+    print("running", path.name, flush=True)
+    where = {"metadata": {"path": str(path.parent)}}   # the working directory, as under nbdev_test
+    NotebookClient(nb, timeout=1800, kernel_name="python3", resources=where, skip_cells_with_tag=SKIP).execute()
+    nb.metadata["made_from"] = key
+    split_title(nb)
+    nbformat.write(nb, out)
+
+
+def split_title(nb) -> None:
+    "nbdev reads title and summary from the title's cell and drops the rest of it: give the rest a cell of its own."
+    first = nb.cells[0]
+    m = re.match(r"(# [^\n]*\n*(?:>[^\n]*\n*)*)(.*)", first.source, re.S)
+    if m and m[2].strip():
+        first.source = m[1].strip()
+        nb.cells.insert(1, nbformat.v4.new_markdown_cell(m[2].strip()))
+
+
+def execute_all() -> list[Path]:
+    "Run what changed, two notebooks at a time; returns nbs/'s notebooks in reading order."
+    notebooks = sorted((ROOT / "nbs").glob("*.ipynb"))
+    package = sha256(b"".join(p.read_bytes() for p in sorted((ROOT / "robust_jem").glob("*.py")))).hexdigest()
+    EXECUTED.mkdir(parents=True, exist_ok=True)
+    for stale in {p.name for p in EXECUTED.glob("*.ipynb")} - {p.name for p in notebooks}: (EXECUTED / stale).unlink()
+    os.environ.pop("MPLBACKEND", None)                 # a headless backend would leave no figures in the cells
+    with ThreadPoolExecutor(2) as pool: list(pool.map(lambda p: execute(p, package), notebooks))
+    return notebooks
+
+
+# 2. nbdev ------------------------------------------------------------------------------------------------------------
+
+def process() -> Path:
+    """nbdev's processing, called from here: its command would first install Quarto. It would also run every cell that imports
+    something, to document objects that the package already holds, and link names to addresses that only `Links` knows."""
+    get_config()["skip_procs"] = "exec_show_docs,add_links"
+    return proc_nbs(EXECUTED.relative_to(ROOT), n_workers=0, force=True)
+
+
+# 3. From Quarto's dialect to MyST's ------------------------------------------------------------------------------------
+
+def page_name(notebook: Path | str) -> str:
+    "A page is named as its module: 02_energy.ipynb → energy."
+    return re.sub(r"^\d+_", "", Path(notebook).stem)
+
+
+def outside_code(text: str, change) -> str:
+    "Apply `change` to the parts of Markdown text that aren't fenced code."
+    parts = re.split(r"(^(`{3,}).*?^\2`*[ \t]*$)", text, flags=re.M | re.S)
+    return "".join(p if i % 3 == 1 else change(p) for i, p in enumerate(parts) if i % 3 != 2)
+
+
+class Links:
+    "Where names and notebooks lead on this site."
+
+    def __init__(self, pages: set[str], labels: dict[str, str]):
+        self.pages, self.labels = pages, labels        # a name, alone or after its module, → the label of its documentation
+
+    def label(self, name: str) -> str | None:
+        "A name's label; a method's is its class's."
+        name = name.removesuffix("()")
+        return self.labels.get(name) or self.labels.get(name.rpartition(".")[0])
+
+    def symbols(self, text: str) -> str:
+        "`score` becomes a link to its documentation; headings and existing links stay."
+        def link(m):
+            label = self.label(m[1])
+            return f"[`{m[1]}`](#{label})" if label else m[0]
+        name = r"(?<![`\[\\])`([A-Za-z_][\w.]*(?:\(\))?)`(?![`\]])"
+        return "\n".join(line if line.startswith(("#", "(api-")) else re.sub(name, link, line) for line in text.split("\n"))
+
+    def files(self, text: str) -> str:
+        "Links between notebooks lead to pages, images to their copies, any other file of the repository to its host."
+        cfg = get_config()
+        def fix(m):
+            url, _, fragment = m[2].partition("#")
+            if not url or re.match(r"[a-z]+:", url): return m[0]
+            if re.match(r"\.\./figures/.*\.(png|svg)$", url): return f"{m[1]}({url[3:]}"
+            name = page_name(url)
+            if "/" not in url and url.endswith((".ipynb", ".html", ".qmd")) and name in self.pages:
+                label = self.label(fragment) if fragment else None
+                return f"{m[1]}({'#' + label if label else name + '.ipynb'}"
+            if url == "../CONTRIBUTING.md": return f"{m[1]}(contributing.md"
+            path = url[3:] if url.startswith("../") else f"nbs/{url}"
+            return f"{m[1]}({cfg['git_url']}/blob/{cfg['branch']}/{path}{'#' + fragment if fragment else ''}"
+        return re.sub(r"(\])\(([^)\s]+)", fix, text)
+
+    def __call__(self, text: str) -> str: return outside_code(text, lambda t: fix_callouts(self.files(self.symbols(t))))
+
+
+def fix_callouts(text: str) -> str:
+    return re.sub(r"^:::\s*\{\.callout-(\w+).*\}", r":::{\1}", text, flags=re.M)
+
+
+def adapt(nb, links: Links, module: str = "", title: str | None = None):
+    "One notebook that nbdev processed, or that papermill ran, as MyST-NB reads it."
+    cells = []
+    for cell in in_source_order(nb.cells, module):
+        cell.pop("attachments", None)
+        if cell.cell_type == "raw" and (front := re.match(r"---\s*\n(.*)\n---", cell.source.strip(), re.S)):
+            cell = nbformat.v4.new_markdown_cell(front_matter(front[1]))
+        elif cell.cell_type == "code":
+            cell = adapt_code(cell, module)
+        if cell is None or not cell.source.strip(): continue
+        if cell.cell_type == "markdown":
+            cell.source = expand_includes(cell.source.replace("<!-- WARNING: THIS FILE WAS AUTOGENERATED! DO NOT EDIT! -->", ""))
+            cell.source = links(cell.source)
+            if title and re.match("# ", cell.source): cell.source, title = re.sub(r"# .*", lambda _: f"# {title}", cell.source, count=1), None
+        cells.append(cell)
+    if title: cells.insert(0, nbformat.v4.new_markdown_cell(f"# {title}"))
+    nb.cells = cells
+    return nb
+
+
+def documented(cell) -> str | None:
+    "The name that a `show_doc` cell documents."
+    return (m := SHOW_DOC.search(cell.source)) and m[1] if cell.cell_type == "code" else None
+
+
+def in_source_order(cells, module: str):
+    "nbdev documents the names of one cell last to first: turn each row of `show_doc` cells round."
+    for is_documentation, group in groupby(cells, key=lambda cell: documented(cell) is not None):
+        yield from sorted(group, key=lambda cell: line_number(module, documented(cell))) if is_documentation else group
+
+
+def front_matter(yaml_text: str) -> str:
+    front = yaml.safe_load(yaml_text) or {}
+    summary = f"\n\n{{.lead}}\n{front['description']}" if front.get("description") else ""
+    return f"# {front['title']}{summary}" if front.get("title") else ""
+
+
+def adapt_code(cell, module: str):
+    "Directives become MyST-NB's tags; `show_doc` becomes a section of the page, with its heading in the contents."
+    d = dict(DIRECTIVE.findall(cell.source))
+    if d.get("include") == "false" or "hide" in d: return None
+    cell.source = DIRECTIVE.sub("", cell.source)
+    if m := SHOW_DOC.match(cell.source): return nbformat.v4.new_markdown_cell(document(module, m[1]))
+    tags = {t for t in cell.metadata.get("tags", []) if t != SKIP}
+    if d.get("echo") == "false": tags.add("remove-input")
+    if d.get("output") == "false": tags.add("remove-output")
+    if "code-fold" in d or "parameters" in tags: tags.add("hide-input")        # what papermill set is in the next cell
+    cell.metadata["tags"] = sorted(tags)
+    cell.outputs = [o for o in cell.outputs if o.get("name") != "stderr"]      # progress bars
+    return cell
+
+
+# The pages, in the order of the navigation ---------------------------------------------------------------------------
+
+def toctree(caption: str, entries: list[str]) -> str:
+    return "\n".join(["```{toctree}", ":hidden:", f":caption: {caption}", "", *entries, "```"]) if entries else ""
+
+
+def record_notebooks() -> dict[str, list[Path]]:
+    "The last replication's executed notebooks, by run."
+    runs = {}
+    for path in sorted(RECORD.glob("*/notebooks/*.ipynb")): runs.setdefault(path.parent.parent.name, []).append(path)
+    order = {stage: i for i, stage in enumerate(STAGES)}
+    return {run: sorted(paths, key=lambda p: order.get(p.stem, 99)) for run, paths in runs.items()}
+
+
+def write_record(links: Links) -> list[str]:
+    "One page for each notebook that the replication ran, and a page that lists them; returns the navigation's entries."
+    folder = SOURCE / "record"
+    folder.mkdir()
+    entries, rows = [], []
+    for run, paths in record_notebooks().items():
+        for path in paths:
+            nbformat.write(adapt(nbformat.read(path, as_version=4), links, title=f"{path.stem}: {run}"), folder / f"{run}-{path.stem}.ipynb")
+            entries.append(f"{path.stem}: {run} <record/{run}-{path.stem}>")
+        rows.append(f"| {run} | " + " · ".join(f"[{p.stem}](record/{run}-{p.stem}.ipynb)" for p in paths) + " |")
+    for path in sorted((RECORD / "notebooks").glob("*.ipynb")):
+        nbformat.write(adapt(nbformat.read(path, as_version=4), links, title=f"{path.stem.capitalize()} of the replication"), folder / path.name)
+        rows.insert(0, f"| all systems | [{path.stem}](record/{path.stem}.ipynb) |")
+        entries.insert(0, f"{path.stem.capitalize()} <record/{path.stem}>")
+    if not rows: return []
+    (SOURCE / "record.md").write_text("\n".join([
+        "# The executed record", "", "{.lead}", "Every notebook that `make replicate` ran for the figures and the table, with what it printed.", "",
+        f"Folder: `{RECORD.relative_to(ROOT)}`. Each starts with the parameters that papermill set, and says which commit, device and versions it ran on.", "",
+        "| run | notebooks |", "|---|---|", *rows, "", "```{toctree}", ":hidden:", "", *entries, "```", ""]), encoding="utf-8")
+    return ["record"]
+
+
+def write_source(notebooks: list[Path], processed: Path) -> None:
+    shutil.rmtree(SOURCE, ignore_errors=True)
+    SOURCE.mkdir(parents=True)
+    (SOURCE / "figures").mkdir()
+    for image in (ROOT / "figures").glob("*.[ps][nv]g"): shutil.copy(image, SOURCE / "figures")
+    pages = {page_name(p) for p in notebooks}
+    have = lambda *names: [n for n in names if n in pages]
+    modules = [page_name(p) for p in notebooks if re.match(r"\d+_", p.name)]
+    documents = {p.name: nbformat.read(processed / p.name, as_version=4) for p in notebooks}
+    labels = {}
+    for path in notebooks:
+        for name in filter(None, map(documented, documents[path.name].cells)):
+            label = target(page_name(path), name)
+            labels[f"{page_name(path)}.{name}"] = label
+            labels.setdefault(name, label)             # a bare name that two modules share means the earlier one
+    links = Links(pages, labels)
+    contributing = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    (SOURCE / "contributing.md").write_text(links(re.sub(r"\]\((?![a-z]+:|#)", "](../", contributing)), encoding="utf-8")      # as if it lay in nbs/
+    navigation = [toctree("Start", ["Home <self>", "contributing"]), toctree("Method", have("method", "open_choices")),
+                  toctree("Modules", modules), toctree("Replication", have("gallery") + write_record(links))]
+    for path in notebooks:
+        nb = adapt(documents[path.name], links, module=page_name(path))
+        if path.name == "index.ipynb": nb.cells.append(nbformat.v4.new_markdown_cell("\n\n".join(filter(None, navigation))))
+        nbformat.write(nb, SOURCE / f"{page_name(path)}.ipynb")
+
+
+# 4. Sphinx -----------------------------------------------------------------------------------------------------------
+
+def main() -> None:
+    os.chdir(ROOT)                                     # nbdev skips paths with a hidden folder in them: relative ones have none
+    notebooks = execute_all()
+    write_source(notebooks, process())
+    html = BUILD / "html"
+    shutil.rmtree(html, ignore_errors=True)
+    done = subprocess.run([sys.executable, "-m", "sphinx", "-b", "html", "-W", "--keep-going", "-q", "-c", str(ROOT / "docs"),
+                           "-d", str(BUILD / "doctrees"), str(SOURCE), str(html)])
+    if done.returncode: sys.exit("Sphinx warned (above); the last site stays as it was")
+    (html / ".nojekyll").touch()                       # GitHub Pages would drop folders that start with an underscore
+    shutil.rmtree(SITE, ignore_errors=True)
+    shutil.move(html, SITE)
+    print(f"{SITE.relative_to(ROOT)}/index.html")
+
+
+if __name__ == "__main__":
+    main()
