@@ -23,7 +23,7 @@ from readme import expand_includes
 
 ROOT = Path(__file__).resolve().parent.parent
 RECORD = ROOT / "runs" / "digits-cpu"                  # where `make replicate` leaves */notebooks/*.ipynb
-STAGES = ("train", "generate", "evaluate")             # the order of a run's notebooks in the navigation
+STAGES = ("train", "generate", "evaluate", "chains")   # the order of a run's notebooks in the navigation
 BUILD = ROOT / "_build"
 EXECUTED, SOURCE, SITE = BUILD / "executed", BUILD / "source", ROOT / "_docs"
 
@@ -126,6 +126,7 @@ class Links:
                 label = self.label(fragment) if fragment else None
                 return f"{m[1]}({'#' + label if label else name + '.ipynb'}"
             if url == "../CONTRIBUTING.md": return f"{m[1]}(contributing.md"
+            if (stage := re.fullmatch(r"replication/(\w+)\.ipynb", url)) and (page := record_page(stage[1])): return f"{m[1]}({page}"
             path = url[3:] if url.startswith("../") else f"nbs/{url}"
             return f"{m[1]}({cfg['git_url']}/blob/{cfg['branch']}/{path}{'#' + fragment if fragment else ''}"
         return re.sub(r"(\])\(([^)\s]+)", fix, text)
@@ -203,6 +204,13 @@ def record_notebooks() -> dict[str, list[Path]]:
     return {run: sorted(paths, key=lambda p: order.get(p.stem, 99)) for run, paths in runs.items()}
 
 
+def record_page(stage: str) -> str | None:
+    "A page of the record that shows a stage: of Robust JEM where it has one."
+    if (RECORD / "notebooks" / f"{stage}.ipynb").exists(): return f"/record/{stage}.ipynb"
+    runs = [run for run, paths in record_notebooks().items() if stage in {p.stem for p in paths}]
+    return f"/record/{min(runs, key=lambda r: (not r.startswith('robust_jem'), r))}-{stage}.ipynb" if runs else None
+
+
 def write_record(links: Links) -> list[str]:
     "One page for each notebook that the replication ran, and a page that lists them; returns the navigation's entries."
     folder = SOURCE / "record"
@@ -220,7 +228,7 @@ def write_record(links: Links) -> list[str]:
     if not rows: return []
     (SOURCE / "record.md").write_text("\n".join([
         "# The executed record", "", "{.lead}", "Every notebook that `make replicate` ran for the figures and the table, with what it printed.", "",
-        f"Folder: `{RECORD.relative_to(ROOT)}`. Each starts with the parameters that papermill set, and says which commit, device and versions it ran on.", "",
+        f"Folder: `{RECORD.relative_to(ROOT)}`. Each starts with the parameters that papermill set; commit, device and versions are in each run's summary, printed by its training notebook.", "",
         "| run | notebooks |", "|---|---|", *rows, "", "```{toctree}", ":hidden:", "", *entries, "```", ""]), encoding="utf-8")
     return ["record"]
 

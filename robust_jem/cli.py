@@ -18,7 +18,7 @@ from .data import InputError
 from .runs import Run, read_json, resolve_device
 from .systems import SYSTEMS, Config, EvaluateConfig, GenerateConfig, TrainConfig, configure, option, sample_plan
 
-# %% ../nbs/13_cli.ipynb #7830c518
+# %% ../nbs/13_cli.ipynb #29e99b2a
 @dataclass(frozen=True)
 class ReplicateConfig(Config):
     "What to replicate, from training to Table 1 and Figures 1–3."
@@ -36,7 +36,9 @@ class ReplicateConfig(Config):
     def __post_init__(self):
         super().__post_init__()
         for s in self.systems: configure(TrainConfig, s, self.dataset, self.preset)      # unknown names fail here
-        if not self.systems or not self.seeds: raise InputError(f"{'seeds' if self.systems else 'systems'}: empty; give at least one")
+        for name in ("systems", "seeds"):
+            values = getattr(self, name)
+            if not values or len(set(values)) < len(values): raise InputError(f"{name}: {' '.join(map(str, values)) or 'nothing'} was given; accepted: at least one, each once")
 
 @dataclass
 class Stage:
@@ -83,6 +85,8 @@ def plan(config: ReplicateConfig) -> tuple[list[list[Stage]], list[list[Stage]],
             chains.append([training(system, seed, folder),
                 Stage("generate", here, folder / "notebooks/generate.ipynb", [(folder / "samples" / c.label / "summary.json", c) for c in sets]),
                 Stage("evaluate", here | dict(extractor=extractor or "inception"), folder / "notebooks/evaluate.ipynb", [])])
+            if (system, seed, config.dataset) == ("robust_jem", config.seeds[0], "digits"):      # the study of chains, once
+                chains[-1].append(Stage("chains", dict(run=str(folder), extractor=extractor), folder / "notebooks/chains.ipynb", [], weight=4.0))
     figures = config.figures or ("figures" if (config.dataset, config.preset) == ("digits", "cpu") else f"figures/{config.dataset}-{config.preset}")
     chains.sort(key=lambda c: -c[0].weight)                                # the longest first, so that none is left over at the end
     return first, chains, Stage("report", dict(runs=str(runs), figures=figures), runs / "notebooks/report.ipynb", [])

@@ -121,7 +121,7 @@ def as_csv(table: dict) -> str:
         w.writerow([r["model"], r["paper IS"], r["paper FID"], *[v for n in names for v in ((r[n]["mean"], r[n]["std"]) if n in r else ("", ""))], r.get("n", ""), r["runs"]])
     return out.getvalue()
 
-# %% ../nbs/12_reporting.ipynb #18cdd292
+# %% ../nbs/12_reporting.ipynb #eebe2bd4
 INK = {"robust_classifier": "#0072B2", "jempp": "#D55E00", "robust_jem": "#009E73", "wide_resnet": "#666666", "jem": "#CC79A7"}   # Okabe and Ito: distinct for colour-blind readers
 
 def sheet(
@@ -149,10 +149,10 @@ def sheet(
 def chain_strip(stages: list[str], strip: torch.Tensor, title: str) -> Figure:
     "Ten chains, a row each, from the prior (left) to the sample (right)."
     n, k = strip.shape[:2]
-    fig, axes = plt.subplots(1, n, figsize=(0.85 * n, 4.6))
+    fig, axes = plt.subplots(1, n, figsize=(0.56 * n, 4.9))
     for ax, name, images in zip(axes, stages, strip):
         ax.imshow(make_grid(images, 1, 1, pad_value=255).permute(1, 2, 0).numpy(), interpolation="nearest"); ax.axis("off"); ax.set_title(name, fontsize=7)
-    fig.suptitle(title, fontsize=9); fig.subplots_adjust(0.01, 0.01, 0.99, 0.9, 0.05)
+    fig.suptitle(title, fontsize=9); fig.subplots_adjust(0.01, 0.01, 0.99, 0.9, 0.04)
     return fig
 
 def curves(groups: dict[str, list[Run]]) -> Figure:

@@ -59,7 +59,7 @@ class Config:
 
     def to_dict(self) -> dict[str, Any]: return dataclasses.asdict(self)
 
-# %% ../nbs/07_systems.ipynb #251494b7
+# %% ../nbs/07_systems.ipynb #84bafb07
 Statistics = Literal["batch", "running"]
 
 @dataclass(frozen=True)
@@ -114,6 +114,7 @@ class TrainConfig(Config):
     warmup_steps: int = option(1000, 0)      # updates of linear warm-up (JEM++)
     ema_decay: float = option(0.0, 0, 1)     # of the weights' exponential moving average; 0: none
     log_every: int = option(10, 1)           # updates between two lines of metrics.jsonl
+    gap_limit: float = option(50.0, 0)       # the run has diverged when the mean energies of real and sampled images are further apart
 
     def __post_init__(self):
         super().__post_init__()
@@ -205,15 +206,15 @@ TABLE1 = (
     Row("Robust JEM", 9.28, 47.92, "robust_jem", "combined"),
 )
 
-# %% ../nbs/07_systems.ipynb #5728ca37
+# %% ../nbs/07_systems.ipynb #d4551ce6
 _DIGITS = dict(depth=10, width=1, eps=0.2, attack_steps=7, sampler_step_size=0.04, track_sampled=False, buffer_size=1000, pad=0, flip=False,
-               schedule="cosine", warmup_steps=50, epochs=25, threads=1)
+               schedule="cosine", warmup_steps=50, epochs=16, threads=1)
 PRESETS: dict[str, dict[str, dict[str, dict[str, Any]]]] = {
     "paper": {"*": {"generate": {"energy-unconditional": dict(outer_steps=300)}}},
     "cpu": {
         "digits": {
             "train": {"*": _DIGITS, "wide_resnet": dict(width=2, input_noise=0.1, epochs=15), "jem": dict(sampler_step_size=0.2, lr=1e-3)},
-            "generate": {"*": dict(num_samples=360, batch_size=120, eps=0.3, contrast=0.9)},
+            "generate": {"*": dict(num_samples=360, batch_size=120, eps=0.2, contrast=0.9)},
             "evaluate": {"*": dict(attack_eps=(0.1, 0.15, 0.2, 0.3, 0.4), splits=1)},
         },
         "*": {

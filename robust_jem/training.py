@@ -52,9 +52,9 @@ def run_chains(
     statistics = changes.pop("statistics", config.sampler_statistics)
     with untouched(model, statistics): return (proximal_sgld if config.sampler == "proximal" else sgld)(model, x, **args | changes)
 
-# %% ../nbs/08_training.ipynb #ebe08b91
+# %% ../nbs/08_training.ipynb #e2725ce5
 class Diverged(RuntimeError):
-    "The loss is no longer finite."
+    "The loss is no longer finite, or the energies of real and sampled images have run apart."
 
 class TrainState:
     "Model, average, optimizer, chains and generators of a run, and how far it is."
@@ -123,14 +123,16 @@ def train_step(
     state.step += 1
     return parts
 
-# %% ../nbs/08_training.ipynb #f2378b80
+# %% ../nbs/08_training.ipynb #11d8bda6
 def _flush(run: Run, state: TrainState, pending: list[dict], row: dict, board) -> dict:
     "Average the pending updates' parts, append a line to metrics.jsonl, and check that the loss is finite."
     names, stacked = list(pending[0]), torch.stack([torch.stack([p[k].float() for k in pending[0]]) for p in pending]).mean(0).tolist()
     row = {"step": state.step, **row} | dict(zip(names, stacked))
     with open(run.path / "metrics.jsonl", "a") as f: f.write(json.dumps(row) + "\n")
     for k, v in row.items(): board.add_scalar(k, v, state.step)
-    if not math.isfinite(row["loss"]): raise Diverged(f"{run.path}: the loss is {row['loss']} at update {state.step}; the last good state is in checkpoints/. Lower lr or sampler_step_size, or raise energy_penalty")
+    advice = "the last checkpoint is the end of the epoch before. Lower sampler_step_size or lr, or raise energy_penalty"
+    if not math.isfinite(row["loss"]): raise Diverged(f"{run.path}: the loss is {row['loss']} at update {state.step}; {advice}")
+    if abs(row.get("energy_gap", 0)) > state.config.gap_limit: raise Diverged(f"{run.path}: the energies of real and sampled images are {abs(row['energy_gap']):.0f} apart at update {state.step} (gap_limit {state.config.gap_limit:g}; a healthy run stays below 1); {advice}")
     return row
 
 def train(
