@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['BALLS', 'Linf', 'L2', 'pgd']
 
-# %% ../nbs/04_attacks.ipynb #4fa21966
+# %% ../nbs/04_attacks.ipynb #edab3dc6
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .data import InputError
-from .energy import input_gradient, untouched
+from .energy import _check_labels, input_gradient, untouched
 
 # %% ../nbs/04_attacks.ipynb #114d9a6f
 def _per_image(x: Tensor, v: Tensor) -> Tensor: return v.view(-1, *[1] * (x.ndim - 1))
@@ -40,7 +40,7 @@ class L2:
 
 BALLS = {"linf": Linf, "l2": L2}
 
-# %% ../nbs/04_attacks.ipynb #4a7a17da
+# %% ../nbs/04_attacks.ipynb #2efa3106
 def pgd(
     model: nn.Module, # any module [B,C,H,W] -> [B,K]; left as it was found
     x: Tensor, # start images [B,C,H,W]; moved into `bounds`
@@ -56,7 +56,8 @@ def pgd(
 ) -> Tensor: # [B,C,H,W], within the ball and the bounds
     """Projected gradient descent on the cross-entropy (Madry et al. 2018; the paper's eq. 2).
 
-    Raises `InputError` for eps < 0, steps < 0, step_size <= 0, an unknown norm, or x and y of different lengths.
+    Raises `InputError` for eps < 0, steps < 0, step_size <= 0, an unknown norm, labels outside 0..K-1,
+    or x and y of different lengths.
     """
     if norm not in BALLS: raise InputError(f"norm: {norm!r} is unknown; accepted: {', '.join(BALLS)}")
     if eps < 0: raise InputError(f"eps: {eps} is below 0")
@@ -68,8 +69,11 @@ def pgd(
     x0 = clip(x.detach())
     adv = clip(x0 + ball.draw(x0, eps, generator)) if random_start and eps > 0 else x0.clone()
     sign = -1 if targeted else 1
+    def loss(logits):
+        _check_labels(y, logits.shape[-1])
+        return F.cross_entropy(logits, y, reduction="sum")
     with untouched(model):
         for _ in range(steps if eps > 0 else 0):
-            g = input_gradient(model, adv, lambda logits: F.cross_entropy(logits, y, reduction="sum"))
+            g = input_gradient(model, adv, loss)
             adv = clip(x0 + ball.project(adv + sign * step * ball.ascent(g) - x0, eps))
     return adv

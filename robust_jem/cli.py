@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['EXAMPLES', 'ReplicateConfig', 'Stage', 'plan', 'notebook_path', 'replicate', 'parse', 'main']
 
-# %% ../nbs/13_cli.ipynb #17b091f6
-import contextlib, dataclasses, io, json, os, re, signal, subprocess, sys, time
+# %% ../nbs/13_cli.ipynb #b42993a5
+import contextlib, io, json, os, re, signal, subprocess, sys, threading, time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +16,9 @@ from tqdm import tqdm
 
 from .data import InputError
 from .runs import Run, read_json, resolve_device
-from .systems import SYSTEMS, Config, EvaluateConfig, GenerateConfig, TrainConfig, configure, option, sample_plan
+from .systems import Config, EvaluateConfig, GenerateConfig, TrainConfig, configure, option, sample_plan
 
-# %% ../nbs/13_cli.ipynb #29e99b2a
+# %% ../nbs/13_cli.ipynb #c2cecd9c
 @dataclass(frozen=True)
 class ReplicateConfig(Config):
     "What to replicate, from training to Table 1 and Figures 1–3."
@@ -55,7 +55,9 @@ class Stage:
             there, free = read_json(file), {"run", "out", "root", "device", "threads"}
             there = there.get("config", there)
             return all(json.dumps(there.get(k)) == json.dumps(v) for k, v in config.to_dict().items() if k not in free)
-        return self.output.exists() and all(same(f, c) for f, c in self.expected)
+        if not self.output.exists() or not all(same(f, c) for f, c in self.expected): return False
+        asked = read_json(self.output)["metadata"].get("papermill", {}).get("parameters", {})
+        return all(asked.get(k) == v for k, v in self.parameters.items() if k not in ("root", "device"))
 
     def progress(self) -> float:
         "Share of a training that its metrics show."
@@ -98,7 +100,7 @@ def notebook_path(name: str) -> Path:
     if not found: raise InputError(f"notebook {name}.ipynb: not found beside {here}; install the package again")
     return found[0]
 
-# %% ../nbs/13_cli.ipynb #fe8a8afc
+# %% ../nbs/13_cli.ipynb #0c76cb0c
 def _reason(stderr: str) -> str:
     "The exception's own line out of papermill's traceback."
     lines = [l for l in re.sub(r"\x1b\[[0-9;]*m", "", stderr).splitlines() if l.strip()]
@@ -106,7 +108,8 @@ def _reason(stderr: str) -> str:
     return (named or lines or ["no message"])[-1]
 
 def _run_stage(stage: Stage, env: dict, running: list):
-    stage.output.parent.mkdir(parents=True, exist_ok=True)
+    try: stage.output.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as e: raise InputError(f"{stage.output.parent}: can't be made ({e.strerror}); choose another folder") from e
     part = stage.output.with_suffix(".part.ipynb")
     command = [sys.executable, "-m", "papermill", str(notebook_path(stage.notebook)), str(part), "--no-progress-bar", "-k", "python3"]
     for k, v in stage.parameters.items(): command += ["-r", k, str(v)] if isinstance(v, str) else ["-p", k, str(v)]
@@ -130,12 +133,15 @@ def replicate(config: ReplicateConfig) -> Path:
     made = all((figures / f).exists() for f in ("table1.md", "table1.csv", "table1.json"))
     if not changed and made and report.finished():
         print(f"nothing to do: {figures / 'table1.md'} is up to date"); return figures
-    jobs = config.jobs or (1 if resolve_device(config.device).type == "cuda" else max(1, os.cpu_count() or 1))
-    env = os.environ | {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs)), "MPLBACKEND": "module://matplotlib_inline.backend_inline"}
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    jobs = config.jobs or (1 if resolve_device(config.device).type == "cuda" else min(cores, 8))       # each takes up to 1 GB
+    env = os.environ | {"OMP_NUM_THREADS": str(max(1, cores // jobs)), "MPLBACKEND": "module://matplotlib_inline.backend_inline"}
     stages = [s for c in first_left + chains_left for s in c] + [report]
-    running, done = [], []
+    running, done, stopping = [], [], threading.Event()
     def work(chain):
-        for s in chain: _run_stage(s, env, running); done.append(s)
+        for s in chain:
+            if stopping.is_set(): return
+            _run_stage(s, env, running); done.append(s)
     print(f"{len(stages)} notebooks to run, {jobs} at a time → {figures}", flush=True)
     bar = tqdm(total=round(sum(s.weight for s in stages), 1), desc="replicate", mininterval=0.5 if sys.stderr.isatty() else 30,
                bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining} {postfix}")
@@ -152,7 +158,7 @@ def replicate(config: ReplicateConfig) -> Path:
                 for f in pending: f.result()
             bar.n = bar.total
         except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
+            stopping.set(); pool.shutdown(wait=False, cancel_futures=True)
             for _, process in list(running): process.send_signal(signal.SIGINT)
             for _, process in list(running):
                 with contextlib.suppress(subprocess.TimeoutExpired): process.wait(20)
@@ -162,7 +168,7 @@ def replicate(config: ReplicateConfig) -> Path:
     print(f"\n{figures}/: table1.md, .csv, .json, figure1–3.png, curves.png, robustness.png, chain.png   ({time.perf_counter() - began:.0f} s)")
     return figures
 
-# %% ../nbs/13_cli.ipynb #1ab44465
+# %% ../nbs/13_cli.ipynb #34ca7159
 EXAMPLES = {
     "train": ("Train one system, or continue an interrupted run.", "robust-jem train --system robust_jem --dataset digits --preset cpu\nrobust-jem train --system jempp --dataset cifar10 --preset paper --device cuda --out runs/jempp"),
     "generate": ("Draw samples from a trained run.", "robust-jem generate --run runs/digits-cpu/robust_jem-s0 --method combined\nrobust-jem generate --run runs/digits-cpu/jempp-s0 --method energy --no-conditional --num-samples 1000 --name thousand"),
@@ -227,7 +233,9 @@ def main(argv: list[str] | None = None) -> int:
         elif command == "report":
             from robust_jem.reporting import markdown, write_report
             print(markdown(write_report(config)))
-        else: replicate(config)
+        else:
+            with contextlib.suppress(ValueError): signal.signal(signal.SIGTERM, signal.default_int_handler)      # a polite kill stops the notebooks too
+            replicate(config)
         return 0
     except InputError as e: print(f"robust-jem: {' '.join(str(e).split())}", file=sys.stderr); return 2
     except KeyboardInterrupt: print("robust-jem: interrupted; the same command continues from the last checkpoint", file=sys.stderr); return 130

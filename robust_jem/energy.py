@@ -47,7 +47,7 @@ def energy(
     "The energy of images under a classifier: joint where labels are given, marginal otherwise."
     return marginal_energy(model(x)) if y is None else joint_energy(model(x), y)
 
-# %% ../nbs/02_energy.ipynb #3d796e32
+# %% ../nbs/02_energy.ipynb #7051337f
 def _batch_norms(model: nn.Module) -> list[_BatchNorm]: return [m for m in model.modules() if isinstance(m, _BatchNorm)]
 
 @contextmanager
@@ -70,6 +70,8 @@ def untouched(
     "Within this block gradients flow to inputs only, and batch-norm statistics don't move."
     if statistics not in (None, "batch", "running"): raise InputError(f"statistics: {statistics!r} is unknown; accepted: batch, running")
     params, modes = [p for p in model.parameters() if p.requires_grad], [(m, m.training) for m in _batch_norms(model)]
+    averages = {id(b) for m, _ in modes for b in m.buffers()}
+    others = [(b, b.clone()) for b in model.buffers() if id(b) not in averages]      # spectral norm's vectors, say: put back
     try:
         for p in params: p.requires_grad_(False)
         if statistics:
@@ -78,6 +80,8 @@ def untouched(
     finally:
         for p in params: p.requires_grad_(True)
         for m, training in modes: m.training = training
+        with torch.no_grad():
+            for b, kept in others: b.copy_(kept)
 
 def input_gradient(
     model: nn.Module, # [B,C,H,W] -> [B,K]

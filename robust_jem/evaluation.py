@@ -5,19 +5,17 @@
 # %% auto #0
 __all__ = ['accuracy', 'robust_accuracy', 'eps_at_accuracy', 'evaluate_run']
 
-# %% ../nbs/11_evaluation.ipynb #77cd2f01
-import sys, time
-from pathlib import Path
+# %% ../nbs/11_evaluation.ipynb #d4f70bdd
+import time
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from .attacks import pgd
-from .data import InputError, to_uint8, to_unit
+from .data import InputError, data_root, progress_bar, to_uint8, to_unit
 from .metrics import feature_extractor, quality, reference_statistics
 from .runs import Run, provenance, resolve_device
-from .systems import EvaluateConfig, configure
+from .systems import EvaluateConfig
 
 # %% ../nbs/11_evaluation.ipynb #2fac8f98
 @torch.no_grad()
@@ -67,7 +65,7 @@ def eps_at_accuracy(
         if a0 >= accuracy >= a1 and a0 > a1: return e0 + (a0 - accuracy) / (a0 - a1) * (e1 - e0)
     return None
 
-# %% ../nbs/11_evaluation.ipynb #608c1a46
+# %% ../nbs/11_evaluation.ipynb #123f29ca
 def evaluate_run(
     config: EvaluateConfig, # what to measure, of which run
     progress: bool = True, # show bars with the time left
@@ -76,7 +74,7 @@ def evaluate_run(
     device, run = resolve_device(config.device), Run(config.run)
     if run.config.threads: torch.set_num_threads(run.config.threads)
     images, model, kept = run.images(), run.model(device), run.scores()
-    cache = Path(run.config.root or "data") / ".cache"
+    cache = data_root(run.config.root) / ".cache"
     def part(name: str, settings: dict, measure) -> dict:
         if name not in kept or any(kept[name].get(k) != v for k, v in settings.items()):
             began = time.perf_counter()
@@ -84,12 +82,14 @@ def evaluate_run(
             run.save_scores(name, kept[name])
         return kept[name]
     def classification():
-        n, g = min(config.num_robust, len(images.test_x)), torch.Generator(device).manual_seed(config.seed)
-        curve = {"0": accuracy(model, images.test_x[:n], images.test_y[:n], config.batch_size)}
-        for eps in tqdm(config.attack_eps, desc="robustness", unit="ε", disable=not progress, mininterval=0.2 if sys.stderr.isatty() else 10):
-            curve[f"{eps:g}"] = robust_accuracy(model, images.test_x[:n], images.test_y[:n], eps, config.attack_steps, config.attack_norm, config.batch_size, g)
-        return {"accuracy": accuracy(model, images.test_x, images.test_y, config.batch_size), "n": len(images.test_x), "robust accuracy": curve, "n attacked": n}
-    part("classification", dict(fingerprint=images.fingerprint, threat_model=f"PGD-{config.attack_steps}, {config.attack_norm}, untargeted, one random start, [-1,1] scale", eps=list(config.attack_eps), seed=config.seed), classification)
+        chosen = torch.randperm(len(images.test_x), generator=torch.Generator().manual_seed(config.seed))[:n]       # trees are sorted by class: draw
+        x, y, g = images.test_x[chosen], images.test_y[chosen], torch.Generator(device).manual_seed(config.seed)
+        curve = {"0": accuracy(model, x, y, config.batch_size)}
+        for eps in progress_bar(config.attack_eps, desc="robustness", unit="ε", disable=not progress):
+            curve[f"{eps:g}"] = robust_accuracy(model, x, y, eps, config.attack_steps, config.attack_norm, config.batch_size, g)
+        return {"accuracy": accuracy(model, images.test_x, images.test_y, config.batch_size), "n": len(images.test_x), "robust accuracy": curve}
+    n = min(config.num_robust, len(images.test_x))
+    part("classification", {"n attacked": n} | dict(weights=run.weights, fingerprint=images.fingerprint, threat_model=f"PGD-{config.attack_steps}, {config.attack_norm}, untargeted, one random start, [-1,1] scale", eps=list(config.attack_eps), seed=config.seed), classification)
 
     extractor = feature_extractor(config.extractor, cache).to(device)
     settings = dict(extractor=config.extractor, extractor_key=extractor.key, reference=f"{len(images.train_x)} training images of {images.name}", fingerprint=images.fingerprint, splits=config.splits)
@@ -103,5 +103,5 @@ def evaluate_run(
         return judged("prior", to_uint8(torch.cat([p.sample(y, g).cpu() for y in (torch.arange(n, device=device) % images.num_classes).split(config.batch_size)])))
     part("prior", settings | dict(num_samples=n, seed=config.seed), prior)
     for name, (x, _, summary) in sets.items():
-        part(name, settings | dict(samples=summary["config"], share_outside=summary["share_outside"]), lambda: judged(name, x))
+        part(name, settings | dict(samples=summary["config"], weights=summary["weights"], share_outside=summary["share_outside"]), lambda: judged(name, x))
     return run.scores()

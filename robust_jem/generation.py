@@ -5,17 +5,16 @@
 # %% auto #0
 __all__ = ['METHODS', 'generate', 'generate_samples', 'RobustJEM']
 
-# %% ../nbs/09_generation.ipynb #427ae35d
-import dataclasses, json, sys, time
+# %% ../nbs/09_generation.ipynb #13d93ed5
+import dataclasses, json, time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from .attacks import pgd
-from .data import InputError, to_uint8
+from .data import InputError, progress_bar, to_uint8
 from .energy import energy, predict, untouched
 from .networks import WideResNet
 from .priors import GaussianMixturePrior
@@ -23,7 +22,7 @@ from .runs import Run, provenance, read_json, read_tensors, resolve_device, writ
 from .systems import GenerateConfig, TrainConfig, configure
 from .training import run_chains
 
-# %% ../nbs/09_generation.ipynb #c76ccc1e
+# %% ../nbs/09_generation.ipynb #3be17ff3
 METHODS = ("attack", "energy", "combined")
 
 def generate(
@@ -53,8 +52,8 @@ def generate(
     def stage(name, x):
         if on_stage is not None: on_stage(name, x)
         return x
-    y = y.to(next(model.parameters()).device)
-    x = stage("prior", prior.sample(y, generator))
+    device = next((t.device for t in model.parameters()), y.device)
+    x, y = stage("prior", prior.sample(y, generator).to(device)), y.to(device)
     if method in ("attack", "combined"):
         with untouched(model, attack_statistics):
             x = stage("attack", pgd(model, x, y, eps, target_steps, attack_step_size, targeted=True, random_start=random_start, generator=generator))
@@ -64,7 +63,7 @@ def generate(
                        bounds=None if method == "combined" else bounds, statistics=sampler_statistics, on_step=lambda i, x: stage(f"step {i + 1}", x))
     return x
 
-# %% ../nbs/09_generation.ipynb #4e90c22b
+# %% ../nbs/09_generation.ipynb #286e17a6
 def generate_samples(
     config: GenerateConfig, # what to draw, from which run
     progress: bool = True, # show a bar with the time left
@@ -73,32 +72,34 @@ def generate_samples(
     device, run = resolve_device(config.device), Run(config.run)
     folder, asked = run.path / "samples" / config.label, config.to_dict()
     if (folder / "summary.json").exists():
-        there, free = read_json(folder / "summary.json")["config"], {"run", "device"}
+        summary = read_json(folder / "summary.json")
+        there, free, current = summary["config"], {"run", "device"}, summary.get("weights") == run.weights
         if other := [k for k in asked if json.dumps(asked[k]) != json.dumps(there.get(k)) and k not in free]:
             raise InputError(f"name: {folder} holds samples with other settings ({', '.join(f'{k}: {there.get(k)} there, {asked[k]} given' for k in other[:3])}); give another name or remove it")
-        return folder
+        if current: return folder                                                # else they are of an earlier training: draw anew
     if run.config.threads: torch.set_num_threads(run.config.threads)
     model, prior, began = run.model(device), run.prior(device), time.perf_counter()
     sampler = dataclasses.replace(run.config, **{k: getattr(config, k) for k in ("sampler_step_size", "noise_std") if getattr(config, k) is not None})
     generator = torch.Generator(device).manual_seed(config.seed)
-    y = torch.arange(config.num_samples, device=device) % model.trunk[-1].out_features
+    size = min(config.batch_size, config.num_samples)
+    y = torch.arange(-(-config.num_samples // size) * size, device=device) % model.trunk[-1].out_features        # whole batches; the surplus is cut off below
     images, outside, strip = [], 0.0, {}
     shown = {"prior", "attack", "contrast", f"step {config.outer_steps}"} | {f"step {a * 10 ** b}" for a in (1, 2, 5) for b in range(4)}
     def keep(name, x):
         if not images and name in shown: strip[name] = to_uint8(x[:10]).cpu()      # ten chains of the first batch, for pictures
-    with tqdm(total=config.num_samples, desc=f"{config.label} samples of {run.config.system}", unit="img", disable=not progress, mininterval=0.2 if sys.stderr.isatty() else 10) as bar:
-        for part in y.split(config.batch_size):
+    with progress_bar(total=config.num_samples, desc=f"{config.label} samples of {run.config.system}", unit="img", disable=not progress) as bar:
+        for part in y.split(size):
             x = generate(model, prior, part, config.method, sampler=sampler, conditional=config.conditional, outer_steps=config.outer_steps, inner_steps=config.inner_steps, eps=config.eps,
                          target_steps=config.target_steps, attack_step_size=config.attack_step_size, random_start=config.random_start, contrast=config.contrast,
                          bounds=(-1, 1) if config.bounds else None, attack_statistics=config.attack_statistics, sampler_statistics=config.sampler_statistics, generator=generator, on_stage=keep)
-            outside += (x.abs() > 1).float().mean().item() * len(part)
-            images.append(to_uint8(x).cpu()); bar.update(len(part))
+            outside += (x.abs() > 1).float().mean().item() * len(part) / len(y)
+            images.append(to_uint8(x).cpu()); bar.update(min(len(part), config.num_samples - bar.n))
     seconds = time.perf_counter() - began
-    run.save_samples(config.label, dict(x=torch.cat(images), y=y.cpu(), strip=torch.stack(list(strip.values()))), dict(config=asked, stages=list(strip), share_outside=outside / config.num_samples, seconds=round(seconds, 2),
+    run.save_samples(config.label, dict(x=torch.cat(images)[:config.num_samples], y=y[:config.num_samples].cpu(), strip=torch.stack(list(strip.values()))), dict(config=asked, stages=list(strip), weights=run.weights, share_outside=outside, seconds=round(seconds, 2),
         images_per_second=round(config.num_samples / seconds, 1), fingerprint=run.summary["fingerprint"], **provenance(device)))
     return folder
 
-# %% ../nbs/09_generation.ipynb #32217c4a
+# %% ../nbs/09_generation.ipynb #21e9d882
 class RobustJEM:
     "A trained hybrid model: classify, energy, generate. Made by `from_run` or `from_pretrained`."
 
@@ -145,5 +146,7 @@ class RobustJEM:
         "E(x) or E(x, y), `[B]`."
         return energy(self.model, x, y)
     def generate(self, y: Tensor, method: str = "combined", **kw) -> Tensor:
-        "Images `[B,C,H,W]` of the wanted classes; keywords as for `generate`."
-        return generate(self.model, self.prior, y, method, **{"sampler": self.config} | kw)
+        "Images `[B,C,H,W]` of the wanted classes; keywords as for `generate`, defaults those of the model's data set and preset."
+        c = configure(GenerateConfig, self.config.system, self.config.dataset, self.config.preset, method=method, **({"conditional": False} if kw.get("conditional") is False else {}))
+        names = ("outer_steps", "inner_steps", "eps", "target_steps", "attack_step_size", "random_start", "contrast", "attack_statistics", "sampler_statistics")
+        return generate(self.model, self.prior, y, method, **{"sampler": self.config} | {k: getattr(c, k) for k in names} | kw)

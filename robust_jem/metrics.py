@@ -6,17 +6,16 @@
 __all__ = ['moments', 'frechet_distance', 'kernel_distance', 'inception_score', 'Extractor', 'ClassifierExtractor',
            'ScriptExtractor', 'InceptionExtractor', 'feature_extractor', 'extract', 'reference_statistics', 'quality']
 
-# %% ../nbs/10_metrics.ipynb #725ebe72
-import hashlib, re, sys, warnings
+# %% ../nbs/10_metrics.ipynb #db22b1bf
+import hashlib, re, warnings
 from pathlib import Path
 from urllib.error import URLError
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from .data import Images, InputError, to_unit
+from .data import Images, InputError, progress_bar
 from .runs import Run, read_tensors, write_tensors
 
 # %% ../nbs/10_metrics.ipynb #77c0fb23
@@ -57,7 +56,7 @@ def inception_score(
     out = isc_features_to_metric(probs.double().cpu().clamp_min(1e-300).log(), splits)
     return out[KEY_METRIC_ISC_MEAN], out[KEY_METRIC_ISC_STD]
 
-# %% ../nbs/10_metrics.ipynb #35774a08
+# %% ../nbs/10_metrics.ipynb #07e6eccc
 class Extractor(nn.Module):
     "Images 0..255 `[B,C,H,W]` to features `[B,D]`; `probabilities` to `[B,K]` or None. `suffix` and `official` make the scores' names."
     suffix, official, key = "", False, ""
@@ -73,7 +72,7 @@ class ClassifierExtractor(Extractor):
         super().__init__()
         run = Run(path)
         self.model, self.suffix = run.model().requires_grad_(False), run.config.dataset
-        self.key = hashlib.sha256((run.path / "model.safetensors").read_bytes()).hexdigest()[:16]
+        self.key = run.weights
     def forward(self, x): return self.model.features(x / 127.5 - 1)
     def probabilities(self, x): return self.model(x / 127.5 - 1).softmax(1)
 
@@ -100,16 +99,18 @@ class InceptionExtractor(Extractor):
             folder.mkdir(parents=True, exist_ok=True)
             self.net = InceptionV3W(str(folder), download=True)
         except (URLError, OSError) as e: raise InputError(f"extractor: inception needs inception-2015-12-05.pt, which can't be downloaded ({e}); put it into {folder}, or name another extractor (path/to/script.pt or classifier:RUN)") from e
-        self.resize, self.folder, self.logits = build_resizer("clean"), folder, None
+        self.resize = build_resizer("clean")
+        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+        hub = torch.hub.get_dir()
+        try:
+            torch.hub.set_dir(str(folder))
+            self.logits = FeatureExtractorInceptionV3("inception-v3-compat", ["logits_unbiased"])
+        except (URLError, OSError) as e: raise InputError(f"extractor: the Inception Score needs weights-inception-2015-12-05-6726825d.pth, which can't be downloaded ({e}); put it into {folder / 'checkpoints'}") from e
+        finally: torch.hub.set_dir(hub)
     def forward(self, x):
         big = np.stack([self.resize(im) for im in _rgb(x).cpu().byte().permute(0, 2, 3, 1).numpy()])
         return self.net(torch.from_numpy(big).permute(0, 3, 1, 2).to(x.device))
     def probabilities(self, x):
-        if self.logits is None:
-            from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-            torch.hub.set_dir(str(self.folder))
-            try: self.logits = FeatureExtractorInceptionV3("inception-v3-compat", ["logits_unbiased"]).to(x.device)
-            except (URLError, OSError) as e: raise InputError(f"extractor: the Inception Score needs weights-inception-2015-12-05-6726825d.pth, which can't be downloaded ({e}); put it into {self.folder / 'checkpoints'}") from e
         return self.logits(_rgb(x).byte())[0].softmax(1)
 
 def _rgb(x: Tensor) -> Tensor: return x.expand(-1, 3, -1, -1) if x.shape[1] == 1 else x
@@ -123,7 +124,7 @@ def feature_extractor(
     if spec.startswith("classifier:"): return ClassifierExtractor(spec.removeprefix("classifier:")).eval()
     return ScriptExtractor(spec).eval()
 
-# %% ../nbs/10_metrics.ipynb #d59bee2c
+# %% ../nbs/10_metrics.ipynb #2f9e7a9b
 @torch.no_grad()
 def extract(
     extractor: Extractor,
@@ -135,7 +136,7 @@ def extract(
 ) -> tuple[Tensor, Tensor | None]: # features [N,D] and probabilities [N,K], on the CPU
     "Features and class probabilities of a set of images. Raises `InputError` where a feature isn't finite."
     features, probs = [], []
-    for part in tqdm(x.split(batch_size), desc=progress, unit="batch", disable=not progress, mininterval=0.2 if sys.stderr.isatty() else 10):
+    for part in progress_bar(x.split(batch_size), desc=progress, unit="batch", disable=not progress):
         part = part.to(device).float()
         features.append(extractor(part).flatten(1).float().cpu())
         if probabilities and (p := extractor.probabilities(part)) is not None: probs.append(p.float().cpu())

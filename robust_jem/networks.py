@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['NORMS', 'Block', 'WideResNet']
 
-# %% ../nbs/01_networks.ipynb #0d5d665d
-import torch
+# %% ../nbs/01_networks.ipynb #145fc71a
 from torch import Tensor, nn
 
 from .data import InputError

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['classification_loss', 'likelihood_loss', 'Terms', 'hybrid_loss']
 
-# %% ../nbs/06_objectives.ipynb #2809ad60
+# %% ../nbs/06_objectives.ipynb #24ef18b7
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -14,16 +14,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .data import InputError
-from .energy import energy, frozen_statistics
+from .energy import _wide, energy, frozen_statistics
 
-# %% ../nbs/06_objectives.ipynb #79023404
+# %% ../nbs/06_objectives.ipynb #e933d65b
 def classification_loss(
     model: nn.Module, # [B,C,H,W] -> [B,K]
     x: Tensor, # clean or adversarial images [B,C,H,W]
     y: Tensor, # labels [B]
 ) -> tuple[Tensor, Tensor]: # the loss, and the share of right answers
     "Mean cross-entropy -log p(y | x), and the batch's accuracy."
-    logits = model(x).float() if not x.dtype == torch.float64 else model(x)
+    logits = _wide(model(x))
     return F.cross_entropy(logits, y), (logits.detach().argmax(1) == y).float().mean()
 
 def likelihood_loss(

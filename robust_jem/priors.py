@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .data import InputError
 
-# %% ../nbs/03_priors.ipynb #ce9e13b3
+# %% ../nbs/03_priors.ipynb #1646bfa7
 class GaussianMixturePrior:
     "Class-conditional Gaussians with full covariance (JEM++): `sample(y)` draws images `[B,C,H,W]` clipped to [-1,1]."
 
@@ -39,12 +39,13 @@ class GaussianMixturePrior:
         counts = torch.bincount(y, minlength=num_classes)
         if counts.min() < 2: raise InputError(f"class {int(counts.argmin())} has {int(counts.min())} images; a covariance needs at least two")
         flat, eye = x.flatten(1), torch.eye(x[0].numel(), dtype=torch.float64, device=x.device)
-        mean, factor = [], []
+        mean = torch.empty(num_classes, flat.shape[1], device=x.device)
+        factor = torch.empty(num_classes, *eye.shape, device=x.device)      # CIFAR-10: 0.4 GB, CIFAR-100: 3.8 GB
         for k in range(num_classes):
             d = flat[y == k].double()
-            mean.append(d.mean(0))
-            factor.append(torch.linalg.cholesky((d - d.mean(0)).T @ (d - d.mean(0)) / (len(d) - 1) + jitter * eye).float())
-        return cls(torch.stack(mean).float(), torch.stack(factor), counts.double() / len(y), x.shape[1:])
+            mean[k], d = d.mean(0), d - d.mean(0)
+            factor[k] = torch.linalg.cholesky(d.T @ d / (len(d) - 1) + jitter * eye)
+        return cls(mean, factor, counts.double() / len(y), x.shape[1:])
 
     def to(self, device) -> "GaussianMixturePrior":
         return type(self)(self.mean.to(device), self.factor.to(device), self.weights.to(device), self.shape)

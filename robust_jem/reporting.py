@@ -6,8 +6,8 @@
 __all__ = ['INK', 'FIGURES', 'ReportConfig', 'collect', 'table1', 'markdown', 'as_csv', 'sheet', 'chain_strip', 'curves',
            'robustness', 'write_report']
 
-# %% ../nbs/12_reporting.ipynb #2c47e564
-import csv, io, json, math, statistics
+# %% ../nbs/12_reporting.ipynb #fe014435
+import csv, io, statistics
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from .evaluation import eps_at_accuracy
 from .runs import Run, write_bytes, write_json
 from .systems import SYSTEMS, TABLE1, Config
 
-# %% ../nbs/12_reporting.ipynb #a2d298f9
+# %% ../nbs/12_reporting.ipynb #5542966c
 @dataclass(frozen=True)
 class ReportConfig(Config):
     "Which runs to report, and where to."
@@ -34,14 +34,23 @@ def collect(
 ) -> dict[str, list[Run]]: # by system, in order of the seed
     "The trained runs in a folder that have scores, by system. Raises `InputError` where there are none."
     found = [Run(p.parent) for p in sorted(Path(runs).glob("*/config.json"))]
-    scored = sorted((r for r in found if r.trained and r.scores()), key=lambda r: r.config.seed)
+    scored = sorted((r for r in found if r.trained and {"classification", "held-out", "prior"} <= r.scores().keys()), key=lambda r: r.config.seed)
     if not scored: raise InputError(f"runs: no evaluated run in {runs}; accepted: a folder with run folders that `robust-jem evaluate` has scored")
-    return {s: mine for s in SYSTEMS if (mine := [r for r in scored if r.config.system == s])}
+    groups = {s: mine for s in SYSTEMS if (mine := [r for r in scored if r.config.system == s])}
+    free = {"system", "seed", "out", "root", "device", "threads"}
+    for mine in [*groups.values(), [m[0] for m in groups.values()]]:       # seeds of one system, then the systems among each other
+        measured = lambda r: {"extractor": r.scores()["held-out"]["extractor_key"], "data": r.scores()["held-out"]["fingerprint"], "attack": r.scores()["classification"]["threat_model"]}
+        same_system = len({r.config.system for r in mine}) == 1
+        settings = lambda r: measured(r) | ({k: v for k, v in r.config.to_dict().items() if k not in free} if same_system else {})
+        for r in mine[1:]:
+            if other := [k for k, v in settings(r).items() if v != settings(mine[0])[k]]:
+                raise InputError(f"runs: {mine[0].path} and {r.path} differ in {other[0]} ({settings(mine[0])[other[0]]} and {settings(r)[other[0]]}), so they can't share a table; move one of them")
+    return groups
 
 def _mean_std(values: list[float]) -> dict:
     return {"mean": statistics.fmean(values), "std": statistics.stdev(values) if len(values) > 1 else None, "values": values}
 
-# %% ../nbs/12_reporting.ipynb #e07009ff
+# %% ../nbs/12_reporting.ipynb #251f150e
 def table1(
     groups: dict[str, list[Run]], # from `collect`
 ) -> dict: # "columns", "rows", "notes": what table1.json holds
@@ -51,34 +60,35 @@ def table1(
     fd, is_ = (next(k for k in any_quality if k.startswith(p) and not k.endswith("std")) if any(k.startswith(p) for k in any_quality) else None for p in ("F", "IS"))
     eps = f"{next((r.config.eps for r in runs if r.config.adversarial_weight), runs[0].config.eps):g}"
     def row(label, system, name, paper=(None, None)):
-        mine = [r.scores() for r in groups.get(system, []) if name in r.scores()]
+        mine = [r.scores() for r in groups.get(system, []) if name in r.scores() or name is None]      # none: a classifier, not sampled
         out = {"model": label, "paper IS": paper[0], "paper FID": paper[1], "runs": len(mine)}
         for column in (is_, fd):
-            if mine and column in mine[0][name]: out[column] = _mean_std([s[name][column] for s in mine])
-        if mine: out["n"] = mine[0][name]["n"]
+            if mine and name and column in mine[0][name]: out[column] = _mean_std([s[name][column] for s in mine])
+        if mine and name: out["n"] = mine[0][name]["n"]
         if mine and name not in ("held-out", "prior"):
             out["accuracy"] = _mean_std([s["classification"]["accuracy"] for s in mine])
             if all(eps in s["classification"]["robust accuracy"] for s in mine): out[f"PGD accuracy, ε = {eps}"] = _mean_std([s["classification"]["robust accuracy"][eps] for s in mine])
-            if "share_outside" in mine[0][name]: out["pixels outside [-1,1]"] = _mean_std([s[name]["share_outside"] for s in mine])
+            if name and "share_outside" in mine[0][name]: out["pixels outside [-1,1]"] = _mean_std([s[name]["share_outside"] for s in mine])
         return out
     rows = [row(r.label, r.system, r.method, (r.paper_is, r.paper_fid)) for r in TABLE1]
     rows += [row(f"{SYSTEMS[s].title}, unconditional chains", s, "energy-unconditional") for s in groups if any("energy-unconditional" in r.scores() for r in groups[s])]
-    rows += [row(SYSTEMS[s].title, s, m) for s in groups if s not in {r.system for r in TABLE1} for m in SYSTEMS[s].methods]
+    rows += [row(SYSTEMS[s].title, s, m) for s in groups if s not in {r.system for r in TABLE1} for m in SYSTEMS[s].methods or (None,)]
     reference = next((s for s in groups if groups[s][0].config.prior == "gaussian"), next(iter(groups)))
     rows += [row("held-out real images", reference, "held-out"), row("bare prior samples", reference, "prior")]
     return {"columns": [is_, fd], "eps": eps, "rows": rows, "notes": _notes(groups, runs, any_quality, fd), "runs": {str(r.path): {k: r.summary[k] for k in ("commit", "device", "seconds", "images_seen", "torch")} | {"seed": r.config.seed} for r in runs}}
 
 def _notes(groups, runs, quality, fd) -> list[str]:
     c, s = runs[0].config, runs[0].scores()["classification"]
-    notes = [f"Data: {c.dataset} (fingerprint {quality['fingerprint']}); reference: {quality['reference']}; network WRN-{c.depth}-{c.width}, {c.norm} norm; preset {c.preset}; training seeds {sorted({r.config.seed for r in runs})}; ± is the standard deviation over them.",
-             f"Scores use the extractor {quality['extractor']} (weights {quality['extractor_key']}). " + ("" if fd == "FID" else f"{fd} is not FID: it compares rows of this table, not this table with the paper's columns."),
-             f"Accuracy on {s['n']} test images; PGD accuracy on {s['n attacked']}: {s['threat_model']}."]
+    notes = [f"Data: {c.dataset} (fingerprint {quality['fingerprint']}); reference: {quality['reference']}; network WRN-{c.depth}-{c.width}, {c.norm} norm; preset {c.preset}: {c.epochs} epochs, attacks while training with ε = {next((r.config.eps for r in runs if r.config.adversarial_weight), c.eps):g} and {c.attack_steps} steps, {'weights averaged with decay ' + format(c.ema_decay, 'g') if c.ema_decay else 'last weights, not averaged'}; training seeds {sorted({r.config.seed for r in runs})}; ± is the standard deviation over them.",
+             f"Scores use the extractor {quality['extractor']} (weights {quality['extractor_key']}), the Inception Score {quality['splits']} split{'s' if quality['splits'] > 1 else ''}. Samples are judged as 8-bit images, so pixels outside [-1,1] are clamped by then. " + ("" if fd == "FID" else f"{fd} is not FID: it compares rows of this table, not this table with the paper's columns."),
+             f"Accuracy on {s['n']} test images; PGD accuracy on {s['n attacked']}: {s['threat_model']}, seed {s['seed']}."]
     for system, mine in groups.items():
-        for name in mine[0].sample_names():
-            g = mine[0].scores()[name]["samples"]
+        for name in (n for n in mine[0].sample_names() if n in mine[0].scores()):
+            g, c = mine[0].scores()[name]["samples"], mine[0].config
+            step, inner = c.sampler_step_size if g["sampler_step_size"] is None else g["sampler_step_size"], f" × {g['inner_steps']} inner" if c.sampler == "proximal" else ""
             attack = f"; targeted PGD ε = {g['eps']}, {g['target_steps']} steps, batch norm by {g['attack_statistics']} statistics" if g["method"] != "energy" else ""
             contrast = f"; contrast {g['contrast']}" if g["method"] == "combined" else ""
-            chain = f"; {g['outer_steps']} outer × {g['inner_steps']} inner steps of {g['sampler_step_size'] or mine[0].config.sampler_step_size}, batch norm by {g['sampler_statistics']} statistics" if g["method"] != "attack" else ""
+            chain = f"; {g['outer_steps']}{' outer' if inner else ''}{inner} steps of {step:g}, batch norm by {g['sampler_statistics']} statistics" if g["method"] != "attack" else ""
             notes.append(f"{SYSTEMS[system].title}, {name}: {g['num_samples']} samples in batches of {g['batch_size']}, sampling seed {g['seed']}{attack}{contrast}{chain}.")
     if {"jempp", "robust_jem"} <= groups.keys():
         curves = {k: _mean_curve(groups[k]) for k in ("jempp", "robust_jem")}
@@ -91,11 +101,11 @@ def _mean_curve(runs: list[Run]) -> dict[str, float]:
     curves = [r.scores()["classification"]["robust accuracy"] for r in runs]
     return {e: statistics.fmean(c[e] for c in curves) for e in curves[0] if all(e in c for c in curves)}
 
-# %% ../nbs/12_reporting.ipynb #c4c6bb88
+# %% ../nbs/12_reporting.ipynb #6dd17cc1
 def _cell(v, percent=False) -> str:
     if v is None: return "–"
     f = (lambda x: f"{100 * x:.1f}") if percent else (lambda x: f"{x:.2f}")
-    return f(v) if not isinstance(v, dict) else f(v["mean"]) + (f" ± {f(v['std'])}" if v["std"] is not None else "")
+    return f(v) if not isinstance(v, dict) else f(v["mean"]) + (f" ± {f(v['std'])}" if v["std"] else "")       # no ± for one number in all runs
 
 def _grid(table: dict) -> list[list[str]]:
     is_, fd = table["columns"]
@@ -121,7 +131,7 @@ def as_csv(table: dict) -> str:
         w.writerow([r["model"], r["paper IS"], r["paper FID"], *[v for n in names for v in ((r[n]["mean"], r[n]["std"]) if n in r else ("", ""))], r.get("n", ""), r["runs"]])
     return out.getvalue()
 
-# %% ../nbs/12_reporting.ipynb #eebe2bd4
+# %% ../nbs/12_reporting.ipynb #72491e88
 INK = {"robust_classifier": "#0072B2", "jempp": "#D55E00", "robust_jem": "#009E73", "wide_resnet": "#666666", "jem": "#CC79A7"}   # Okabe and Ito: distinct for colour-blind readers
 
 def sheet(
@@ -149,8 +159,8 @@ def sheet(
 def chain_strip(stages: list[str], strip: torch.Tensor, title: str) -> Figure:
     "Ten chains, a row each, from the prior (left) to the sample (right)."
     n, k = strip.shape[:2]
-    fig, axes = plt.subplots(1, n, figsize=(0.56 * n, 4.9))
-    for ax, name, images in zip(axes, stages, strip):
+    fig, axes = plt.subplots(1, n, figsize=(0.56 * max(n, 3), 4.9), squeeze=False)
+    for ax, name, images in zip(axes[0], stages, strip):
         ax.imshow(make_grid(images, 1, 1, pad_value=255).permute(1, 2, 0).numpy(), interpolation="nearest"); ax.axis("off"); ax.set_title(name, fontsize=7)
     fig.suptitle(title, fontsize=9); fig.subplots_adjust(0.01, 0.01, 0.99, 0.9, 0.04)
     return fig
@@ -163,7 +173,7 @@ def curves(groups: dict[str, list[Run]]) -> Figure:
         for system, mine in groups.items():
             for i, run in enumerate(mine):
                 points = [(r["step"], r[k]) for r in run.metrics() for k in keys if k in r]
-                if points: ax.plot(*zip(*points), color=INK[system], lw=0.8, alpha=0.8, label=SYSTEMS[system].title if i == 0 else None)
+                if points: ax.plot(*zip(*points), color=INK.get(system, "#E69F00"), lw=0.8, alpha=0.8, label=SYSTEMS[system].title if i == 0 else None)
         ax.set_title(title, fontsize=9); ax.set_xlabel("update", fontsize=8); ax.tick_params(labelsize=7); ax.grid(alpha=0.3)
         ax.legend(fontsize=6.5)
     return fig
@@ -172,8 +182,9 @@ def robustness(groups: dict[str, list[Run]]) -> Figure:
     "Accuracy against the attack's radius; bars are the standard deviation over seeds."
     fig, ax = plt.subplots(figsize=(4.2, 2.8), layout="constrained")
     for system, mine in groups.items():
-        data = np.array([[(float(e), a) for e, a in sorted(r.scores()["classification"]["robust accuracy"].items(), key=lambda p: float(p[0]))] for r in mine])
-        ax.errorbar(data[0, :, 0], 100 * data[:, :, 1].mean(0), 100 * data[:, :, 1].std(0, ddof=1) if len(mine) > 1 else None, color=INK[system], marker="o", ms=3, capsize=2, label=SYSTEMS[system].title)
+        each = [r.scores()["classification"]["robust accuracy"] for r in mine]
+        eps = sorted(_mean_curve(mine), key=float); data = 100 * np.array([[c[e] for e in eps] for c in each])
+        ax.errorbar([float(e) for e in eps], data.mean(0), data.std(0, ddof=1) if len(mine) > 1 else None, color=INK.get(system, "#E69F00"), marker="o", ms=3, capsize=2, label=SYSTEMS[system].title)
     ax.set_xlabel("ε on the [−1, 1] scale"); ax.set_ylabel("accuracy, %"); ax.set_ylim(0, 102); ax.grid(alpha=0.3); ax.legend(fontsize=7)
     ax.set_title(next(iter(groups.values()))[0].scores()["classification"]["threat_model"].split(", one")[0], fontsize=8)
     return fig

@@ -6,8 +6,8 @@
 __all__ = ['write_bytes', 'write_json', 'read_json', 'write_tensors', 'read_tensors', 'resolve_device', 'provenance',
            'build_model', 'build_prior', 'Run']
 
-# %% ../nbs/08_runs.ipynb #e3fca3eb
-import importlib.metadata, json, os, platform, subprocess, time
+# %% ../nbs/08_runs.ipynb #dfdabc56
+import hashlib, importlib.metadata, json, os, platform, subprocess, time
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,7 +20,7 @@ from torch import Tensor
 from .data import Images, InputError, load_images, to_unit
 from .networks import WideResNet
 from .priors import GaussianMixturePrior, UniformPrior
-from .systems import TrainConfig, configure
+from .systems import TrainConfig
 
 # %% ../nbs/08_runs.ipynb #b16ab637
 def write_bytes(path: Path, content: bytes):
@@ -52,32 +52,35 @@ def read_tensors(path: Path, device="cpu") -> tuple[dict[str, Tensor], dict]:
         with safe_open(path, "pt", device=str(device)) as f: return {k: f.get_tensor(k) for k in f.keys()}, json.loads((f.metadata() or {}).get("meta", "{}"))
     except (OSError, SafetensorError, ValueError) as e: raise InputError(f"{path}: not a readable safetensors file ({e})") from e
 
-# %% ../nbs/08_runs.ipynb #8b6e3773
+# %% ../nbs/08_runs.ipynb #2bfd8022
 @lru_cache
 def _commit() -> str:
     try:
-        git = lambda *a: subprocess.run(["git", *a], cwd=Path(find_spec("robust_jem").origin).parent, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+        here = Path(find_spec("robust_jem").origin).parent
+        if not (here.parent / "nbs").is_dir(): return f"release {importlib.metadata.version('robust_jem')}"      # installed: any repository around it is another's
+        git = lambda *a: subprocess.run(["git", *a], cwd=here, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
         return git("rev-parse", "--short=10", "HEAD") + ("+changes" if git("status", "--porcelain", "--untracked-files=no", "--", "nbs", "robust_jem") else "")
-    except (OSError, subprocess.SubprocessError): return "unknown"     # an installed package has no repository
+    except (OSError, subprocess.SubprocessError, importlib.metadata.PackageNotFoundError): return "unknown"
 
 def resolve_device(device: str) -> torch.device:
     "`auto` is the first GPU where there is one, else the CPU; an absent device is an `InputError`."
     if device == "auto": return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        chosen = torch.device(device); torch.empty(0, device=chosen); return chosen
+        chosen = torch.device(device)
+        if chosen.type not in ("cpu", "cuda"): raise RuntimeError("another kind of device")
+        torch.empty(0, device=chosen); return chosen
     except (RuntimeError, AssertionError) as e: raise InputError(f"device: {device!r} can't be used ({str(e).splitlines()[0]}); accepted: auto, cpu, cuda, cuda:N") from e
 
 def provenance(device: torch.device) -> dict:
     "Versions, device, commit and time, for a summary."
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
-    return dict(commit=_commit(), device=name, torch=torch.__version__, python=platform.python_version(), finished=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-                robust_jem=importlib.metadata.version("robust-jem") if "robust-jem" in {d.name for d in importlib.metadata.distributions()} else "source")
+    return dict(commit=_commit(), device=name, torch=torch.__version__, python=platform.python_version(), finished=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
 
-# %% ../nbs/08_runs.ipynb #7b29746f
+# %% ../nbs/08_runs.ipynb #6a16a698
 def build_model(config: TrainConfig, images: Images) -> WideResNet:
     "The network of a configuration, initialised from its seed; the global random state is left alone."
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
+        torch.random.default_generator.manual_seed(config.seed)        # torch.manual_seed would also seed, and keep, the GPU's
         return WideResNet(config.depth, config.width, images.num_classes, images.shape[0], config.norm)
 
 def build_prior(config: TrainConfig, images: Images, device="cpu") -> GaussianMixturePrior | UniformPrior:
@@ -85,7 +88,7 @@ def build_prior(config: TrainConfig, images: Images, device="cpu") -> GaussianMi
     if config.prior == "uniform": return UniformPrior(images.shape, images.num_classes, device)
     return GaussianMixturePrior.fit(to_unit(images.train_x.to(device)), images.train_y.to(device), images.num_classes)
 
-# %% ../nbs/08_runs.ipynb #c21b67f3
+# %% ../nbs/08_runs.ipynb #64567b1c
 class Run:
     "A run folder. `Run(path)` opens one; `Run.create(config)` makes it, or reopens it when it holds the same configuration."
 
@@ -114,6 +117,10 @@ class Run:
     # training
     @property
     def trained(self) -> bool: return (self.path / "model.safetensors").is_file()
+    @property
+    def weights(self) -> str:
+        "Hash of the final weights: samples and scores carry it, so that they can't be taken for another training's."
+        return hashlib.sha256((self.path / "model.safetensors").read_bytes()).hexdigest()[:16]
     @property
     def summary(self) -> dict: return read_json(self.path / "summary.json")
     def metrics(self) -> list[dict]:

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['sgld', 'proximal_sgld', 'ReplayBuffer']
 
-# %% ../nbs/05_samplers.ipynb #c044a5e0
+# %% ../nbs/05_samplers.ipynb #d6ea8b1a
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from .data import InputError
-from .energy import energy, input_gradient, joint_energy, marginal_energy, untouched
+from .energy import input_gradient, joint_energy, marginal_energy, untouched
 
 # %% ../nbs/05_samplers.ipynb #f539326e
 def _log_density(y: Tensor | None) -> Callable[[Tensor], Tensor]:

@@ -6,16 +6,15 @@
 __all__ = ['Statistics', 'SYSTEMS', 'TABLE1', 'PRESETS', 'option', 'Config', 'TrainConfig', 'GenerateConfig', 'EvaluateConfig',
            'System', 'Row', 'configure', 'sample_plan']
 
-# %% ../nbs/07_systems.ipynb #c02e788e
-import dataclasses, difflib, types, typing
+# %% ../nbs/07_systems.ipynb #19281e5f
+import dataclasses, difflib, math, types, typing
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from .data import InputError
-from .networks import NORMS
 from .objectives import Terms
 
-# %% ../nbs/07_systems.ipynb #52e9cdca
+# %% ../nbs/07_systems.ipynb #eb77941e
 def option(default, low: float | None = None, high: float | None = None):
     "A dataclass field with a range, both ends included."
     kw = {"default_factory": lambda: default} if isinstance(default, (list, dict)) else {"default": default}
@@ -43,7 +42,7 @@ class Config:
             if accepted := _type_error(value, kind): raise InputError(f"{f.name}: {value!r} is not accepted; accepted: {accepted}")
             low, high = f.metadata.get("low"), f.metadata.get("high")
             for v in value if isinstance(value, tuple) else (value,):
-                if isinstance(v, float) and v != v: raise InputError(f"{f.name}: nan is not a number")
+                if isinstance(v, float) and not math.isfinite(v): raise InputError(f"{f.name}: {v} is not accepted; accepted: a finite number")
                 if v is not None and (low is not None and v < low or high is not None and v > high):
                     raise InputError(f"{f.name}: {v} is outside {'-∞' if low is None else low}..{'∞' if high is None else high}")
 
@@ -59,7 +58,7 @@ class Config:
 
     def to_dict(self) -> dict[str, Any]: return dataclasses.asdict(self)
 
-# %% ../nbs/07_systems.ipynb #84bafb07
+# %% ../nbs/07_systems.ipynb #861588aa
 Statistics = Literal["batch", "running"]
 
 @dataclass(frozen=True)
@@ -77,8 +76,8 @@ class TrainConfig(Config):
     width: int = option(10, 1)               # of the Wide-ResNet (JEM++)
     norm: Literal["batch", "group", "none"] = "batch"                   # normalisation (JEM++: batch; JEM: none)
     clean_weight: float = option(0.0, 0)     # of the cross-entropy on clean images
-    adversarial_weight: float = option(0.0, 0)   # of the cross-entropy on adversarial images
-    likelihood_weight: float = option(0.0, 0)    # of the likelihood term
+    adversarial_weight: float = option(1.0, 0)   # of the cross-entropy on adversarial images
+    likelihood_weight: float = option(1.0, 0)    # of the likelihood term
     conditional: bool = False                # likelihood of x given y instead of x
     energy_penalty: float = option(0.0, 0)   # of the mean squared energies
     eps: float = option(0.1, 0)              # attack radius on the [-1,1] scale (paper)
@@ -120,6 +119,10 @@ class TrainConfig(Config):
         super().__post_init__()
         for name, table in (("system", SYSTEMS), ("preset", PRESETS)):
             if getattr(self, name) not in table: raise InputError(f"{name}: {getattr(self, name)!r} is unknown; accepted: {', '.join(table)}")
+        if not (self.clean_weight or self.adversarial_weight or self.likelihood_weight):
+            raise InputError("clean_weight, adversarial_weight, likelihood_weight: all 0, so there is nothing to train; set one above 0")
+        if self.likelihood_weight and self.buffer_size < self.batch_size:
+            raise InputError(f"buffer_size: {self.buffer_size} is below batch_size {self.batch_size}; each update draws a batch of different chains")
 
     @property
     def terms(self) -> Terms: return Terms(self.clean_weight, self.adversarial_weight, self.likelihood_weight, self.energy_penalty)
@@ -168,7 +171,7 @@ class EvaluateConfig(Config):
     seed: int = option(0, 0, 2**63 - 1)      # of random starts and subsets
     device: str = "auto"                     # auto, cpu, cuda, cuda:1, …
 
-# %% ../nbs/07_systems.ipynb #9b892d6d
+# %% ../nbs/07_systems.ipynb #22790605
 @dataclass(frozen=True)
 class System:
     "A trained row of the tables: what it changes in `TrainConfig`, and how it is sampled."
@@ -178,13 +181,13 @@ class System:
     methods: tuple[str, ...] = ()
 
 SYSTEMS: dict[str, System] = {
-    "wide_resnet": System("Wide-ResNet", "Zagoruyko and Komodakis 2016", dict(clean_weight=1.0)),
-    "robust_classifier": System("Single Robust Classifier", "Santurkar et al. 2019", dict(adversarial_weight=1.0), ("attack",)),
+    "wide_resnet": System("Wide-ResNet", "Zagoruyko and Komodakis 2016", dict(clean_weight=1.0, adversarial_weight=0.0, likelihood_weight=0.0)),
+    "robust_classifier": System("Single Robust Classifier", "Santurkar et al. 2019", dict(likelihood_weight=0.0), ("attack",)),
     "jem": System("JEM", "Grathwohl et al. 2020, Algorithm 1",
-        dict(clean_weight=1.0, likelihood_weight=1.0, sampler="sgld", prior="uniform", norm="none", outer_steps=20, sampler_step_size=2.0,
+        dict(clean_weight=1.0, adversarial_weight=0.0, sampler="sgld", prior="uniform", norm="none", outer_steps=20, sampler_step_size=2.0,
              noise_std=0.01, sampler_bounds=False, optimizer="adam", lr=1e-4, weight_decay=0.0, milestones=(160, 180), decay=0.3, epochs=200), ("energy",)),
-    "jempp": System("JEM++", "Yang and Ji 2021", dict(clean_weight=1.0, likelihood_weight=1.0), ("energy",)),
-    "robust_jem": System("Robust JEM", "Korst and Asadulaev", dict(adversarial_weight=1.0, likelihood_weight=1.0), ("energy", "combined")),
+    "jempp": System("JEM++", "Yang and Ji 2021", dict(clean_weight=1.0, adversarial_weight=0.0), ("energy",)),
+    "robust_jem": System("Robust JEM", "Korst and Asadulaev", dict(), ("energy", "combined")),
 }
 
 # %% ../nbs/07_systems.ipynb #824f02e0

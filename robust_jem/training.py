@@ -5,22 +5,21 @@
 # %% auto #0
 __all__ = ['lr_factor', 'run_chains', 'Diverged', 'TrainState', 'train_step', 'train']
 
-# %% ../nbs/08_training.ipynb #5f480968
-import json, math, sys, time
+# %% ../nbs/08_training.ipynb #ba9515d3
+import json, math, time, warnings
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from tqdm import tqdm
 
 from .attacks import pgd
-from .data import Batches, add_noise, augment, load_images, to_unit
+from .data import Batches, add_noise, augment, load_images, progress_bar, to_unit
 from .energy import untouched
 from .objectives import hybrid_loss
 from .runs import Run, build_model, build_prior, provenance, read_tensors, resolve_device, write_bytes, write_json, write_tensors
 from .samplers import ReplayBuffer, proximal_sgld, sgld
-from .systems import TrainConfig, configure
+from .systems import TrainConfig
 
 # %% ../nbs/08_training.ipynb #349f9488
 def lr_factor(
@@ -52,7 +51,7 @@ def run_chains(
     statistics = changes.pop("statistics", config.sampler_statistics)
     with untouched(model, statistics): return (proximal_sgld if config.sampler == "proximal" else sgld)(model, x, **args | changes)
 
-# %% ../nbs/08_training.ipynb #e2725ce5
+# %% ../nbs/08_training.ipynb #bc732eb9
 class Diverged(RuntimeError):
     "The loss is no longer finite, or the energies of real and sampled images have run apart."
 
@@ -81,7 +80,11 @@ class TrainState:
         self.model.load_state_dict(part("model."))
         if self.average: self.average.load_state_dict(part("average."))
         if self.buffer: self.buffer.x, self.buffer.y = tensors["buffer.x"], tensors["buffer.y"]
-        for k, g in self.generators.items(): g.set_state(tensors[f"generator.{k}"].cpu())
+        for k, g in self.generators.items():
+            try: g.set_state(tensors[f"generator.{k}"].cpu())
+            except RuntimeError:      # a CPU's state doesn't fit a GPU's generator, nor the other way round
+                warnings.warn(f"{path} was written on another kind of device: the run goes on with fresh noise, so not bit for bit")
+                g.manual_seed(self.config.seed + meta["step"])
         state = {}
         for k, v in part("optimizer.").items():
             i, name = k.split(".", 1); state.setdefault(int(i), {})[name] = v
@@ -123,7 +126,7 @@ def train_step(
     state.step += 1
     return parts
 
-# %% ../nbs/08_training.ipynb #11d8bda6
+# %% ../nbs/08_training.ipynb #4a4f90ef
 def _flush(run: Run, state: TrainState, pending: list[dict], row: dict, board) -> dict:
     "Average the pending updates' parts, append a line to metrics.jsonl, and check that the loss is finite."
     names, stacked = list(pending[0]), torch.stack([torch.stack([p[k].float() for k in pending[0]]) for p in pending]).mean(0).tolist()
@@ -156,9 +159,8 @@ def train(
     if checkpoint.exists(): state.load(checkpoint)
     kept = [json.dumps(r) for r in run.metrics() if r["step"] <= state.step]       # lines after the checkpoint will be written again
     write_bytes(run.path / "metrics.jsonl", "".join(line + "\n" for line in kept).encode())
-    bar = tqdm(total=config.epochs * per_epoch, initial=state.step, desc=f"{config.system} on {config.dataset}", unit="step",
-               disable=not progress, mininterval=0.2 if sys.stderr.isatty() else 10)
-    with SummaryWriter(str(run.path / "tensorboard"), purge_step=state.step) as board, bar:
+    bar = progress_bar(total=config.epochs * per_epoch, initial=state.step, desc=f"{config.system} on {config.dataset}", unit="step", disable=not progress)
+    with SummaryWriter(str(run.path / "tensorboard"), purge_step=state.step + 1) as board, bar:
         began, pending = time.perf_counter() - state.seconds, []
         for epoch in range(state.step // per_epoch, config.epochs):
             for x, y in batches:
