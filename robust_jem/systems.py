@@ -209,7 +209,7 @@ TABLE1 = (
     Row("Robust JEM", 9.28, 47.92, "robust_jem", "combined"),
 )
 
-# %% ../nbs/07_systems.ipynb #d4551ce6
+# %% ../nbs/07_systems.ipynb #81447059
 _DIGITS = dict(depth=10, width=1, eps=0.2, attack_steps=7, sampler_step_size=0.04, track_sampled=False, buffer_size=1000, pad=0, flip=False,
                schedule="cosine", warmup_steps=50, epochs=16, threads=1)
 PRESETS: dict[str, dict[str, dict[str, dict[str, Any]]]] = {
@@ -218,7 +218,7 @@ PRESETS: dict[str, dict[str, dict[str, dict[str, Any]]]] = {
         "digits": {
             "train": {"*": _DIGITS, "wide_resnet": dict(width=2, input_noise=0.1, epochs=15), "jem": dict(sampler_step_size=0.2, lr=1e-3)},
             "generate": {"*": dict(num_samples=360, batch_size=120, eps=0.2, contrast=0.9)},
-            "evaluate": {"*": dict(attack_eps=(0.1, 0.15, 0.2, 0.3, 0.4), splits=1)},
+            "evaluate": {"*": dict(attack_eps=(0.1, 0.2, 0.3, 0.4), splits=1)},
         },
         "*": {
             "train": {"*": dict(depth=10, width=2, attack_steps=7, outer_steps=5, batch_size=128, epochs=2, schedule="cosine", warmup_steps=100, track_sampled=False, buffer_size=2000)},
