@@ -40,7 +40,7 @@ class L2:
 
 BALLS = {"linf": Linf, "l2": L2}
 
-# %% ../nbs/04_attacks.ipynb #2efa3106
+# %% ../nbs/04_attacks.ipynb #f7da11a8
 def pgd(
     model: nn.Module, # any module [B,C,H,W] -> [B,K]; left as it was found
     x: Tensor, # start images [B,C,H,W]; moved into `bounds`
@@ -60,9 +60,9 @@ def pgd(
     or x and y of different lengths.
     """
     if norm not in BALLS: raise InputError(f"norm: {norm!r} is unknown; accepted: {', '.join(BALLS)}")
-    if eps < 0: raise InputError(f"eps: {eps} is below 0")
+    if not eps >= 0: raise InputError(f"eps: {eps} is below 0, or no number")
     if steps < 0: raise InputError(f"steps: {steps} is below 0")
-    if step_size is not None and step_size <= 0: raise InputError(f"step_size: {step_size} must be above 0")
+    if step_size is not None and not step_size > 0: raise InputError(f"step_size: {step_size} must be above 0")
     if len(x) != len(y): raise InputError(f"labels: {len(y)} for {len(x)} images")
     ball, step = BALLS[norm], 2.5 * eps / max(steps, 1) if step_size is None else step_size
     clip = (lambda t: t) if bounds is None else (lambda t: t.clamp(*bounds))

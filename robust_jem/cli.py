@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['EXAMPLES', 'ReplicateConfig', 'Stage', 'plan', 'notebook_path', 'replicate', 'parse', 'main']
 
-# %% ../nbs/13_cli.ipynb #b42993a5
-import contextlib, io, json, os, re, signal, subprocess, sys, threading, time
+# %% ../nbs/13_cli.ipynb #4ffde168
+import contextlib, io, json, os, re, signal, subprocess, sys, threading, time, typing
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +14,12 @@ from pathlib import Path
 import tyro
 from tqdm import tqdm
 
-from .data import InputError
+from .data import InputError, data_root, load_images
+from .metrics import feature_extractor
 from .runs import Run, read_json, resolve_device
-from .systems import Config, EvaluateConfig, GenerateConfig, TrainConfig, configure, option, sample_plan
+from .systems import Config, EvaluateConfig, GenerateConfig, TrainConfig, accepted, configure, option, sample_plan
 
-# %% ../nbs/13_cli.ipynb #c2cecd9c
+# %% ../nbs/13_cli.ipynb #a5f4091d
 @dataclass(frozen=True)
 class ReplicateConfig(Config):
     "What to replicate, from training to Table 1 and Figures 1–3."
@@ -55,8 +56,9 @@ class Stage:
             there, free = read_json(file), {"run", "out", "root", "device", "threads"}
             there = there.get("config", there)
             return all(json.dumps(there.get(k)) == json.dumps(v) for k, v in config.to_dict().items() if k not in free)
+        if self.notebook == "train" and not (self.output.parent.parent / "model.safetensors").exists(): return False
         if not self.output.exists() or not all(same(f, c) for f, c in self.expected): return False
-        asked = read_json(self.output)["metadata"].get("papermill", {}).get("parameters", {})
+        asked = read_json(self.output).get("metadata", {}).get("papermill", {}).get("parameters", {})
         return all(asked.get(k) == v for k, v in self.parameters.items() if k not in ("root", "device"))
 
     def progress(self) -> float:
@@ -100,7 +102,7 @@ def notebook_path(name: str) -> Path:
     if not found: raise InputError(f"notebook {name}.ipynb: not found beside {here}; install the package again")
     return found[0]
 
-# %% ../nbs/13_cli.ipynb #0c76cb0c
+# %% ../nbs/13_cli.ipynb #16935aef
 def _reason(stderr: str) -> str:
     "The exception's own line out of papermill's traceback."
     lines = [l for l in re.sub(r"\x1b\[[0-9;]*m", "", stderr).splitlines() if l.strip()]
@@ -123,6 +125,14 @@ def _run_stage(stage: Stage, env: dict, running: list):
         raise RuntimeError(f"{where} failed: {reason}; the notebook is {part}")
     part.replace(stage.output)
 
+def _check(config: ReplicateConfig, folders: list[Path]):
+    "What can be known to fail, before any work: folders that can't be written, missing data, a missing extractor."
+    for folder in folders:
+        above = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
+        if not above.is_dir() or not os.access(above, os.W_OK): raise InputError(f"{folder}: can't be written, {above} is no writable folder; choose another")
+    load_images(config.dataset, config.root or None)
+    if config.extractor: feature_extractor(config.extractor, data_root(config.root) / ".cache")
+
 def replicate(config: ReplicateConfig) -> Path:
     "Run every stage that isn't finished, and the report when anything changed; the folder of the results."
     began = time.perf_counter()
@@ -133,6 +143,7 @@ def replicate(config: ReplicateConfig) -> Path:
     made = all((figures / f).exists() for f in ("table1.md", "table1.csv", "table1.json"))
     if not changed and made and report.finished():
         print(f"nothing to do: {figures / 'table1.md'} is up to date"); return figures
+    if changed: _check(config, [Path(report.parameters["runs"]), figures])
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     jobs = config.jobs or (1 if resolve_device(config.device).type == "cuda" else min(cores, 8))       # each takes up to 1 GB
     env = os.environ | {"OMP_NUM_THREADS": str(max(1, cores // jobs)), "MPLBACKEND": "module://matplotlib_inline.backend_inline"}
@@ -168,7 +179,7 @@ def replicate(config: ReplicateConfig) -> Path:
     print(f"\n{figures}/: table1.md, .csv, .json, figure1–3.png, curves.png, robustness.png, chain.png   ({time.perf_counter() - began:.0f} s)")
     return figures
 
-# %% ../nbs/13_cli.ipynb #34ca7159
+# %% ../nbs/13_cli.ipynb #78282e1c
 EXAMPLES = {
     "train": ("Train one system, or continue an interrupted run.", "robust-jem train --system robust_jem --dataset digits --preset cpu\nrobust-jem train --system jempp --dataset cifar10 --preset paper --device cuda --out runs/jempp"),
     "generate": ("Draw samples from a trained run.", "robust-jem generate --run runs/digits-cpu/robust_jem-s0 --method combined\nrobust-jem generate --run runs/digits-cpu/jempp-s0 --method energy --no-conditional --num-samples 1000 --name thousand"),
@@ -207,8 +218,11 @@ def parse(command: str, argv: list[str]) -> Config:
             return tyro.cli(type(default), args=argv, default=default, prog=f"robust-jem {command}", description=f"{summary}\n\nExamples:\n" + "\n".join(f"  {e}" for e in examples.splitlines()))
     except SystemExit as e:
         if not e.code: raise
-        text = re.sub(r"[│╭╮╰╯─]+", " ", box.getvalue().split("Argument helptext")[0].split("For full helptext")[0])
-        raise InputError(re.sub(r"\s+", " ", re.sub(r"^\s*(Value error|Unrecognized options|Invalid choice|Parsing error|Missing argument)\s*\n", "", text)).strip() + f" (see robust-jem {command} --help)") from None
+        text = re.sub(r"[│╭╮╰╯─]+|(?<!\S)\|(?!\S)|[-+]{4,}", " ", box.getvalue().split("Argument helptext")[0].split("For full helptext")[0])
+        said = re.sub(r"\s+", " ", re.sub(r"^\s*(Value error|Unrecognized options|Invalid choice|Parsing error|Missing argument)\s*\n", "", text)).strip()
+        kinds, named = typing.get_type_hints(type(default)), re.match(r"Error parsing --([\w-]+)", said)
+        if named and (kind := kinds.get(named[1].replace("-", "_"))): said += f"; accepted: {accepted(kind)}"
+        raise InputError(f"{said} (see robust-jem {command} --help)") from None
 
 def _usage() -> str:
     return "usage: robust-jem {" + ",".join(EXAMPLES) + "} [--help] [options]\n\n" + "\n".join(f"  {c:10} {s}" for c, (s, _) in EXAMPLES.items()) + "\n\nExamples:\n" + "\n".join(f"  {e.splitlines()[0]}" for _, e in EXAMPLES.values())
@@ -239,6 +253,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     except InputError as e: print(f"robust-jem: {' '.join(str(e).split())}", file=sys.stderr); return 2
     except KeyboardInterrupt: print("robust-jem: interrupted; the same command continues from the last checkpoint", file=sys.stderr); return 130
+    except OSError as e: print(f"robust-jem: {e.filename or 'output'}: {e.strerror or e}", file=sys.stderr); return 2
     except RuntimeError as e:
         if type(e).__name__ != "Diverged" and command != "replicate": raise
         print(f"robust-jem: {e}", file=sys.stderr); return 1

@@ -81,7 +81,7 @@ class Images:
     def tensors(self) -> dict[str, Tensor]: return {k: getattr(self, k) for k in ("train_x", "train_y", "test_x", "test_y")}
     def __repr__(self): return f"Images({self.name!r}, {len(self.train_x)} train + {len(self.test_x)} test, {'x'.join(map(str, self.shape))}, {self.num_classes} classes, {self.fingerprint})"
 
-# %% ../nbs/00_data.ipynb #f5e4ec48
+# %% ../nbs/00_data.ipynb #0a46ef7e
 def _digits(name, root, download) -> Images:
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
@@ -99,7 +99,7 @@ def _torchvision(name, root, download) -> Images:
     for split, value in zip(("train", "test"), values):
         try: ds = cls(str(root / name), **{key: value}, download=download)
         except (URLError, OSError, RuntimeError) as e:
-            raise InputError(f"dataset '{name}': not found under {root / name} and not downloaded ({str(e).splitlines()[0]}); put "
+            raise InputError(f"dataset '{name}': not found under {root / name} and not downloaded ({(str(e) or type(e).__name__).splitlines()[0]}); put "
                              f"torchvision's archive there, or an image tree at {root / name}/{{train,test}}/<class>/*") from e
         x = torch.as_tensor(ds.data)
         splits[f"{split}_x"] = x.permute(0, 3, 1, 2).contiguous() if x.shape[-1] == 3 else x
@@ -144,7 +144,7 @@ def _folder(name, root, download) -> Images:
         splits |= {f"{split}_x": torch.stack(x), f"{split}_y": torch.tensor([y for _, y in files])}
     return Images(name, classes=tuple(classes), **splits)
 
-# %% ../nbs/00_data.ipynb #29bf10d7
+# %% ../nbs/00_data.ipynb #d9fc414e
 def _cached(name: str, root: Path, load, source: Path) -> Images:
     "`load()`'s images through a cache that belongs to exactly the files that lie under `source` now."
     def file(): return root / ".cache" / f"{name}-{hashlib.sha256(repr(_listing(source)).encode()).hexdigest()[:16]}.safetensors"
@@ -166,7 +166,7 @@ def _cached(name: str, root: Path, load, source: Path) -> Images:
         for old in target.parent.glob(f"{name}-{'[0-9a-f]' * 16}.safetensors"):
             if old != target: old.unlink()                                    # of an earlier state of the same tree
     except (OSError, SafetensorError) as e:
-        part.unlink(missing_ok=True)
+        if part.exists(): part.unlink()
         warnings.warn(f"no cache written for '{name}' ({e}); it will be decoded again next time")
     return images
 

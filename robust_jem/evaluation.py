@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['accuracy', 'robust_accuracy', 'eps_at_accuracy', 'evaluate_run']
 
-# %% ../nbs/11_evaluation.ipynb #d4f70bdd
+# %% ../nbs/11_evaluation.ipynb #2aa47196
 import time
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .attacks import pgd
 from .data import InputError, data_root, progress_bar, to_uint8, to_unit
-from .metrics import feature_extractor, quality, reference_statistics
+from .metrics import extract, feature_extractor, quality, reference_statistics
 from .runs import Run, provenance, resolve_device
 from .systems import EvaluateConfig
 
@@ -65,7 +65,7 @@ def eps_at_accuracy(
         if a0 >= accuracy >= a1 and a0 > a1: return e0 + (a0 - accuracy) / (a0 - a1) * (e1 - e0)
     return None
 
-# %% ../nbs/11_evaluation.ipynb #123f29ca
+# %% ../nbs/11_evaluation.ipynb #0c2adee0
 def evaluate_run(
     config: EvaluateConfig, # what to measure, of which run
     progress: bool = True, # show bars with the time left
@@ -75,6 +75,9 @@ def evaluate_run(
     if run.config.threads: torch.set_num_threads(run.config.threads)
     images, model, kept = run.images(), run.model(device), run.scores()
     cache = data_root(run.config.root) / ".cache"
+    extractor = feature_extractor(config.extractor, cache).to(device)
+    try: extract(extractor, images.test_x[:2], device=device)                       # what can't work fails before anything is measured
+    except RuntimeError as e: raise InputError(f"extractor: {config.extractor} doesn't take {'x'.join(map(str, images.shape))} images ({str(e).splitlines()[-1][:80]})") from e
     def part(name: str, settings: dict, measure) -> dict:
         if name not in kept or any(kept[name].get(k) != v for k, v in settings.items()):
             began = time.perf_counter()
@@ -91,7 +94,6 @@ def evaluate_run(
     n = min(config.num_robust, len(images.test_x))
     part("classification", {"n attacked": n} | dict(weights=run.weights, fingerprint=images.fingerprint, threat_model=f"PGD-{config.attack_steps}, {config.attack_norm}, untargeted, one random start, [-1,1] scale", eps=list(config.attack_eps), seed=config.seed), classification)
 
-    extractor = feature_extractor(config.extractor, cache).to(device)
     settings = dict(extractor=config.extractor, extractor_key=extractor.key, reference=f"{len(images.train_x)} training images of {images.name}", fingerprint=images.fingerprint, splits=config.splits)
     reference = reference_statistics(extractor, images, cache, config.batch_size, device, progress)
     judged = lambda name, x: quality(extractor, x, reference, config.splits, config.batch_size, device, name if progress else "")

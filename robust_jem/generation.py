@@ -63,7 +63,7 @@ def generate(
                        bounds=None if method == "combined" else bounds, statistics=sampler_statistics, on_step=lambda i, x: stage(f"step {i + 1}", x))
     return x
 
-# %% ../nbs/09_generation.ipynb #286e17a6
+# %% ../nbs/09_generation.ipynb #e9f77991
 def generate_samples(
     config: GenerateConfig, # what to draw, from which run
     progress: bool = True, # show a bar with the time left
@@ -73,7 +73,7 @@ def generate_samples(
     folder, asked = run.path / "samples" / config.label, config.to_dict()
     if (folder / "summary.json").exists():
         summary = read_json(folder / "summary.json")
-        there, free, current = summary["config"], {"run", "device"}, summary.get("weights") == run.weights
+        there, free, current = summary.get("config", {}), {"run", "device"}, summary.get("weights") == run.weights
         if other := [k for k in asked if json.dumps(asked[k]) != json.dumps(there.get(k)) and k not in free]:
             raise InputError(f"name: {folder} holds samples with other settings ({', '.join(f'{k}: {there.get(k)} there, {asked[k]} given' for k in other[:3])}); give another name or remove it")
         if current: return folder                                                # else they are of an earlier training: draw anew

@@ -56,7 +56,7 @@ def inception_score(
     out = isc_features_to_metric(probs.double().cpu().clamp_min(1e-300).log(), splits)
     return out[KEY_METRIC_ISC_MEAN], out[KEY_METRIC_ISC_STD]
 
-# %% ../nbs/10_metrics.ipynb #07e6eccc
+# %% ../nbs/10_metrics.ipynb #77129b5e
 class Extractor(nn.Module):
     "Images 0..255 `[B,C,H,W]` to features `[B,D]`; `probabilities` to `[B,K]` or None. `suffix` and `official` make the scores' names."
     suffix, official, key = "", False, ""
@@ -98,6 +98,7 @@ class InceptionExtractor(Extractor):
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self.net = InceptionV3W(str(folder), download=True)
+        except RuntimeError as e: raise InputError(f"extractor: {folder / 'inception-2015-12-05.pt'} is damaged ({str(e).splitlines()[0][:80]}); remove it, and it is downloaded again") from e
         except (URLError, OSError) as e: raise InputError(f"extractor: inception needs inception-2015-12-05.pt, which can't be downloaded ({e}); put it into {folder}, or name another extractor (path/to/script.pt or classifier:RUN)") from e
         self.resize = build_resizer("clean")
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3

@@ -22,7 +22,7 @@ from .networks import WideResNet
 from .priors import GaussianMixturePrior, UniformPrior
 from .systems import TrainConfig
 
-# %% ../nbs/08_runs.ipynb #b16ab637
+# %% ../nbs/08_runs.ipynb #663f861b
 def write_bytes(path: Path, content: bytes):
     "Write a file atomically. An unwritable place is an `InputError` that names it."
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
@@ -37,10 +37,13 @@ def write_bytes(path: Path, content: bytes):
 
 def write_json(path: Path, value): write_bytes(path, (json.dumps(value, indent=1) + "\n").encode())
 
-def read_json(path: Path):
-    try: return json.loads(path.read_text())
+def read_json(path: Path) -> dict:
+    "The object in a JSON file; `InputError` where it is missing, damaged or something else."
+    try: value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as e: raise InputError(f"{path}: can't be read ({e.strerror or e})") from e
     except ValueError as e: raise InputError(f"{path}: not valid JSON ({e})") from e
+    if not isinstance(value, dict): raise InputError(f"{path}: holds a {type(value).__name__} where a JSON object is expected")
+    return value
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], meta: dict | None = None):
     "Write named tensors and a JSON-able description as one safetensors file, atomically."
@@ -88,7 +91,7 @@ def build_prior(config: TrainConfig, images: Images, device="cpu") -> GaussianMi
     if config.prior == "uniform": return UniformPrior(images.shape, images.num_classes, device)
     return GaussianMixturePrior.fit(to_unit(images.train_x.to(device)), images.train_y.to(device), images.num_classes)
 
-# %% ../nbs/08_runs.ipynb #64567b1c
+# %% ../nbs/08_runs.ipynb #4fbb3da3
 class Run:
     "A run folder. `Run(path)` opens one; `Run.create(config)` makes it, or reopens it when it holds the same configuration."
 
@@ -127,7 +130,7 @@ class Run:
         "The lines of metrics.jsonl; an unfinished last line is left out."
         file = self.path / "metrics.jsonl"
         rows = []
-        for line in file.read_text().splitlines() if file.exists() else []:
+        for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else []:
             try: rows.append(json.loads(line))
             except ValueError: break
         return rows

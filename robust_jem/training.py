@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['lr_factor', 'run_chains', 'Diverged', 'TrainState', 'train_step', 'train']
 
-# %% ../nbs/08_training.ipynb #ba9515d3
+# %% ../nbs/08_training.ipynb #c5214b59
 import json, math, time, warnings
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from .attacks import pgd
-from .data import Batches, add_noise, augment, load_images, progress_bar, to_unit
+from .data import Batches, InputError, add_noise, augment, load_images, progress_bar, to_unit
 from .energy import untouched
 from .objectives import hybrid_loss
 from .runs import Run, build_model, build_prior, provenance, read_tensors, resolve_device, write_bytes, write_json, write_tensors
@@ -126,12 +126,14 @@ def train_step(
     state.step += 1
     return parts
 
-# %% ../nbs/08_training.ipynb #4a4f90ef
+# %% ../nbs/08_training.ipynb #3722a4f6
 def _flush(run: Run, state: TrainState, pending: list[dict], row: dict, board) -> dict:
     "Average the pending updates' parts, append a line to metrics.jsonl, and check that the loss is finite."
     names, stacked = list(pending[0]), torch.stack([torch.stack([p[k].float() for k in pending[0]]) for p in pending]).mean(0).tolist()
     row = {"step": state.step, **row} | dict(zip(names, stacked))
-    with open(run.path / "metrics.jsonl", "a") as f: f.write(json.dumps(row) + "\n")
+    try:
+        with open(run.path / "metrics.jsonl", "a", encoding="utf-8") as f: f.write(json.dumps(row) + "\n")
+    except OSError as e: raise InputError(f"{run.path / 'metrics.jsonl'}: can't be written ({e.strerror}); make room, then continue with the same command") from e
     for k, v in row.items(): board.add_scalar(k, v, state.step)
     advice = "the last checkpoint is the end of the epoch before. Lower sampler_step_size or lr, or raise energy_penalty"
     if not math.isfinite(row["loss"]): raise Diverged(f"{run.path}: the loss is {row['loss']} at update {state.step}; {advice}")

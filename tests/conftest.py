@@ -1,0 +1,108 @@
+"""Fixtures: a tiny trained run, image trees, folder snapshots, and the command line in this process."""
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from robust_jem.cli import main
+from robust_jem.generation import generate_samples
+from robust_jem.runs import Run
+from robust_jem.systems import GenerateConfig, TrainConfig, configure
+from robust_jem.training import train
+
+REPO = Path(__file__).resolve().parent.parent
+# Two epochs of a few updates each: enough to have a trained run, small enough for every test session.
+TINY = dict(epochs=2, batch_size=128, attack_steps=2, outer_steps=2, buffer_size=200, warmup_steps=0, threads=1, device="cpu")
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    "Same bits on every machine, and no fight over cores."
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    "An empty working directory: relative defaults such as runs/ and data/ land here."
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("ROBUST_JEM_DATA", raising=False)
+    return tmp_path
+
+
+@pytest.fixture(scope="session")
+def _session_runs(tmp_path_factory):
+    root = tmp_path_factory.mktemp("runs")
+    robust_jem = Run(train(configure(TrainConfig, "robust_jem", **TINY, out=str(root / "robust_jem")), progress=False))
+    generate_samples(configure(GenerateConfig, "robust_jem", run=str(robust_jem.path), num_samples=40, batch_size=40, outer_steps=2, device="cpu"), progress=False)
+    Run(train(configure(TrainConfig, "wide_resnet", **TINY, seed=1000, out=str(root / "judge")), progress=False))
+    return root
+
+
+@pytest.fixture
+def runs(_session_runs, here):
+    "A folder with two trained runs in the working directory: `robust_jem`, with a sample set, and `judge`. Free to damage."
+    return Path(shutil.copytree(_session_runs, here / "runs"))
+
+
+@pytest.fixture
+def cli(capsys):
+    "Run a command in this process: exit code, stdout and stderr."
+    def call(*argv):
+        try: code = main([str(a) for a in argv])
+        except SystemExit as e: code = e.code or 0
+        printed = capsys.readouterr()
+        return SimpleNamespace(code=code, out=printed.out, err=printed.err)
+    return call
+
+
+@pytest.fixture
+def command():
+    "The environment and the start of a command line that runs the package in another process."
+    env = {k: v for k, v in os.environ.items() if k not in ("IN_TEST", "MPLBACKEND", "ROBUST_JEM_DATA")}
+    path = os.pathsep.join(filter(None, [str(REPO), env.get("PYTHONPATH")]))
+    return SimpleNamespace(argv=[sys.executable, "-m", "robust_jem.cli"],
+                           env=env | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path})
+
+
+@pytest.fixture
+def run_command(command, here):
+    "Run the command line in another process, in the working directory."
+    return lambda *argv: subprocess.run([*command.argv, *map(str, argv)], cwd=here, env=command.env, capture_output=True, text=True, timeout=300)
+
+
+def snapshot(folder):
+    "Every file below a folder, with its hash: what 'unchanged' means."
+    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(Path(folder).rglob("*")) if p.is_file()}
+
+
+@pytest.fixture
+def image_tree(here):
+    "Write an image tree `data/<name>/{train,test}/<class>/*.png` of random RGB images; its folder."
+    def write(name="pets", classes=("cat", "dog"), train=3, test=1, size=8):
+        rng = np.random.default_rng(0)
+        for split, n in (("train", train), ("test", test)):
+            for c in classes:
+                folder = here / "data" / name / split / c
+                folder.mkdir(parents=True)
+                for i in range(n): Image.fromarray(rng.integers(0, 256, (size, size, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+        return here / "data" / name
+    return write
+
+
+@pytest.fixture(scope="session")
+def shared_data():
+    "CIFAR sheets and the script that unpacks them, where they lie beside the repository."
+    folder = REPO.parent / "shared" / "data"
+    if not (folder / "unpack.py").is_file(): pytest.skip("no ../shared/data")
+    return folder

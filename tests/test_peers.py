@@ -1,0 +1,207 @@
+"""Agreement with independent implementations, and with plain loops over random arguments."""
+import copy
+import warnings
+
+import foolbox
+import numpy as np
+import pytest
+import torch
+import torchvision
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from robust_jem import energy, metrics
+from robust_jem.attacks import pgd
+from robust_jem.data import load_images, to_unit
+from robust_jem.generation import METHODS, generate
+from robust_jem.priors import UniformPrior
+from robust_jem.samplers import proximal_sgld, sgld
+from robust_jem.systems import TrainConfig
+
+modest = settings(max_examples=30, deadline=None, derandomize=True)
+
+
+# PGD, step for step
+
+@pytest.fixture(scope="module")
+def smooth_classifier():
+    "Smooth, so that no pixel's gradient sits on a kink where two implementations may round to different signs."
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.Tanh(), nn.Flatten(), nn.Linear(8 * 64, 10)).double().eval()
+
+
+@pytest.fixture(scope="module")
+def digits_batch():
+    images = load_images("digits")
+    return to_unit(images.test_x[:16]).double(), images.test_y[:16]
+
+
+ATTACKS = {"linf": (foolbox.attacks.LinfProjectedGradientDescentAttack, 0.15), "l2": (foolbox.attacks.L2ProjectedGradientDescentAttack, 1.2)}
+
+
+@pytest.mark.parametrize("targeted", (False, True), ids=("untargeted", "targeted"))
+@pytest.mark.parametrize("norm", ATTACKS)
+def test_pgd_equals_foolbox_step_for_step(smooth_classifier, digits_batch, norm, targeted):
+    (x, y), (attack, eps) = digits_batch, ATTACKS[norm]
+    labels = (y + 3) % 10 if targeted else y
+    goal = (foolbox.criteria.TargetedMisclassification if targeted else foolbox.criteria.Misclassification)(labels)
+    peer_model = foolbox.PyTorchModel(smooth_classifier, bounds=(-1, 1), device="cpu")
+    last = x
+    for steps in range(1, 9):                                                # every state of the chain, not only its end
+        peer = attack(steps=steps, abs_stepsize=eps / 3, random_start=False).run(peer_model, x, goal, epsilon=eps)
+        ours = pgd(smooth_classifier, x, labels, eps, steps, step_size=eps / 3, norm=norm, targeted=targeted, random_start=False)
+        assert torch.allclose(ours, peer, rtol=0, atol=1e-12), steps
+        assert not torch.equal(ours, last), "the attack stands still, so agreement says nothing"
+        last = ours
+
+
+# Any module, left as it was found
+
+class Stop(Exception): pass
+
+
+def state_of(model):
+    return dict(buffers=copy.deepcopy(model.state_dict()), modes=[m.training for m in model.modules()],
+                flags=[p.requires_grad for p in model.parameters()], tracked=[getattr(m, "track_running_stats", None) for m in model.modules()])
+
+
+def assert_untouched(model, before):
+    after = state_of(model)
+    assert all(torch.equal(v, before["buffers"][k]) for k, v in after["buffers"].items())
+    assert all(after[k] == before[k] for k in ("modes", "flags", "tracked"))
+    assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.fixture(scope="module")
+def resnet():
+    "A classifier that knows nothing of energies: in training mode, partly frozen, one layer in evaluation mode."
+    torch.manual_seed(0)
+    model = torchvision.models.resnet18(num_classes=10).train()
+    model.layer1.requires_grad_(False)
+    model.layer2[0].bn1.eval()
+    return model
+
+
+IMAGES, LABELS = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1, torch.arange(4)
+USES = {
+    "score": lambda m: energy.score(m, IMAGES, LABELS),
+    "marginal score": lambda m: energy.score(m, IMAGES),
+    "pgd linf": lambda m: pgd(m, IMAGES, LABELS, 0.1, 2),
+    "pgd l2": lambda m: pgd(m, IMAGES, LABELS, 1.0, 2, norm="l2", targeted=True),
+    "sgld": lambda m: sgld(m, IMAGES, 2, 0.1, 0.01, LABELS),
+    "proximal_sgld": lambda m: proximal_sgld(m, IMAGES, 2, 5, 0.2),
+    **{f"generate {method}": lambda m, method=method: generate(m, UniformPrior((3, 32, 32)), LABELS, method, outer_steps=2, target_steps=2) for method in METHODS},
+}
+
+
+@pytest.mark.parametrize("use", USES)
+def test_torchvision_model_is_left_untouched(resnet, use):
+    before = state_of(resnet)
+    x = USES[use](resnet)
+    assert x.shape == IMAGES.shape and x.isfinite().all() and not x.requires_grad
+    assert_untouched(resnet, before)
+
+
+def stop_at_second(i, *_):
+    if i in (1, "step 2"): raise Stop
+
+
+INTERRUPTED = {
+    "sgld": lambda m: sgld(m, IMAGES, 5, 0.1, 0.01, on_step=stop_at_second),
+    "proximal_sgld": lambda m: proximal_sgld(m, IMAGES, 5, 5, 0.2, on_step=stop_at_second),
+    "generate": lambda m: generate(m, UniformPrior((3, 32, 32)), LABELS, "combined", outer_steps=5, target_steps=2, on_stage=stop_at_second),
+}
+
+
+@pytest.mark.parametrize("use", INTERRUPTED)
+def test_exception_in_the_middle_of_a_chain_leaves_the_model_untouched(resnet, use):
+    before = state_of(resnet)
+    with pytest.raises(Stop): INTERRUPTED[use](resnet)
+    assert_untouched(resnet, before)
+
+
+def test_interrupted_attack_leaves_the_model_untouched(resnet):
+    before, calls = state_of(resnet), []
+    def stop(*_):
+        calls.append(1)
+        if len(calls) == 2: raise Stop
+    handle = resnet.fc.register_forward_hook(stop)
+    with pytest.raises(Stop): pgd(resnet, IMAGES, LABELS, 0.1, 5)
+    handle.remove()
+    assert_untouched(resnet, before)
+
+
+# The proximal inner loop
+
+torch.manual_seed(1)
+TWO_PART = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.Tanh(), nn.Flatten(), nn.Linear(4 * 16, 3)).double()
+
+
+def proximal_loop(model, x, outer_steps, inner_steps, step_size, clip, y, bounds):
+    "n small steps with one clipped gradient, clamped after each: JEM++'s inner loop as it is written."
+    for _ in range(outer_steps):
+        leaf = x.clone().requires_grad_()
+        logits = model(leaf)
+        log_p = logits.logsumexp(1) if y is None else logits[torch.arange(len(y)), y]
+        p = torch.autograd.grad(log_p.sum(), leaf)[0].clamp(-clip, clip)
+        for _ in range(inner_steps):
+            x = x + step_size * p
+            if bounds is not None: x = x.clamp(*bounds)
+    return x
+
+
+@modest
+@given(outer=st.integers(0, 4), inner=st.integers(1, 9), step_size=st.floats(0, 3), clip=st.floats(1e-3, 2), conditional=st.booleans(),
+       bounds=st.sampled_from((None, (-1, 1), (-0.3, 0.8))), spread=st.floats(0.1, 2), seed=st.integers(0, 2**32))
+def test_proximal_closed_form_equals_its_loop(outer, inner, step_size, clip, conditional, bounds, spread, seed):
+    # starts may lie outside the bounds, as after an augmentation with noise
+    x = spread * torch.randn(3, 1, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    y = torch.tensor([0, 2, 1]) if conditional else None
+    ours = proximal_sgld(TWO_PART, x, outer, inner, step_size, clip, y=y, bounds=bounds)
+    assert torch.allclose(ours, proximal_loop(TWO_PART, x, outer, inner, step_size, clip, y, bounds), rtol=1e-9, atol=1e-9)
+
+
+# Scores
+
+@modest
+@given(n=st.integers(30, 80), m=st.integers(30, 80), d=st.integers(2, 12), shift=st.floats(-3, 3), scale=st.floats(0.2, 4), seed=st.integers(0, 2**32))
+def test_distances_equal_clean_fid(n, m, d, shift, scale, seed):
+    import cleanfid.fid
+    g = torch.Generator().manual_seed(seed)
+    f1 = torch.randn(n, d, generator=g, dtype=torch.float64)
+    f2 = scale * torch.randn(m, d, generator=g, dtype=torch.float64) + shift
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")                                      # clean-fid calls SciPy in a way that SciPy is retiring
+        frechet = cleanfid.fid.frechet_distance(*metrics.moments(f1), *metrics.moments(f2))
+    assert np.isclose(metrics.frechet_distance(*metrics.moments(f1), *metrics.moments(f2)), frechet, rtol=1e-6, atol=1e-6)
+    # one subset of everything: then no draw of subsets differs between the two
+    k = min(n, m)
+    kernel = cleanfid.fid.kernel_distance(f1[:k].numpy(), f2[:k].numpy(), num_subsets=1, max_subset_size=k)
+    assert np.isclose(metrics.kernel_distance(f1[:k], f2[:k], subsets=1)[0], kernel, rtol=1e-6, atol=1e-6)
+
+
+@modest
+@given(n=st.integers(4, 60), k=st.integers(2, 10), splits=st.integers(2, 4), sharpness=st.floats(0, 10), seed=st.integers(0, 2**32))
+def test_inception_score_equals_its_definition(n, k, splits, sharpness, seed):
+    p = (sharpness * torch.randn(n, k, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)).softmax(1)
+    mean, std = metrics.inception_score(p, 1)
+    assert np.isclose(mean, (p * (p.log() - p.mean(0).log())).nansum(1).mean().exp()) and abs(std) < 1e-9
+    # parts are drawn at random but always alike; none can beat the bounds
+    parts = metrics.inception_score(p, splits)
+    assert parts == metrics.inception_score(p, splits) and 1 - 1e-9 <= parts[0] <= k + 1e-9
+
+
+def test_kernel_distance_is_reproducible_and_grows_with_the_shift():
+    g = torch.Generator().manual_seed(0)
+    f1, f2 = torch.randn(300, 6, generator=g), torch.randn(300, 6, generator=g)
+    distance = lambda shift: metrics.kernel_distance(f1, f2 + shift, subsets=20, subset_size=50)
+    assert distance(0.3) == distance(0.3) and distance(0)[0] < distance(0.3)[0] < distance(1)[0]
+
+
+def test_sampler_default_needs_no_run():
+    "generate() on a bare module: the sampler's defaults are JEM++'s."
+    assert TrainConfig().sampler == "proximal" and TrainConfig().inner_steps == 5
+    x = generate(TWO_PART.float(), UniformPrior((1, 4, 4)), torch.tensor([0, 1]), "energy", outer_steps=1, generator=torch.Generator().manual_seed(0))
+    TWO_PART.double()
+    assert x.shape == (2, 1, 4, 4) and x.abs().max() <= 1

@@ -1,0 +1,258 @@
+"""The papermill stages alone, and `replicate`: what runs, in which order, what is skipped, and what is left after a failure or an interruption."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+import psutil
+import pytest
+from conftest import REPO, snapshot
+
+from robust_jem import cli as command_line
+from robust_jem.cli import ReplicateConfig, Stage, plan
+from robust_jem.runs import Run, write_json
+from robust_jem.systems import SYSTEMS, EvaluateConfig, TrainConfig, configure, sample_plan
+
+STAGES = REPO / "nbs/replication"
+
+
+# Each notebook alone
+
+@pytest.fixture
+def papermill(command, here):
+    "Run a replication notebook as its own text says: `papermill NOTEBOOK OUT -p NAME VALUE …`, in the working directory."
+    def run(notebook, **parameters):
+        argv = [sys.executable, "-m", "papermill", STAGES / f"{notebook}.ipynb", f"{notebook}-out.ipynb", "--no-progress-bar", "-k", "python3"]
+        for name, value in parameters.items(): argv += ["-p", name, str(value)]
+        return subprocess.run([str(a) for a in argv], cwd=here, env=command.env, capture_output=True, text=True, timeout=300)
+    return run
+
+
+def pictures(notebook):
+    cells = nbformat.read(notebook, 4).cells
+    return sum("image/png" in o.get("data", {}) for c in cells if c.cell_type == "code" for o in c.outputs)
+
+
+@pytest.mark.slow
+def test_stages_run_alone_one_after_the_other(papermill, runs, here):
+    "Train, generate, evaluate and report, each in a process of its own; they share nothing but folders."
+    folder, judge = Path("runs/digits-cpu/robust_jem-s0"), "classifier:runs/judge"
+    def ran(notebook, **parameters):
+        done = papermill(notebook, **parameters)
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert pictures(f"{notebook}-out.ipynb") > 0                         # each shows what it made
+
+    ran("train", system="robust_jem", dataset="digits", preset="cpu", epochs=1, attack_steps=1, outer_steps=1, warmup_steps=0, device="cpu")
+    run = Run(folder)
+    assert run.trained and run.config == configure(TrainConfig, "robust_jem", epochs=1, attack_steps=1, outer_steps=1, warmup_steps=0, device="cpu")
+
+    ran("generate", run=folder, num_samples=40, batch_size=40, outer_steps=2, target_steps=2)
+    assert run.sample_names() == sorted(c.label for c in sample_plan("robust_jem", "digits", "cpu"))
+    assert all(len(run.samples(name)[0]) == 40 for name in run.sample_names())
+
+    ran("evaluate", run=folder, extractor=judge, attack_steps=1, num_robust=20)
+    assert set(run.scores()) == {"classification", "held-out", "prior", *run.sample_names()}
+
+    ran("report", runs="runs/digits-cpu", figures="figures")
+    table = json.loads((here / "figures/table1.json").read_text())
+    rows = {r["model"]: r for r in table["rows"]}
+    assert rows["Robust JEM"]["FD-digits"]["values"] == [run.scores()["combined"]["FD-digits"]]
+    assert rows["JEM++"]["runs"] == 0
+    for name in ("figure3", "chain", "curves", "robustness"): assert (here / f"figures/{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("notebook, parameters, says", [
+    ("train", dict(epocs=1), "InputError: epocs: unknown field, did you mean epochs?"),
+    ("evaluate", dict(run="nowhere"), "InputError: run: 'nowhere' is no run folder"),
+], ids=("unknown parameter", "no run"))
+def test_stage_refuses_before_any_work(papermill, here, notebook, parameters, says):
+    done = papermill(notebook, **parameters)
+    assert done.returncode != 0 and says in done.stderr
+    assert set(snapshot(here)) == {f"{notebook}-out.ipynb"}                  # papermill's record of the failure
+
+
+# The plan
+
+SMALL = dict(systems=("robust_jem", "jempp"), seeds=(3, 4))
+
+
+def stages_of(config):
+    first, chains, report = plan(config)
+    return [s for chain in first + chains for s in chain] + [report]
+
+
+@pytest.mark.parametrize("config", (dict(), SMALL, dict(dataset="cifar10", preset="paper"), dict(systems=tuple(SYSTEMS), extractor="classifier:x")), ids=str)
+def test_plan_trains_samples_and_scores_each_row_once(config):
+    config = ReplicateConfig(**config)
+    first, chains, report = plan(config)
+    trained = [Path(c[0].parameters["out"]) for c in first + chains]
+    assert len(set(trained)) == len(trained)
+    assert {(c[0].parameters["system"], c[0].parameters["seed"]) for c in chains} == {(s, k) for s in config.systems for k in config.seeds}
+    for chain in chains:
+        assert [s.notebook for s in chain][:3] == ["train", "generate", "evaluate"]
+        assert all(s.parameters.get("run", s.parameters.get("out")) == chain[0].parameters["out"] for s in chain)
+        assert {s.output.parent for s in chain} == {Path(chain[0].parameters["out"]) / "notebooks"}      # executed copies lie in the run folder
+    # the judge is trained first, by itself, and is none of those it judges
+    judges = [s.parameters["extractor"] for c in chains for s in c if s.notebook == "evaluate"]
+    assert len(set(judges)) == 1 and (not first) == bool(config.extractor or config.dataset != "digits")
+    for chain in first: assert judges[0] == f"classifier:{chain[0].parameters['out']}" and chain[0].parameters["seed"] not in config.seeds
+    assert all(command_line.notebook_path(s.notebook).is_file() for s in stages_of(config)) and report.notebook == "report"
+
+
+def test_plan_expects_what_the_notebooks_make():
+    "The settings that mark a stage as finished are those its notebook derives from the same parameters."
+    for stage in stages_of(ReplicateConfig(**SMALL)):
+        if stage.notebook == "train": assert [c for _, c in stage.expected] == [configure(TrainConfig, **stage.parameters)]
+        if stage.notebook == "generate":
+            system = stage.output.parent.parent.name.rsplit("-s", 1)[0]
+            assert [c for _, c in stage.expected] == sample_plan(system, "digits", "cpu", **stage.parameters)
+
+
+def finish(stage):
+    "Leave behind what a finished stage leaves, as far as a plan can see."
+    for file, config in stage.expected: write_json(file, {"config": config.to_dict()} if file.name == "summary.json" else config.to_dict())
+    stage.output.parent.mkdir(parents=True, exist_ok=True)
+    stage.output.write_text(json.dumps({"metadata": {"papermill": {"parameters": stage.parameters}}, "cells": []}))
+
+
+def test_stage_is_finished_only_with_its_notebook_and_its_result(here):
+    for stage in stages_of(ReplicateConfig(**SMALL)):
+        assert not stage.finished()
+        stage.output.parent.mkdir(parents=True, exist_ok=True)
+        stage.output.with_suffix(".part.ipynb").write_text("{}")             # an interrupted one
+        assert not stage.finished()
+        finish(stage)
+        assert stage.finished()
+        for file, _ in stage.expected:
+            kept = file.read_bytes()
+            file.unlink()
+            assert not stage.finished()
+            file.write_bytes(kept)
+        stage.output.unlink()
+        assert not stage.finished()
+        finish(stage)
+
+
+@pytest.mark.parametrize("changes, again", [
+    (dict(device="cpu"), []),                                                # where it runs doesn't change what it is
+    (dict(jobs=1), []),
+    (dict(seeds=(3, 4, 5)), ["evaluate", "generate", "train"]),
+    (dict(extractor="classifier:other"), ["evaluate"]),                      # scores in other features are other scores
+], ids=str)
+def test_changed_settings_run_again_what_depends_on_them(here, changes, again):
+    for stage in stages_of(ReplicateConfig(**SMALL)): finish(stage)
+    left = {s.notebook for s in stages_of(ReplicateConfig(**SMALL | changes)) if not s.finished()}
+    assert sorted(left - {"chains", "report"}) == again
+
+
+def test_other_training_settings_are_not_finished(here):
+    stage = stages_of(ReplicateConfig(**SMALL))[1]
+    finish(stage)
+    file, config = stage.expected[0]
+    write_json(file, config.to_dict() | {"epochs": config.epochs + 1})
+    assert not stage.finished()
+
+
+# Running a plan, with small notebooks in the place of the real ones
+
+LOG = "import sys; from pathlib import Path; open('log.txt', 'a').write(f'{name} {sys.executable}\\n')\n"
+REPORT = LOG + "figures = Path(figures); figures.mkdir(exist_ok=True)\nfor f in ('table1.md', 'table1.csv', 'table1.json'): (figures / f).write_text('the table\\n\\nnotes')"
+
+
+@pytest.fixture
+def small_plan(here, command, monkeypatch):
+    "A first stage, two chains and a report, whose notebooks are given as code."
+    for k, v in command.env.items(): monkeypatch.setenv(k, v)                # kernels write to this working directory
+    def make(**sources):
+        started = []
+        def stage(name): return Stage(name, {"name": name, "figures": "figures", "runs": "runs", "run": f"runs/{name}"}, here / f"runs/{name}/notebooks/{name}.ipynb", [])
+        def find(name):
+            started.append(name)
+            path = here / "source" / f"{name}.ipynb"
+            path.parent.mkdir(exist_ok=True)
+            code = nbformat.v4.new_code_cell("name = figures = runs = run = ''", metadata={"tags": ["parameters"]}), nbformat.v4.new_code_cell(sources.get(name, LOG))
+            nbformat.write(nbformat.v4.new_notebook(cells=list(code), metadata={"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}}), path)
+            return path
+        monkeypatch.setattr(command_line, "notebook_path", find)
+        monkeypatch.setattr(command_line, "plan", lambda config: ([[stage("first")]], [[stage("a1"), stage("a2")], [stage("b1")]], stage("report")))
+        return started
+    return make
+
+
+def executed(here): return sorted(p.name for p in here.glob("runs/*/notebooks/*.ipynb"))
+
+
+@pytest.mark.slow
+def test_stages_run_in_order_in_this_python_and_finished_ones_are_skipped(small_plan, here, cli):
+    started = small_plan(report=REPORT)
+    assert cli("replicate", "--jobs", 2).code == 0
+    log = [line.split() for line in (here / "log.txt").read_text().splitlines()]
+    names = [name for name, _ in log]
+    assert names[0] == "first" and names[-1] == "report" and names.index("a1") < names.index("a2") and sorted(names[1:-1]) == ["a1", "a2", "b1"]
+    assert {Path(python) for _, python in log} == {Path(sys.executable)}     # kernels are this environment's
+    assert executed(here) == ["a1.ipynb", "a2.ipynb", "b1.ipynb", "first.ipynb", "report.ipynb"]
+
+    started.clear()
+    again = cli("replicate")
+    assert again.code == 0 and "nothing to do" in again.out and started == []
+
+    (here / "runs/a2/notebooks/a2.ipynb").unlink()
+    assert cli("replicate").code == 0 and started == ["a2", "report"]
+
+
+FAILURES = {"InputError": ("from robust_jem.data import InputError; raise InputError('eps: -1 is outside 0..∞')", 2, "eps: -1 is outside 0..∞"),
+            "ValueError": ("raise ValueError('something broke')", 1, "ValueError: something broke"),
+            "Diverged": ("from robust_jem.training import Diverged; raise Diverged('the loss is nan')", 1, "the loss is nan"),
+            "killed kernel": ("import os; os._exit(9)", 1, "died")}
+
+
+@pytest.mark.parametrize("failure", FAILURES)
+def test_failed_stage_is_one_line_and_nothing_depends_on_it(small_plan, here, cli, failure):
+    code, exit_code, says = FAILURES[failure]
+    started = small_plan(first=code, report=REPORT)
+    result = cli("replicate", "--jobs", 1)
+    lines = [line for line in result.err.replace("\r", "\n").splitlines() if line.strip() and "%|" not in line]
+    assert result.code == exit_code and len(lines) == 1 and "Traceback" not in result.err, result.err
+    assert lines[0].startswith("robust-jem: first of runs/first") and says in lines[0].replace("Died", "died")
+    assert started == ["first"] and executed(here) == ["first.part.ipynb"]   # what was written up to the failure, under another name
+    assert not (here / "figures").exists()
+
+
+# Interruption
+
+@pytest.mark.slow
+@pytest.mark.parametrize("whole_group", (False, True), ids=("this process", "Ctrl-C to the whole group"))
+def test_interrupted_replication_leaves_no_process_and_nothing_that_looks_finished(command, here, whole_group):
+    argv = [*command.argv, "replicate", "--seeds", "0", "--systems", "jempp", "--runs", "runs", "--figures", "figures", "--device", "cpu"]
+    process = subprocess.Popen(argv, cwd=here, env=command.env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    try:
+        began, end = here / "runs/extractor/metrics.jsonl", time.monotonic() + 120
+        while not (began.exists() and began.stat().st_size):
+            assert process.poll() is None and time.monotonic() < end, process.communicate()
+            time.sleep(0.02)
+        children = psutil.Process(process.pid).children(recursive=True)
+        assert any("ipykernel" in " ".join(c.cmdline()) for c in children)
+        os.killpg(process.pid, signal.SIGINT) if whole_group else process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+    finally:
+        if process.poll() is None: process.kill()
+    assert process.returncode == 130, err
+    assert "Traceback" not in err and err.rstrip().splitlines()[-1].startswith("robust-jem: interrupted")
+    assert psutil.wait_procs(children, timeout=15)[1] == []
+    assert [p for p in here.rglob("*.ipynb") if not p.name.endswith(".part.ipynb")] == [] and not (here / "figures").exists()
+    assert not Run(here / "runs/extractor").trained and not any(s.finished() for s in stages_of(ReplicateConfig(seeds=(0,), systems=("jempp",), runs=str(here / "runs"))))
+
+
+# Shipped notebooks
+
+def test_replication_notebooks_name_parameters_that_exist():
+    "What the notebooks' texts and parameter cells set is a field of what they configure."
+    fields = {"train": {f for f in TrainConfig.__dataclass_fields__}, "evaluate": {f for f in EvaluateConfig.__dataclass_fields__}}
+    for name, known in fields.items():
+        cell = next(c for c in nbformat.read(STAGES / f"{name}.ipynb", 4).cells if "parameters" in c.metadata.get("tags", []))
+        names = {line.split("=")[0].strip() for line in cell.source.splitlines()}
+        assert names and names <= known
