@@ -101,11 +101,11 @@ def _mean_curve(runs: list[Run]) -> dict[str, float]:
     curves = [r.scores()["classification"]["robust accuracy"] for r in runs]
     return {e: statistics.fmean(c[e] for c in curves) for e in curves[0] if all(e in c for c in curves)}
 
-# %% ../nbs/12_reporting.ipynb #6dd17cc1
+# %% ../nbs/12_reporting.ipynb #b662df0c
 def _cell(v, percent=False) -> str:
     if v is None: return "–"
     f = (lambda x: f"{100 * x:.1f}") if percent else (lambda x: f"{x:.2f}")
-    return f(v) if not isinstance(v, dict) else f(v["mean"]) + (f" ± {f(v['std'])}" if v["std"] else "")       # no ± for one number in all runs
+    return f(v) if not isinstance(v, dict) else f(v["mean"]) + (f"\u00a0±\u00a0{f(v['std'])}" if v["std"] else "")       # no ± for one number in all runs
 
 def _grid(table: dict) -> list[list[str]]:
     is_, fd = table["columns"]

@@ -116,6 +116,7 @@ def finish(stage):
     "Leave behind what a finished stage leaves, as far as a plan can see."
     for file, config in stage.expected: write_json(file, {"config": config.to_dict()} if file.name == "summary.json" else config.to_dict())
     stage.output.parent.mkdir(parents=True, exist_ok=True)
+    if stage.notebook == "train": (stage.output.parent.parent / "model.safetensors").touch()
     stage.output.write_text(json.dumps({"metadata": {"papermill": {"parameters": stage.parameters}}, "cells": []}))
 
 
@@ -132,6 +133,10 @@ def test_stage_is_finished_only_with_its_notebook_and_its_result(here):
             file.unlink()
             assert not stage.finished()
             file.write_bytes(kept)
+        if (weights := stage.output.parent.parent / "model.safetensors").exists() and stage.notebook == "train":
+            weights.unlink()
+            assert not stage.finished()
+            weights.touch()
         stage.output.unlink()
         assert not stage.finished()
         finish(stage)
