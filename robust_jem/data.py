@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DATASETS', 'InputError', 'progress_bar', 'to_unit', 'to_uint8', 'Images', 'data_root', 'load_images', 'augment',
-           'add_noise', 'Batches']
+           'add_noise', 'stream_seed', 'stream', 'Batches']
 
 # %% ../nbs/00_data.ipynb #d8512bfd
 import hashlib, json, os, sys, warnings
@@ -220,24 +220,39 @@ def add_noise(
     "Add Gaussian noise; the result isn't clamped, as in JEM's public code."
     return x if std == 0 else torch.randn(x.shape, device=x.device, dtype=x.dtype, generator=generator).mul_(std).add_(x)
 
-# %% ../nbs/00_data.ipynb #4ad371c5
+# %% ../nbs/00_data.ipynb #bdbbbca1
+def stream_seed(seed: int, *names) -> int:
+    "The seed of a named stream of random numbers: different for different names, the same everywhere."
+    return int.from_bytes(hashlib.sha256(repr((seed, *map(str, names))).encode()).digest()[:8], "big") >> 1
+
+def stream(seed: int, *names, device: torch.device | str = "cpu") -> torch.Generator:
+    "A generator at the beginning of a named stream."
+    return torch.Generator(device).manual_seed(stream_seed(seed, *names))
+
+# %% ../nbs/00_data.ipynb #888d413e
 class Batches:
-    "Shuffled batches of `(uint8 images, labels)` from tensors on the device; each iteration is one epoch."
+    "Shuffled batches of `(uint8 images, labels)` from tensors on the device. The order of an epoch depends on the seed and the epoch's number alone."
 
     def __init__(self,
         x: Tensor, # uint8 images [N,C,H,W]
         y: Tensor, # int64 labels [N]
         batch_size: int, # images a batch; at most N
-        generator: torch.Generator, # on the CPU: the order of the data depends on it alone
+        seed: int, # of the order
         device: str | torch.device = "cpu", # where the images are kept
+        rank: int = 0, # of several processes, this one: it gets every `size`-th image of each batch
+        size: int = 1, # how many processes there are
     ):
         if not 1 <= batch_size <= len(x): raise InputError(f"batch_size: {batch_size} is outside 1..{len(x)}, the number of training images")
-        self.x, self.y, self.batch_size, self.generator = x.to(device), y.to(device), batch_size, generator
+        self.x, self.y, self.batch_size, self.seed, self.rank, self.size = x.to(device), y.to(device), batch_size, seed, rank, size
 
     def __len__(self): return len(self.x) // self.batch_size
 
-    def __iter__(self):
-        order = torch.randperm(len(self.x), generator=self.generator).to(self.x.device)
-        for i in range(len(self)):
-            chosen = order[i * self.batch_size:(i + 1) * self.batch_size]
+    def epoch(self,
+        number: int, # 0, 1, …
+        start: int = 0, # batches to leave out, when the epoch goes on after an interruption
+    ):
+        "The batches of one epoch."
+        order = torch.randperm(len(self.x), generator=stream(self.seed, "order", number)).to(self.x.device)
+        for i in range(start, len(self)):
+            chosen = order[i * self.batch_size:(i + 1) * self.batch_size][self.rank::self.size]
             yield self.x[chosen], self.y[chosen]

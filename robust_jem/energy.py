@@ -47,7 +47,7 @@ def energy(
     "The energy of images under a classifier: joint where labels are given, marginal otherwise."
     return marginal_energy(model(x)) if y is None else joint_energy(model(x), y)
 
-# %% ../nbs/02_energy.ipynb #7051337f
+# %% ../nbs/02_energy.ipynb #a1cb1707
 def _batch_norms(model: nn.Module) -> list[_BatchNorm]: return [m for m in model.modules() if isinstance(m, _BatchNorm)]
 
 @contextmanager
@@ -90,8 +90,9 @@ def input_gradient(
 ) -> Tensor: # [B,C,H,W], detached
     "∂ sum(value(model(x))) / ∂x. Call it inside `untouched(model)`."
     with torch.enable_grad():
-        x = x.detach().requires_grad_()
-        return torch.autograd.grad(value(model(x)).sum(), x)[0]
+        x, scale = x.detach().requires_grad_(), getattr(model, "gradient_scale", 1.0)      # a module that computes in float16 asks for larger gradients inside
+        g, = torch.autograd.grad(value(model(x)).sum() * scale, x)
+        return g if scale == 1.0 else g / scale
 
 def score(
     model: nn.Module, # any module [B,C,H,W] -> [B,K]

@@ -5,19 +5,20 @@
 # %% auto #0
 __all__ = ['accuracy', 'robust_accuracy', 'eps_at_accuracy', 'evaluate_run']
 
-# %% ../nbs/11_evaluation.ipynb #2aa47196
+# %% ../nbs/11_evaluation.ipynb #8a7a9a64
 import time
 
 import torch
 from torch import Tensor, nn
 
 from .attacks import pgd
-from .data import InputError, data_root, progress_bar, to_uint8, to_unit
+from .data import InputError, data_root, progress_bar, stream, to_uint8, to_unit
+from .execution import Execution, OutOfTime, at_a_size_that_fits, executing
 from .metrics import extract, feature_extractor, quality, reference_statistics
-from .runs import Run, provenance, resolve_device
+from .runs import Run, provenance
 from .systems import EvaluateConfig
 
-# %% ../nbs/11_evaluation.ipynb #2fac8f98
+# %% ../nbs/11_evaluation.ipynb #55249cc3
 @torch.no_grad()
 def accuracy(
     model: nn.Module, # [B,C,H,W] in [-1,1] -> [B,K]
@@ -27,13 +28,15 @@ def accuracy(
 ) -> float: # share of right answers
     "Accuracy in evaluation mode. Raises `InputError` for logits of another shape than [B,K]."
     device, was = next(model.parameters()).device, model.training
-    model.eval(); right = 0
-    for a, b in zip(x.split(batch_size), y.split(batch_size)):
-        logits = model(to_unit(a.to(device)))
-        if logits.shape[0] != len(a) or logits.ndim != 2: raise InputError(f"model: logits have shape {tuple(logits.shape)}, expected [{len(a)}, classes]")
-        right += (logits.argmax(1).cpu() == b.cpu()).sum().item()
-    model.train(was)
-    return right / len(x)
+    def work(size):
+        right = torch.zeros((), dtype=torch.long, device=device)
+        for a, b in zip(x.split(size), y.split(size)):
+            logits = model(to_unit(a.to(device)))
+            if logits.shape[0] != len(a) or logits.ndim != 2: raise InputError(f"model: logits have shape {tuple(logits.shape)}, expected [{len(a)}, classes]")
+            right += (logits.argmax(1) == b.to(device)).sum()
+        return right.item()
+    try: model.eval(); return at_a_size_that_fits(work, batch_size) / len(x)
+    finally: model.train(was)
 
 def robust_accuracy(
     model: nn.Module, # [B,C,H,W] in [-1,1] -> [B,K]
@@ -43,17 +46,19 @@ def robust_accuracy(
     steps: int = 20, # PGD steps
     norm: str = "linf", # or "l2"
     batch_size: int = 500,
-    generator: torch.Generator | None = None, # of the random starts, on the model's device
+    seed: int = 0, # of the random starts
 ) -> float: # share of images that were right before and are still right after the attack
     "Accuracy under untargeted PGD with a random start, evaluation mode. An image that is wrong without an attack counts as wrong."
     device, was = next(model.parameters()).device, model.training
-    model.eval(); right = 0
-    for a, b in zip(x.split(batch_size), y.split(batch_size)):
-        a, b = to_unit(a.to(device)), b.to(device)
-        adv = pgd(model, a, b, eps, steps, norm=norm, generator=generator)
-        with torch.no_grad(): right += ((model(a).argmax(1) == b) & (model(adv).argmax(1) == b)).sum().item()
-    model.train(was)
-    return right / len(x)
+    def work(size):
+        right, generator = torch.zeros((), dtype=torch.long, device=device), stream(seed, "attack", eps, device=device)
+        for a, b in zip(x.split(size), y.split(size)):
+            a, b = to_unit(a.to(device)), b.to(device)
+            adv = pgd(model, a, b, eps, steps, norm=norm, generator=generator)
+            with torch.no_grad(): right += ((model(a).argmax(1) == b) & (model(adv).argmax(1) == b)).sum()
+        return right.item()
+    try: model.eval(); return at_a_size_that_fits(work, batch_size) / len(x)
+    finally: model.train(was)
 
 def eps_at_accuracy(
     curve: dict[str, float], # ε (as text) to accuracy, with "0" for clean
@@ -65,34 +70,51 @@ def eps_at_accuracy(
         if a0 >= accuracy >= a1 and a0 > a1: return e0 + (a0 - accuracy) / (a0 - a1) * (e1 - e0)
     return None
 
-# %% ../nbs/11_evaluation.ipynb #0c2adee0
+# %% ../nbs/11_evaluation.ipynb #bf4b9d95
 def evaluate_run(
     config: EvaluateConfig, # what to measure, of which run
     progress: bool = True, # show bars with the time left
 ) -> dict[str, dict]: # "classification", "held-out", "prior", and one entry a sample set
-    "Measure a trained run and its sample sets; parts that are already measured with the same settings are kept."
-    device, run = resolve_device(config.device), Run(config.run)
-    if run.config.threads: torch.set_num_threads(run.config.threads)
-    images, model, kept = run.images(), run.model(device), run.scores()
+    """Measure a trained run and its sample sets; parts that are already measured with the same settings are kept.
+
+    Raises `InputError`, and `OutOfTime` when max_minutes are over.
+    """
+    run = Run(config.run)
+    with executing(config, run.config.threads) as at:
+        if at.world.size > 1: raise InputError("evaluate: runs in one process; start it without torchrun")
+        return _evaluate(config, run, at, progress)
+
+def _evaluate(config: EvaluateConfig, run: Run, at: Execution, progress: bool) -> dict[str, dict]:
+    device = at.device
+    images, model, kept = run.images(), at.policy.accelerate(run.model(device)), run.scores()
     cache = data_root(run.config.root) / ".cache"
     extractor = feature_extractor(config.extractor, cache).to(device)
     try: extract(extractor, images.test_x[:2], device=device)                       # what can't work fails before anything is measured
     except RuntimeError as e: raise InputError(f"extractor: {config.extractor} doesn't take {'x'.join(map(str, images.shape))} images ({str(e).splitlines()[-1][:80]})") from e
+    def in_time():
+        if at.deadline.reached(): raise OutOfTime(f"{run.path}: stopped after max_minutes {config.max_minutes:g}; what is measured is kept, the same command goes on from there")
+    def save(name, scores): kept[name] = scores; run.save_scores(name, scores)
     def part(name: str, settings: dict, measure) -> dict:
-        if name not in kept or any(kept[name].get(k) != v for k, v in settings.items()):
-            began = time.perf_counter()
-            kept[name] = settings | measure() | dict(seconds=round(time.perf_counter() - began, 2), **provenance(device))
-            run.save_scores(name, kept[name])
+        if any(kept.get(name, {}).get(k, None) != v for k, v in settings.items()):
+            in_time(); began = time.perf_counter()
+            save(name, settings | measure() | dict(seconds=round(time.perf_counter() - began, 2), **provenance(device, at.policy)))
         return kept[name]
+    n = min(config.num_robust, len(images.test_x))
+    same = {"n attacked": n} | dict(weights=run.weights, fingerprint=images.fingerprint, threat_model=f"PGD-{config.attack_steps}, {config.attack_norm}, untargeted, one random start, [-1,1] scale", seed=config.seed)
     def classification():
         chosen = torch.randperm(len(images.test_x), generator=torch.Generator().manual_seed(config.seed))[:n]       # trees are sorted by class: draw
-        x, y, g = images.test_x[chosen], images.test_y[chosen], torch.Generator(device).manual_seed(config.seed)
+        x, y, before = images.test_x[chosen], images.test_y[chosen], kept.get("classification", {})
+        known = before["robust accuracy"] if all(before.get(k) == v for k, v in same.items()) else {}               # radii that were measured already
         curve = {"0": accuracy(model, x, y, config.batch_size)}
         for eps in progress_bar(config.attack_eps, desc="robustness", unit="ε", disable=not progress):
-            curve[f"{eps:g}"] = robust_accuracy(model, x, y, eps, config.attack_steps, config.attack_norm, config.batch_size, g)
+            name = f"{eps:g}"
+            if name not in known:
+                in_time()
+                known = known | {name: robust_accuracy(model, x, y, eps, config.attack_steps, config.attack_norm, config.batch_size, config.seed)}
+                save("classification", same | {"eps": "not finished", "robust accuracy": known})
+            curve[name] = known[name]
         return {"accuracy": accuracy(model, images.test_x, images.test_y, config.batch_size), "n": len(images.test_x), "robust accuracy": curve}
-    n = min(config.num_robust, len(images.test_x))
-    part("classification", {"n attacked": n} | dict(weights=run.weights, fingerprint=images.fingerprint, threat_model=f"PGD-{config.attack_steps}, {config.attack_norm}, untargeted, one random start, [-1,1] scale", eps=list(config.attack_eps), seed=config.seed), classification)
+    part("classification", same | dict(eps=list(config.attack_eps)), classification)
 
     settings = dict(extractor=config.extractor, extractor_key=extractor.key, reference=f"{len(images.train_x)} training images of {images.name}", fingerprint=images.fingerprint, splits=config.splits)
     reference = reference_statistics(extractor, images, cache, config.batch_size, device, progress)
@@ -101,8 +123,8 @@ def evaluate_run(
     sets = {name: run.samples(name) for name in run.sample_names()}
     n = max([len(x) for x, _, _ in sets.values()], default=len(images.test_x))
     def prior():
-        p, g = run.prior(device), torch.Generator(device).manual_seed(config.seed)
-        return judged("prior", to_uint8(torch.cat([p.sample(y, g).cpu() for y in (torch.arange(n, device=device) % images.num_classes).split(config.batch_size)])))
+        p, g = run.prior(device), stream(config.seed, "prior", device=device)
+        return judged("prior", to_uint8(torch.cat([p.sample(y, g).cpu() for y in (torch.arange(n) % images.num_classes).split(config.batch_size)])))
     part("prior", settings | dict(num_samples=n, seed=config.seed), prior)
     for name, (x, _, summary) in sets.items():
         part(name, settings | dict(samples=summary["config"], weights=summary["weights"], share_outside=summary["share_outside"]), lambda: judged(name, x))

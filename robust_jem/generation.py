@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['METHODS', 'generate', 'generate_samples', 'RobustJEM']
 
-# %% ../nbs/09_generation.ipynb #13d93ed5
-import dataclasses, json, time
+# %% ../nbs/09_generation.ipynb #c665af57
+import dataclasses, hashlib, json, shutil, time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,12 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from .attacks import pgd
-from .data import InputError, progress_bar, to_uint8
+from .data import InputError, progress_bar, stream, to_uint8
 from .energy import energy, predict, untouched
+from .execution import Execution, OutOfTime, at_a_size_that_fits, executing
 from .networks import WideResNet
 from .priors import GaussianMixturePrior
-from .runs import Run, provenance, read_json, read_tensors, resolve_device, write_json, write_tensors
-from .systems import GenerateConfig, TrainConfig, configure
+from .runs import Run, provenance, read_json, read_tensors, write_json, write_tensors
+from .systems import HOW, GenerateConfig, TrainConfig, configure
 from .training import run_chains
 
 # %% ../nbs/09_generation.ipynb #3be17ff3
@@ -63,41 +64,64 @@ def generate(
                        bounds=None if method == "combined" else bounds, statistics=sampler_statistics, on_step=lambda i, x: stage(f"step {i + 1}", x))
     return x
 
-# %% ../nbs/09_generation.ipynb #e9f77991
+# %% ../nbs/09_generation.ipynb #5ff6a1b9
 def generate_samples(
     config: GenerateConfig, # what to draw, from which run
     progress: bool = True, # show a bar with the time left
 ) -> Path: # the folder of the sample set
-    "Draw a sample set from a trained run and store it in the run folder; returns at once where it exists."
-    device, run = resolve_device(config.device), Run(config.run)
+    """Draw a sample set from a trained run and store it in the run folder; returns at once where it exists.
+
+    Each batch has random numbers of its own and is kept as soon as it is finished, so an interrupted set goes on
+    where it stopped, and is the same on any number of processes. Raises `InputError`, and `OutOfTime` when max_minutes are over.
+    """
+    run = Run(config.run)
     folder, asked = run.path / "samples" / config.label, config.to_dict()
     if (folder / "summary.json").exists():
         summary = read_json(folder / "summary.json")
-        there, free, current = summary.get("config", {}), {"run", "device"}, summary.get("weights") == run.weights
-        if other := [k for k in asked if json.dumps(asked[k]) != json.dumps(there.get(k)) and k not in free]:
+        there = summary.get("config", {})
+        if other := [k for k in asked if json.dumps(asked[k]) != json.dumps(there.get(k)) and k not in HOW]:
             raise InputError(f"name: {folder} holds samples with other settings ({', '.join(f'{k}: {there.get(k)} there, {asked[k]} given' for k in other[:3])}); give another name or remove it")
-        if current: return folder                                                # else they are of an earlier training: draw anew
-    if run.config.threads: torch.set_num_threads(run.config.threads)
-    model, prior, began = run.model(device), run.prior(device), time.perf_counter()
-    sampler = dataclasses.replace(run.config, **{k: getattr(config, k) for k in ("sampler_step_size", "noise_std") if getattr(config, k) is not None})
-    generator = torch.Generator(device).manual_seed(config.seed)
-    size = min(config.batch_size, config.num_samples)
-    y = torch.arange(-(-config.num_samples // size) * size, device=device) % model.trunk[-1].out_features        # whole batches; the surplus is cut off below
-    images, outside, strip = [], 0.0, {}
-    shown = {"prior", "attack", "contrast", f"step {config.outer_steps}"} | {f"step {a * 10 ** b}" for a in (1, 2, 5) for b in range(4)}
-    def keep(name, x):
-        if not images and name in shown: strip[name] = to_uint8(x[:10]).cpu()      # ten chains of the first batch, for pictures
-    with progress_bar(total=config.num_samples, desc=f"{config.label} samples of {run.config.system}", unit="img", disable=not progress) as bar:
-        for part in y.split(size):
-            x = generate(model, prior, part, config.method, sampler=sampler, conditional=config.conditional, outer_steps=config.outer_steps, inner_steps=config.inner_steps, eps=config.eps,
-                         target_steps=config.target_steps, attack_step_size=config.attack_step_size, random_start=config.random_start, contrast=config.contrast,
-                         bounds=(-1, 1) if config.bounds else None, attack_statistics=config.attack_statistics, sampler_statistics=config.sampler_statistics, generator=generator, on_stage=keep)
-            outside += (x.abs() > 1).float().mean().item() * len(part) / len(y)
-            images.append(to_uint8(x).cpu()); bar.update(min(len(part), config.num_samples - bar.n))
-    seconds = time.perf_counter() - began
-    run.save_samples(config.label, dict(x=torch.cat(images)[:config.num_samples], y=y[:config.num_samples].cpu(), strip=torch.stack(list(strip.values()))), dict(config=asked, stages=list(strip), weights=run.weights, share_outside=outside, seconds=round(seconds, 2),
-        images_per_second=round(config.num_samples / seconds, 1), fingerprint=run.summary["fingerprint"], **provenance(device)))
+        if summary.get("weights") == run.weights: return folder                      # else they are of an earlier training: draw anew
+    with executing(config, run.config.threads) as at:
+        size, draw = min(config.batch_size, config.num_samples), lambda size: _draw(config, run, folder, at, size, progress and at.world.main)
+        at_a_size_that_fits(draw, size) if at.world.size == 1 else draw(size)
     return folder
+
+def _draw(config: GenerateConfig, run: Run, folder: Path, at: Execution, size: int, progress: bool):
+    world, device, began = at.world, at.device, time.perf_counter()
+    model, prior = at.policy.accelerate(run.model(device)), run.prior().to(device, torch.bfloat16 if at.policy.precision != "float32" else None)
+    sampler = dataclasses.replace(run.config, **{k: getattr(config, k) for k in ("sampler_step_size", "noise_std") if getattr(config, k) is not None})
+    batches = -(-config.num_samples // size)                                         # whole ones; the surplus is cut off below
+    y = torch.arange(batches * size) % model.trunk[-1].out_features
+    what = {k: v for k, v in config.to_dict().items() if k not in HOW} | {"weights": run.weights, "size": size, "precision": at.policy.precision}
+    parts = folder / f"parts-{hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]}"
+    file, shown = lambda i: parts / f"{i:05}.safetensors", {"prior", "attack", "contrast", f"step {config.outer_steps}"} | {f"step {a * 10 ** b}" for a in (1, 2, 5) for b in range(4)}
+    left = [i for i in range(batches) if not file(i).exists()]
+    world.wait()                                                                     # all have looked before process 0 writes
+    def batch(i):
+        strip = {}                                                                   # ten chains of the first batch, for pictures
+        def keep(name, x):
+            if i == 0 and name in shown: strip[name] = to_uint8(x[:10])
+        x = generate(model, prior, y[i * size:(i + 1) * size], config.method, sampler=sampler, conditional=config.conditional, outer_steps=config.outer_steps, inner_steps=config.inner_steps, eps=config.eps,
+                     target_steps=config.target_steps, attack_step_size=config.attack_step_size, random_start=config.random_start, contrast=config.contrast, bounds=(-1, 1) if config.bounds else None,
+                     attack_statistics=config.attack_statistics, sampler_statistics=config.sampler_statistics, generator=stream(config.seed, "batch", i, device=device), on_stage=keep)
+        return to_uint8(x), (x.abs() > 1).float().mean().view(1), strip
+    with progress_bar(total=config.num_samples, initial=min((batches - len(left)) * size, config.num_samples), desc=f"{config.label} samples of {run.config.system}", unit="img", disable=not progress) as bar:
+        for first in range(0, len(left), world.size):
+            now = left[first:first + world.size]
+            x, outside, strip = batch(now[min(world.rank, len(now) - 1)])            # in the last round, some may have nothing left: they repeat another's batch
+            x, outside = world.gather(x), world.gather(outside)
+            for k, i in enumerate(now if world.main else ()):
+                write_tensors(file(i), {"x": x[k * size:(k + 1) * size]} | ({"strip": torch.stack(list(strip.values()))} if i == 0 else {}), {"outside": float(outside[k]), "stages": list(strip), "seconds": round((time.perf_counter() - began) / (first + len(now)), 4)})
+            bar.update(min(len(now) * size, config.num_samples - bar.n))
+            if config.max_minutes and first + len(now) < len(left) and world.agree(at.deadline.reached(), device):
+                raise OutOfTime(f"{folder}: stopped after {batches - len(left) + first + len(now)} of {batches} batches, max_minutes {config.max_minutes:g}; the same command goes on from there")
+    if not world.main: return
+    kept = [read_tensors(file(i)) for i in range(batches)]
+    seconds = sum(meta["seconds"] for _, meta in kept)
+    run.save_samples(config.label, dict(x=torch.cat([t["x"] for t, _ in kept])[:config.num_samples], y=y[:config.num_samples], strip=kept[0][0]["strip"]), dict(config=config.to_dict(), stages=kept[0][1]["stages"], weights=run.weights,
+        share_outside=sum(meta["outside"] for _, meta in kept) / batches, batch_size=size, seconds=round(seconds, 2), images_per_second=round(batches * size / seconds, 1), processes=world.size, fingerprint=run.summary["fingerprint"], **provenance(device, at.policy)))
+    for old in folder.glob("parts-*"): shutil.rmtree(old)
 
 # %% ../nbs/09_generation.ipynb #21e9d882
 class RobustJEM:

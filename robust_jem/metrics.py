@@ -6,7 +6,7 @@
 __all__ = ['moments', 'frechet_distance', 'kernel_distance', 'inception_score', 'Extractor', 'ClassifierExtractor',
            'ScriptExtractor', 'InceptionExtractor', 'feature_extractor', 'extract', 'reference_statistics', 'quality']
 
-# %% ../nbs/10_metrics.ipynb #db22b1bf
+# %% ../nbs/10_metrics.ipynb #d6478022
 import hashlib, re, warnings
 from pathlib import Path
 from urllib.error import URLError
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .data import Images, InputError, progress_bar
+from .execution import at_a_size_that_fits
 from .runs import Run, read_tensors, write_tensors
 
 # %% ../nbs/10_metrics.ipynb #77c0fb23
@@ -125,7 +126,7 @@ def feature_extractor(
     if spec.startswith("classifier:"): return ClassifierExtractor(spec.removeprefix("classifier:")).eval()
     return ScriptExtractor(spec).eval()
 
-# %% ../nbs/10_metrics.ipynb #2f9e7a9b
+# %% ../nbs/10_metrics.ipynb #b9c679d0
 @torch.no_grad()
 def extract(
     extractor: Extractor,
@@ -135,15 +136,17 @@ def extract(
     progress: str = "", # the bar's label; empty: none
     probabilities: bool = True, # also class probabilities, where the extractor has them
 ) -> tuple[Tensor, Tensor | None]: # features [N,D] and probabilities [N,K], on the CPU
-    "Features and class probabilities of a set of images. Raises `InputError` where a feature isn't finite."
-    features, probs = [], []
-    for part in progress_bar(x.split(batch_size), desc=progress, unit="batch", disable=not progress):
-        part = part.to(device).float()
-        features.append(extractor(part).flatten(1).float().cpu())
-        if probabilities and (p := extractor.probabilities(part)) is not None: probs.append(p.float().cpu())
-    features = torch.cat(features)
+    "Features and class probabilities of a set of images, in smaller batches where memory runs out. Raises `InputError` where a feature isn't finite."
+    def work(size):
+        features, probs = [], []
+        for part in progress_bar(x.split(size), desc=progress, unit="batch", disable=not progress):
+            part = part.to(device).float()
+            features.append(extractor(part).flatten(1).float().cpu())
+            if probabilities and (p := extractor.probabilities(part)) is not None: probs.append(p.float().cpu())
+        return torch.cat(features), torch.cat(probs) if probs else None
+    features, probs = at_a_size_that_fits(work, batch_size)
     if not features.isfinite().all(): raise InputError("extractor: some features aren't finite; use another extractor")
-    return features, torch.cat(probs) if probs else None
+    return features, probs
 
 def reference_statistics(
     extractor: Extractor,

@@ -6,7 +6,7 @@
 __all__ = ['INK', 'FIGURES', 'ReportConfig', 'collect', 'table1', 'markdown', 'as_csv', 'sheet', 'chain_strip', 'curves',
            'robustness', 'write_report']
 
-# %% ../nbs/12_reporting.ipynb #fe014435
+# %% ../nbs/12_reporting.ipynb #0e954997
 import csv, io, statistics
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,12 +17,13 @@ import torch
 from matplotlib.figure import Figure
 from torchvision.utils import make_grid
 
+from .configuration import Config
 from .data import InputError
 from .evaluation import eps_at_accuracy
 from .runs import Run, write_bytes, write_json
-from .systems import SYSTEMS, TABLE1, Config
+from .systems import HOW, SYSTEMS, TABLE1
 
-# %% ../nbs/12_reporting.ipynb #5542966c
+# %% ../nbs/12_reporting.ipynb #8d44e455
 @dataclass(frozen=True)
 class ReportConfig(Config):
     "Which runs to report, and where to."
@@ -34,10 +35,10 @@ def collect(
 ) -> dict[str, list[Run]]: # by system, in order of the seed
     "The trained runs in a folder that have scores, by system. Raises `InputError` where there are none."
     found = [Run(p.parent) for p in sorted(Path(runs).glob("*/config.json"))]
-    scored = sorted((r for r in found if r.trained and {"classification", "held-out", "prior"} <= r.scores().keys()), key=lambda r: r.config.seed)
+    scored = sorted((r for r in found if r.trained and {"held-out", "prior"} <= r.scores().keys() and "accuracy" in r.scores().get("classification", {})), key=lambda r: r.config.seed)
     if not scored: raise InputError(f"runs: no evaluated run in {runs}; accepted: a folder with run folders that `robust-jem evaluate` has scored")
     groups = {s: mine for s in SYSTEMS if (mine := [r for r in scored if r.config.system == s])}
-    free = {"system", "seed", "out", "root", "device", "threads"}
+    free = HOW | {"system", "seed"}
     for mine in [*groups.values(), [m[0] for m in groups.values()]]:       # seeds of one system, then the systems among each other
         measured = lambda r: {"extractor": r.scores()["held-out"]["extractor_key"], "data": r.scores()["held-out"]["fingerprint"], "attack": r.scores()["classification"]["threat_model"]}
         same_system = len({r.config.system for r in mine}) == 1

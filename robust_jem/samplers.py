@@ -79,7 +79,7 @@ def proximal_sgld(
             if on_step is not None: on_step(i, x)
     return x
 
-# %% ../nbs/05_samplers.ipynb #f0b85c8a
+# %% ../nbs/05_samplers.ipynb #d348be1a
 class ReplayBuffer:
     "Persistent chains (JEM: 10,000 of them), each restarted from the prior with probability `reinit_prob` when it is drawn."
 
@@ -92,22 +92,28 @@ class ReplayBuffer:
         if capacity < 1: raise InputError(f"buffer_size: {capacity} is below 1")
         if not 0 <= reinit_prob <= 1: raise InputError(f"reinit_prob: {reinit_prob} is outside 0..1")
         self.prior, self.reinit_prob = prior, reinit_prob
-        self.y = prior.sample_labels(capacity, generator)
-        self.x = prior.sample(self.y, generator)
+        y = prior.sample_labels(capacity, generator)
+        self.fill(torch.cat([prior.sample(part, generator) for part in y.split(1000)]), y)      # in parts: the noise of 10,000 images takes as much memory as they do
+
+    def fill(self, x: Tensor, y: Tensor):
+        "Put other chains in place of all, as read from a checkpoint."
+        self.x, self.y, self.labels = x, y.to(x.device), y.cpu()        # labels: a copy that the host reads without waiting for a GPU
 
     def __len__(self): return len(self.x)
 
     def draw(self,
         n: int, # chains to continue; at most the capacity
-        generator: torch.Generator | None = None,
+        generator: torch.Generator | None = None, # of the noise, on the prior's device
+        choices: torch.Generator | None = None, # of the choices, on the CPU; default: made from `generator`
     ) -> tuple[Tensor, Tensor]: # images [n,C,H,W] and the slots [n] they belong to
-        "Draw `n` different chains; each is fresh from the prior with probability `reinit_prob`."
+        "Draw `n` different chains; each is fresh from the prior with probability `reinit_prob`. With `choices` given, a GPU is never waited for."
         if not 1 <= n <= len(self): raise InputError(f"batch_size: {n} chains asked of a buffer of {len(self)}")
-        device = self.x.device
-        index = torch.randperm(len(self), device=device, generator=generator)[:n]
-        fresh = torch.rand(n, device=device, generator=generator) < self.reinit_prob
+        if choices is None: choices = generator if generator is None or generator.device.type == "cpu" else torch.Generator().manual_seed(int(torch.randint(2**62, (), device=generator.device, generator=generator)))
+        chosen = torch.randperm(len(self), generator=choices)[:n]
+        rows = (torch.rand(n, generator=choices) < self.reinit_prob).nonzero().squeeze(1)
+        index = chosen.to(self.x.device, non_blocking=True)
         x = self.x[index]
-        x[fresh] = self.prior.sample(self.y[index[fresh]], generator)
+        if len(rows): x[rows.to(x.device, non_blocking=True)] = self.prior.sample(self.labels[chosen[rows]], generator)
         return x, index
 
     def store(self, index: Tensor, x: Tensor):

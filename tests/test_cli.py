@@ -13,13 +13,14 @@ import torch
 from conftest import snapshot
 from PIL import Image
 
-from robust_jem import cli as command_line
-from robust_jem import data, runs as run_folders, training
-from robust_jem.cli import EXAMPLES, ReplicateConfig, parse
+from robust_jem import data, runs as run_folders, stages, training
+from robust_jem.benchmark import BenchmarkConfig
+from robust_jem.cli import EXAMPLES, parse
 from robust_jem.data import Images, InputError
 from robust_jem.priors import GaussianMixturePrior
 from robust_jem.reporting import ReportConfig
 from robust_jem.runs import Run
+from robust_jem.stages import ReplicateConfig
 from robust_jem.systems import SYSTEMS, EvaluateConfig, GenerateConfig, TrainConfig, configure
 
 
@@ -36,7 +37,7 @@ def never(*_, **__): raise AssertionError("a notebook was started")
 @pytest.fixture
 def refused(cli, here, monkeypatch):
     "Run a command that must fail before it does anything; its message must say all of `says`."
-    monkeypatch.setattr(command_line, "notebook_path", never)                # a replication that isn't refused fails here, not in ten minutes
+    monkeypatch.setattr(stages, "notebook_path", never)                # a replication that isn't refused fails here, not in ten minutes
     def check(*argv, says):
         before = snapshot(here)
         result = cli(*argv)
@@ -53,7 +54,7 @@ def refused(cli, here, monkeypatch):
 
 TINY = ("--epochs", "1", "--attack-steps", "1", "--outer-steps", "1")
 OPTIONS = [
-    ("trian", ["command", "'trian'", "train, generate, evaluate, report, replicate"]),
+    ("trian", ["command", "'trian'", "train, generate, evaluate, report, benchmark, replicate"]),
     ("train --system jem2", ["system", "'jem2'", *SYSTEMS]),
     ("train --preset tpu", ["preset", "'tpu'", "paper", "cpu"]),
     ("train --dataset nothing", ["dataset", "'nothing'", "digits, cifar10, cifar100, svhn", "{train,test}/<class>"]),
@@ -337,7 +338,7 @@ def test_commands_in_order(cli, evaluated):
 
 # Help
 
-CONFIG_OF = {"train": TrainConfig, "generate": GenerateConfig, "evaluate": EvaluateConfig, "report": ReportConfig, "replicate": ReplicateConfig}
+CONFIG_OF = {"train": TrainConfig, "generate": GenerateConfig, "evaluate": EvaluateConfig, "report": ReportConfig, "benchmark": BenchmarkConfig, "replicate": ReplicateConfig}
 
 
 @pytest.fixture
@@ -352,9 +353,10 @@ def test_help_shows_examples_that_parse(cli, documented_runs, monkeypatch, comma
     monkeypatch.setenv("COLUMNS", "200")
     result = cli(command, "--help")
     assert result.code == 0 and result.err == ""
-    examples = [line.strip() for line in result.out.splitlines() if line.strip().startswith(f"robust-jem {command}")]
+    start = re.compile(rf"(robust-jem|torchrun .* -m robust_jem.cli) {command} ?")
+    examples = [line.strip() for line in result.out.splitlines() if start.match(line.strip())]
     assert examples == EXAMPLES[command][1].splitlines()
-    for line in examples: assert type(parse(command, shlex.split(line)[2:])) is CONFIG_OF[command]
+    for line in examples: assert type(parse(command, shlex.split(start.sub("", line)))) is CONFIG_OF[command]
     for name in inspect.signature(CONFIG_OF[command]).parameters: assert f"--{name.replace('_', '-')}" in result.out
 
 

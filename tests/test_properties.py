@@ -9,12 +9,12 @@ from hypothesis import strategies as st
 from torch import nn
 
 from robust_jem.attacks import pgd
-from robust_jem.cli import ReplicateConfig
 from robust_jem.data import Batches, InputError, augment, to_uint8, to_unit
 from robust_jem.energy import conditional_density, joint_energy, marginal_energy, predict, rank
 from robust_jem.priors import GaussianMixturePrior
 from robust_jem.reporting import ReportConfig
 from robust_jem.samplers import ReplayBuffer, proximal_sgld, sgld
+from robust_jem.stages import ReplicateConfig
 from robust_jem.systems import PRESETS, SYSTEMS, EvaluateConfig, GenerateConfig, TrainConfig, configure
 
 modest = settings(max_examples=30, deadline=None, derandomize=True)
@@ -56,8 +56,8 @@ def test_augmented_images_are_windows_of_the_padded_ones(seed, pad, flip):
 def test_an_epoch_shows_each_image_at_most_once_with_its_label(n, data, seed):
     size = data.draw(st.integers(1, n))
     x = torch.arange(n, dtype=torch.uint8).view(n, 1, 1, 1)
-    batches = Batches(x, torch.arange(n), size, torch.Generator().manual_seed(seed))
-    epoch = list(batches)
+    batches = Batches(x, torch.arange(n), size, seed)
+    epoch = list(batches.epoch(3))
     shown = torch.cat([y for _, y in epoch])
     assert len(epoch) == len(batches) == n // size and all(len(y) == size for _, y in epoch)
     assert len(shown.unique()) == len(shown) and torch.equal(torch.cat([b for b, _ in epoch]).flatten().long(), shown)

@@ -12,9 +12,9 @@ import psutil
 import pytest
 from conftest import REPO, snapshot
 
-from robust_jem import cli as command_line
-from robust_jem.cli import ReplicateConfig, Stage, plan
+from robust_jem import stages as command_line
 from robust_jem.runs import Run, write_json
+from robust_jem.stages import ReplicateConfig, Stage, plan
 from robust_jem.systems import SYSTEMS, EvaluateConfig, TrainConfig, configure, sample_plan
 
 STAGES = REPO / "nbs/replication"

@@ -1,0 +1,145 @@
+"""Runs on two processes: the same gradient, the same samples, whole checkpoints when one is killed."""
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from robust_jem.runs import Run, read_tensors
+
+OPTIONS = "--system robust_jem --epochs 2 --attack-steps 2 --outer-steps 2 --buffer-size 200 --warmup-steps 0 --ema-decay 0.9 --threads 1 --device cpu --log-every 5".split()
+
+GRADIENT = '''
+import sys, torch
+import robust_jem.state as state
+from robust_jem.data import load_images, to_unit
+from robust_jem.execution import executing
+from robust_jem.systems import TrainConfig, configure
+
+norm, out = sys.argv[1:]
+build = state.build_model
+state.build_model = lambda *a: build(*a).double()
+config = configure(TrainConfig, "robust_jem", norm=norm, batch_size=16, buffer_size=16, device="cpu", precision="float32", clean_weight=0.5, energy_penalty=0.01)
+images = load_images("digits")
+with executing(config, 1) as at:
+    s = state.TrainState(config, images, at)
+    g = torch.Generator().manual_seed(0)
+    x, y = to_unit(images.train_x[:16]).double(), images.train_y[:16]
+    adv, sampled = (x + 0.1 * torch.randn(x.shape, generator=g, dtype=torch.float64) for _ in range(2))
+    mine = slice(at.world.rank, None, at.world.size)
+    s.model.train()
+    loss, _ = s.objective(y[mine], x_clean=x[mine], x_adversarial=adv[mine], x_real=x[mine], x_sampled=sampled[mine])
+    loss.backward()
+    gradient = torch.cat([p.grad.flatten() for p in s.model.parameters()])
+    s._average_statistics()
+    buffers = torch.cat([b.flatten().double() for b in s.model.buffers()]) if norm == "batch" else torch.zeros(1)
+    torch.save({"gradient": gradient, "buffers": buffers, "y": y[mine]}, f"{out}-{at.world.rank}of{at.world.size}.pt")
+'''
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+@pytest.fixture
+def torchrun(command, here):
+    "Run a module or a script on two processes."
+    def call(*what, size=2, timeout=300):
+        argv = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(size), "--master-port", str(free_port()), *map(str, what)]
+        return subprocess.run(argv, cwd=here, env=command.env, capture_output=True, text=True, timeout=timeout)
+    return call
+
+
+def succeeded(done):
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+@pytest.mark.parametrize("norm", ("none", "batch"))
+def test_two_processes_compute_the_gradient_of_the_whole_batch(torchrun, here, norm):
+    (here / "gradient.py").write_text(GRADIENT)
+    succeeded(torchrun("gradient.py", norm, "g", size=2)), succeeded(torchrun("gradient.py", norm, "g", size=1))
+    one, a, b = (torch.load(here / f"g-{n}.pt", weights_only=True) for n in ("0of1", "0of2", "1of2"))
+    assert sorted(torch.cat([a["y"], b["y"]]).tolist()) == sorted(one["y"].tolist())
+    assert torch.equal(a["gradient"], b["gradient"]) and torch.equal(a["buffers"], b["buffers"])     # all processes agree
+    error = (a["gradient"] - one["gradient"]).abs().max() / one["gradient"].abs().max()
+    if norm == "none": assert error < 1e-10
+    else: assert 1e-6 < error                                                 # each process normalises by its own images: another function of the batch
+
+
+@pytest.mark.slow
+def test_two_processes_train_resume_and_generate(torchrun, here, cli):
+    succeeded(torchrun("-m", "robust_jem.cli", "train", *OPTIONS, "--out", "whole"))
+    whole = Run(here / "whole")
+    assert whole.summary["processes"] == 2 and whole.summary["updates"] == 44 and [r["step"] for r in whole.metrics()] == [*range(5, 21, 5), 22, *range(25, 41, 5), 44]
+    tensors, meta = read_tensors(whole.path / "checkpoints/last.safetensors")
+    assert meta["processes"] == 2 and tensors["buffer.x"].shape[0] == 200 and len(tensors["generator.noise"]) == 2
+    assert not torch.equal(*tensors["generator.noise"]) and not torch.equal(tensors["buffer.x"][:100], tensors["buffer.x"][100:])
+
+    # in pieces, on two processes: the same bits
+    pieces = 0
+    while not (here / "pieces/model.safetensors").exists():
+        done = torchrun("-m", "robust_jem.cli", "train", *OPTIONS, "--out", "pieces", "--max-minutes", "0.03")
+        pieces += 1
+        assert pieces < 30 and (done.returncode == 0 or done.stderr.count("robust-jem: pieces: stopped at update") == 1), done.stderr
+    assert pieces > 1
+    for name in ("model.safetensors", "checkpoints/last.safetensors"):
+        x, y = (read_tensors(here / f / name)[0] for f in ("whole", "pieces"))
+        assert x.keys() == y.keys() and all(torch.equal(x[k], y[k]) for k in x), name
+    assert whole.metrics() == Run(here / "pieces").metrics()
+
+    # the finished state goes on alone, with a warning
+    (here / "whole/model.safetensors").unlink()
+    config = json.loads((here / "whole/config.json").read_text())
+    (here / "whole/config.json").write_text(json.dumps(config | {"epochs": 3}))
+    with pytest.warns(UserWarning, match="written by 2 process"):
+        assert cli("train", *[o if o != "2" or OPTIONS[i - 1] != "--epochs" else "3" for i, o in enumerate(OPTIONS)], "--out", "whole").code == 0
+    assert whole.summary["updates"] == 66 and whole.summary["processes"] == 1
+
+    # samples don't depend on the number of processes
+    options = ("--num-samples", 50, "--batch-size", 20, "--outer-steps", 2, "--device", "cpu")
+    succeeded(torchrun("-m", "robust_jem.cli", "generate", "whole", *options, "--name", "two"))
+    assert cli("generate", "whole", *options, "--name", "one").code == 0
+    (x, y, two), (a, b, _) = (whole.samples(n) for n in ("two", "one"))
+    assert torch.equal(x, a) and torch.equal(y, b) and len(x) == 50 and two["processes"] == 2
+    assert not list((here / "whole/samples").glob("*/parts-*"))
+
+
+def test_killed_process_ends_the_job_and_leaves_a_whole_checkpoint(command, here, torchrun):
+    env = command.env | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    argv = [*command.argv, "train", *OPTIONS, "--epochs", "50", "--out", "run"]
+    ranks = [subprocess.Popen(argv, cwd=here, env=env | {"RANK": str(r), "LOCAL_RANK": str(r)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for r in (0, 1)]
+    try:
+        checkpoint, end = here / "run/checkpoints/last.safetensors", time.monotonic() + 120
+        while not checkpoint.exists():
+            assert ranks[0].poll() is None and ranks[1].poll() is None and time.monotonic() < end, [r.communicate() for r in ranks]
+            time.sleep(0.02)
+        time.sleep(0.5)
+        ranks[1].send_signal(signal.SIGKILL)
+        _, err = ranks[0].communicate(timeout=120)
+    finally:
+        for r in ranks: r.kill(); r.wait()
+    lines = [line for line in err.replace("\r", "\n").split("\n") if line.startswith("robust-jem: ")]
+    assert ranks[0].returncode == 1 and len(lines) == 1 and "another of the 2 processes has ended" in lines[0] and "Traceback" not in err, err
+    tensors, meta = read_tensors(checkpoint)
+    assert meta["step"] % 22 == 0 and all(t.isfinite().all() for t in tensors.values() if t.is_floating_point())
+    done = torchrun("-m", "robust_jem.cli", "train", *OPTIONS, "--epochs", "50", "--out", "run", "--max-minutes", "0.05")
+    assert "stopped at update" in done.stderr and read_tensors(checkpoint)[1]["step"] > meta["step"]        # it goes on from there
+
+
+@pytest.mark.parametrize("options, says", (("--batch-size 63", "batch_size: 63 can't be divided among 2 processes"), ("--buffer-size 201", "buffer_size: 201 can't be divided")))
+def test_shares_that_are_not_whole_are_refused_once(torchrun, here, options, says):
+    done = torchrun("-m", "robust_jem.cli", "train", *OPTIONS, *options.split(), "--out", "run")
+    assert done.returncode != 0 and done.stderr.count(f"robust-jem: {says}") == 1 and not os.path.exists(here / "run")
+
+
+def test_evaluation_is_not_for_several_processes(torchrun, runs):
+    done = torchrun("-m", "robust_jem.cli", "evaluate", runs / "robust_jem", "--extractor", f"classifier:{runs / 'judge'}")
+    assert done.returncode != 0 and "start it without torchrun" in done.stderr

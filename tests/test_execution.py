@@ -1,0 +1,209 @@
+"""Precision, compilation, memory and time limits: what they may change, and what not."""
+import copy
+import time
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from robust_jem.attacks import pgd
+from robust_jem.data import InputError, load_images, to_unit
+from robust_jem.energy import input_gradient, marginal_energy, untouched
+from robust_jem.evaluation import accuracy, robust_accuracy
+from robust_jem.execution import Accelerated, at_a_size_that_fits, choose_policy, resolve_device
+from robust_jem.networks import WideResNet
+from robust_jem.runs import Run
+from robust_jem.samplers import proximal_sgld
+from robust_jem.systems import TrainConfig, configure
+from robust_jem.training import train
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def digits(): return load_images("digits")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    "A Robust JEM after a few epochs, in float32."
+    torch.set_num_threads(1)
+    return Run(train(configure(TrainConfig, "robust_jem", epochs=4, precision="float32", device="cpu", out=str(tmp_path_factory.mktemp("trained") / "run")), progress=False))
+
+
+def gradients(network, x, precision, statistics):
+    fast, exact = choose_policy(CPU, precision).accelerate(copy.deepcopy(network)), copy.deepcopy(network).double()
+    value = lambda logits: -marginal_energy(logits)
+    with untouched(fast, statistics): a = input_gradient(fast, x, value)
+    with untouched(exact, statistics): b = input_gradient(exact, x.double(), value)
+    return a.double(), b
+
+
+# What each precision reaches, with room for other machines; bfloat16 stays below 0.999 where batch norm uses the batch.
+BOUNDS = {("float32", "running"): 0.99999, ("float32", "batch"): 0.9999, ("float16", "running"): 0.9995, ("float16", "batch"): 0.995,
+          ("bfloat16", "running"): 0.995, ("bfloat16", "batch"): 0.96}
+TRAINED = {("bfloat16", "running"): 0.999, ("bfloat16", "batch"): 0.995, ("float16", "batch"): 0.999}
+
+
+@pytest.mark.parametrize("precision, statistics", BOUNDS)
+def test_fast_gradient_points_where_float64_does(digits, trained, precision, statistics):
+    x = to_unit(digits.test_x[:64])
+    torch.manual_seed(0)
+    for network, bounds in ((WideResNet(10, 1, in_channels=1), BOUNDS), (trained.model(), BOUNDS | TRAINED)):
+        a, b = gradients(network, x, precision, statistics)
+        assert F.cosine_similarity(a.flatten(), b.flatten(), 0) >= bounds[precision, statistics]
+        assert 0.98 < a.norm() / b.norm() < 1.02                                # float16's inner scale is taken out again
+
+
+@pytest.mark.parametrize("precision", ("float32", "bfloat16", "float16"))
+def test_accelerated_network_is_a_classifier_like_any_other(digits, precision):
+    torch.manual_seed(0)
+    network, x = WideResNet(10, 1, in_channels=1), to_unit(digits.test_x[:8])
+    fast, before = choose_policy(CPU, precision).accelerate(network), copy.deepcopy(network.state_dict())
+    y = torch.arange(8)
+    adv, chain = pgd(fast, x, y, 0.1, 3, generator=torch.Generator().manual_seed(0)), proximal_sgld(fast, x, 3, 5, 0.04)
+    assert adv.dtype == chain.dtype == torch.float32 and (adv - x).abs().max() <= 0.1 + 1e-6
+    assert all(torch.equal(v, before[k]) for k, v in network.state_dict().items()) and all(p.requires_grad and p.grad is None for p in network.parameters())
+    F.cross_entropy(fast(x), y).backward()
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in network.parameters())
+
+
+def test_network_without_a_stem_runs_under_a_policy():
+    import torchvision
+    network, x = torchvision.models.resnet18(num_classes=10), torch.rand(4, 3, 32, 32)
+    fast = choose_policy(CPU, "bfloat16").accelerate(network)
+    assert fast(x).dtype == torch.float32 and proximal_sgld(fast, x, 1, 5, 0.1).shape == x.shape
+
+
+@pytest.mark.slow
+def test_compiled_network_computes_the_same(digits):
+    "On the CPU; on a GPU the same code is compiled."
+    torch.manual_seed(0)
+    network, x = WideResNet(10, 1, in_channels=1), to_unit(digits.test_x[:16])
+    eager, compiled = (choose_policy(CPU, "float32", c).accelerate(network) for c in ("off", "default"))
+    for statistics in ("running", "batch"):
+        with untouched(eager, statistics), untouched(compiled, statistics):
+            a, b = (input_gradient(f, x, marginal_energy) for f in (eager, compiled))
+        assert torch.allclose(a, b, atol=1e-5 * a.abs().max().item(), rtol=1e-3)
+    grads = []
+    for f in (eager, compiled):
+        network.zero_grad(); copied = copy.deepcopy(network.state_dict())
+        F.cross_entropy(f(x), digits.test_y[:16]).backward()
+        grads.append(torch.cat([p.grad.flatten().clone() for p in network.parameters()])); after = copy.deepcopy(network.state_dict()); network.load_state_dict(copied)
+    assert torch.allclose(*grads, atol=1e-5 * grads[0].abs().max().item(), rtol=1e-3)
+    assert not torch.equal(after["trunk.0.residual.0.running_mean"], copied["trunk.0.residual.0.running_mean"])     # the compiled pass moves the averages too
+
+
+@pytest.mark.parametrize("device, precision, compile", (("cpu", "float32", "off"), ("cpu", "bfloat16", "default")))
+def test_policy_is_recorded(here, device, precision, compile, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda f, **kw: f)                    # what is recorded doesn't need the compiler
+    config = configure(TrainConfig, "jempp", epochs=1, outer_steps=1, buffer_size=512, batch_size=512, precision=precision, compile=compile, device=device, out="run")
+    summary = Run(train(config, progress=False)).summary
+    assert summary["precision"] == precision and summary["compile"] == compile
+
+
+def test_auto_follows_the_device(monkeypatch):
+    for fast, precision in ((True, "bfloat16"), (False, "float32")):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: fast)
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+        assert choose_policy(CPU).precision == precision and choose_policy(CPU).compile == "off"
+
+
+@pytest.mark.parametrize("change, says", (({"precision": "float8"}, "precision: 'float8' is not accepted; accepted: auto, float32, bfloat16, float16"),
+                                          ({"compile": "fast"}, "compile: 'fast' is not accepted"), ({"max_minutes": -1}, "max_minutes: -1.0 is outside 0..∞")))
+def test_execution_options_are_checked(change, says):
+    with pytest.raises(InputError) as e: configure(TrainConfig, "jempp", **change)
+    assert says in str(e.value)
+
+
+def out_of_memory_above(limit, forward):
+    def call(self, x):
+        if len(x) > limit: raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 TiB")
+        return forward(self, x)
+    return call
+
+
+def test_scores_do_not_depend_on_the_memory(digits, trained, monkeypatch):
+    network, x, y = trained.model(), digits.test_x[:200], digits.test_y[:200]
+    whole = accuracy(network, x, y, 200), robust_accuracy(network, x, y, 0.2, steps=3, batch_size=50, seed=3)
+    monkeypatch.setattr(WideResNet, "forward", out_of_memory_above(60, WideResNet.forward))
+    with pytest.warns(UserWarning, match="going on with batches of 50"):
+        assert (accuracy(network, x, y, 200), robust_accuracy(network, x, y, 0.2, steps=3, batch_size=200, seed=3)) == whole
+    assert not network.training
+
+
+def test_samples_shrink_their_batch_and_say_so(runs, monkeypatch, cli):
+    monkeypatch.setattr(Accelerated, "forward", out_of_memory_above(12, Accelerated.forward))
+    with pytest.warns(UserWarning, match="going on with batches of 10"):
+        assert cli("generate", runs / "robust_jem", "--num-samples", 30, "--batch-size", 20, "--outer-steps", 1, "--device", "cpu", "--name", "small").code == 0
+    x, y, summary = Run(runs / "robust_jem").samples("small")
+    assert len(x) == 30 and summary["batch_size"] == 10 and summary["config"]["batch_size"] == 20
+
+
+def test_not_even_one_image_fits_is_one_line():
+    def work(size): raise MemoryError
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with pytest.raises(InputError, match="not even one image fits"): at_a_size_that_fits(work, 8)
+
+
+def test_other_errors_are_not_taken_for_memory():
+    def work(size): raise RuntimeError("shapes cannot be multiplied")
+    with pytest.raises(RuntimeError, match="shapes"): at_a_size_that_fits(work, 8)
+
+
+def test_time_limit_of_generation_goes_on_to_the_same_samples(runs, cli, monkeypatch):
+    options = ["--num-samples", 60, "--batch-size", 10, "--outer-steps", 2, "--device", "cpu"]
+    assert cli("generate", runs / "robust_jem", *options, "--name", "whole").code == 0
+    forward = Accelerated.forward
+    monkeypatch.setattr(Accelerated, "forward", lambda self, x: (time.sleep(0.1), forward(self, x))[1])      # slow enough to be stopped
+    calls, codes = 0, []
+    while not codes or codes[-1]:
+        result = cli("generate", runs / "robust_jem", *options, "--name", "pieces", "--max-minutes", 0.015)
+        codes.append(result.code)
+        assert result.code == 0 or result.code == 3 and "the same command goes on from there" in result.err and len(codes) < 20
+    assert len(codes) > 1
+    a, b = (Run(runs / "robust_jem").samples(n) for n in ("whole", "pieces"))
+    assert torch.equal(a[0], b[0]) and torch.equal(a[1], b[1]) and a[2]["share_outside"] == b[2]["share_outside"]
+    assert sorted(p.name for p in (runs / "robust_jem/samples/pieces").iterdir()) == ["images.safetensors", "summary.json"]
+
+
+def test_time_limit_of_evaluation_goes_on_to_the_same_scores(runs, cli, monkeypatch):
+    options = ["--extractor", f"classifier:{runs / 'judge'}", "--attack-steps", 2, "--attack-eps", "0.1", "0.2", "0.3", "--device", "cpu"]
+    assert cli("evaluate", runs / "robust_jem", *options).code == 0
+    run = Run(runs / "robust_jem")
+    whole = run.scores()
+    for file in (run.path / "scores").iterdir(): file.unlink()
+    forward = WideResNet.forward
+    monkeypatch.setattr(WideResNet, "forward", lambda self, x: (time.sleep(0.15), forward(self, x))[1])
+    codes = []
+    while not codes or codes[-1]:
+        codes.append(cli("evaluate", runs / "robust_jem", *options, "--max-minutes", 0.02).code)
+        assert codes[-1] in (0, 3) and len(codes) < 20
+    assert len(codes) > 1
+    same = lambda s: {n: {k: v for k, v in part.items() if k not in ("seconds", "finished")} for n, part in s.items()}
+    assert same(run.scores()) == same(whole)
+
+
+def test_time_limit_of_training_has_its_own_exit_code(here, cli):
+    options = ["--system", "jempp", "--epochs", 40, "--outer-steps", 2, "--buffer-size", 100, "--threads", 1, "--device", "cpu", "--out", "run"]
+    began = time.monotonic()
+    result = cli("train", *options, "--max-minutes", 0.05)
+    assert result.code == 3 and time.monotonic() - began < 60 and "stopped at update" in result.err and not Run("run").trained
+    before = Run("run").metrics()
+    assert cli("train", *options, "--max-minutes", 0.05).code == 3 and Run("run").metrics()[:len(before)] == before
+
+
+def test_absent_device_names_what_is_accepted():
+    with pytest.raises(InputError, match="accepted: auto, cpu, cuda, cuda:N"): resolve_device("tpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("compile", ("off", "default", "reduce-overhead"))
+def test_training_and_sampling_on_a_gpu(here, cli, compile):
+    options = ["--system", "robust_jem", "--epochs", 2, "--outer-steps", 2, "--attack-steps", 2, "--device", "cuda", "--compile", compile, "--out", "run"]
+    assert cli("train", *options).code == 0 and cli("generate", "run", "--outer-steps", 2, "--compile", compile).code == 0
+    rows = Run("run").metrics()
+    assert rows[-1]["loss"] < rows[0]["loss"]
