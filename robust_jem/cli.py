@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['EXAMPLES', 'parse', 'main']
 
-# %% ../nbs/13_cli.ipynb #f4f7b55e
+# %% ../nbs/13_cli.ipynb #487cccd5
 import contextlib, io, os, re, signal, sys, time, typing
 from pathlib import Path
 
@@ -14,11 +14,11 @@ import tyro
 from .configuration import Config, accepted
 from .data import InputError
 from .distribution import PeerLost
-from .execution import OutOfTime
+from .execution import Interrupted, OutOfTime
 from .runs import Run
 from .systems import EvaluateConfig, GenerateConfig, TrainConfig, configure
 
-# %% ../nbs/13_cli.ipynb #07d5f4c6
+# %% ../nbs/13_cli.ipynb #4898d38f
 EXAMPLES = {
     "train": ("Train one system, or continue an interrupted run.", "robust-jem train --system robust_jem --dataset digits --preset cpu\nrobust-jem train --system jempp --dataset cifar10 --preset paper --device cuda --out runs/jempp --max-minutes 8.5\ntorchrun --nproc-per-node 2 -m robust_jem.cli train --system robust_jem --dataset digits"),
     "generate": ("Draw samples from a trained run.", "robust-jem generate runs/digits-cpu/robust_jem-s0 --method combined\nrobust-jem generate runs/digits-cpu/jempp-s0 --method energy --no-conditional --num-samples 1000 --name thousand"),
@@ -79,17 +79,22 @@ def _say(message, code: int, always: bool = False) -> int:
     return code
 
 def main(argv: list[str] | None = None) -> int:
-    "Entry point. Exit codes: 0 done, 1 a run failed or diverged, 2 bad input, 3 stopped by --max-minutes before the end, 130 interrupted."
+    "Entry point. Exit codes: 0 done, 1 a run failed or diverged, 2 bad input, 3 stopped by --max-minutes before the end, 130 interrupted, 143 terminated."
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help"): print(_usage()); return 0 if argv else 2
     command, rest = argv[0], argv[1:]
+    def terminated(number, frame): raise Interrupted(number)
+    before = None
+    with contextlib.suppress(ValueError): before = signal.signal(signal.SIGTERM, terminated)      # a polite kill ends like Ctrl-C (ValueError: not the main thread)
     try:
         if command not in EXAMPLES: raise InputError(f"command: {command!r} is unknown; accepted: {', '.join(EXAMPLES)}")
         config = parse(command, rest)
         if command == "train":
             from robust_jem.training import train
             folder = train(config)
-            if os.environ.get("RANK", "0") == "0": print(folder)
+            if os.environ.get("RANK", "0") == "0":
+                times = Run(folder).summary.get("recoveries", 0)
+                print(folder, *[f"(recovered {times} time{'s' * (times > 1)} from divergence: see summary.json)"] * bool(times))
         elif command == "generate":
             from robust_jem.generation import generate_samples
             folder = generate_samples(config)
@@ -105,17 +110,18 @@ def main(argv: list[str] | None = None) -> int:
             print(markdown(benchmark(config)))
         else:
             from robust_jem.stages import replicate
-            with contextlib.suppress(ValueError): signal.signal(signal.SIGTERM, signal.default_int_handler)      # a polite kill stops the notebooks too
             replicate(config)
         return 0
     except InputError as e: return _say(e, 2)
-    except KeyboardInterrupt: return _say("interrupted; the same command continues from the last checkpoint", 130)
+    except KeyboardInterrupt as e: return _say(str(e) or "interrupted; the same command continues from what is saved", 128 + getattr(e, "signal", signal.SIGINT))
     except OutOfTime as e: return _say(e, 3)
     except PeerLost as e: return _say(e, 1, always=True)
     except OSError as e: return _say(f"{e.filename or 'output'}: {e.strerror or e}", 2)
     except RuntimeError as e:
         if type(e).__name__ != "Diverged" and command != "replicate": raise
         return _say(e, 1)
+    finally:
+        if before is not None: signal.signal(signal.SIGTERM, before)
 
 # %% ../nbs/13_cli.ipynb #5de2b865
 #| eval: false

@@ -106,7 +106,7 @@ def _torchvision(name, root, download) -> Images:
         splits[f"{split}_y"] = torch.as_tensor(getattr(ds, "targets", None) if name != "svhn" else ds.labels).long()
     return Images(name, classes=tuple(getattr(ds, "classes", map(str, range(10)))), **splits)
 
-# %% ../nbs/00_data.ipynb #fab4493b
+# %% ../nbs/00_data.ipynb #99eb099a
 def _listing(folder: Path) -> list[tuple[str, int, int]]:
     "Relative path, size and modification time of every file below a folder, sorted."
     found, stack, skip = [], [str(folder)], len(str(folder)) + 1
@@ -114,6 +114,8 @@ def _listing(folder: Path) -> list[tuple[str, int, int]]:
         with os.scandir(stack.pop()) as entries:
             for e in entries:
                 try:
+                    if e.is_symlink() and (e.is_dir() or not Path(e.path).resolve().is_relative_to(folder.resolve())):
+                        raise InputError(f"{e.path}: a link to {os.readlink(e.path)}; an image tree may hold no links to folders or out of itself: copy what it leads to")
                     if e.is_dir(): stack.append(e.path)
                     else: found.append((e.path[skip:], (s := e.stat()).st_size, s.st_mtime_ns))
                 except OSError as why: raise InputError(f"{e.path}: can't be read ({why.strerror}); replace or remove it") from why
@@ -127,6 +129,7 @@ def _folder(name, root, download) -> Images:
         try:
             with Image.open(path) as im:
                 if im.width != im.height: raise InputError(f"{path}: images must be square, got {im.width}x{im.height}")
+                if im.width > 1024: raise InputError(f"{path}: {im.width}x{im.height} pixels; accepted: at most 1024x1024, resize the images first")
                 if sizes.setdefault("all", im.size) != im.size: raise InputError(f"{path}: {im.width}x{im.height} pixels, but other images are {sizes['all'][0]}x{sizes['all'][1]}; all must have one size")
                 return torch.frombuffer(bytearray(im.convert("RGB").tobytes()), dtype=torch.uint8).view(*im.size, 3).permute(2, 0, 1)
         except InputError: raise

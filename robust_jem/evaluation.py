@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['accuracy', 'robust_accuracy', 'eps_at_accuracy', 'evaluate_run']
 
-# %% ../nbs/11_evaluation.ipynb #8a7a9a64
+# %% ../nbs/11_evaluation.ipynb #734a3e0d
 import time
 
 import torch
@@ -15,7 +15,7 @@ from .attacks import pgd
 from .data import InputError, data_root, progress_bar, stream, to_uint8, to_unit
 from .execution import Execution, OutOfTime, at_a_size_that_fits, executing
 from .metrics import extract, feature_extractor, quality, reference_statistics
-from .runs import Run, provenance
+from .runs import Run, exclusive, provenance
 from .systems import EvaluateConfig
 
 # %% ../nbs/11_evaluation.ipynb #55249cc3
@@ -70,7 +70,7 @@ def eps_at_accuracy(
         if a0 >= accuracy >= a1 and a0 > a1: return e0 + (a0 - accuracy) / (a0 - a1) * (e1 - e0)
     return None
 
-# %% ../nbs/11_evaluation.ipynb #bf4b9d95
+# %% ../nbs/11_evaluation.ipynb #3a7c516e
 def evaluate_run(
     config: EvaluateConfig, # what to measure, of which run
     progress: bool = True, # show bars with the time left
@@ -82,7 +82,7 @@ def evaluate_run(
     run = Run(config.run)
     with executing(config, run.config.threads) as at:
         if at.world.size > 1: raise InputError("evaluate: runs in one process; start it without torchrun")
-        return _evaluate(config, run, at, progress)
+        with exclusive(run.path / "scores", "evaluating"): return _evaluate(config, run, at, progress)
 
 def _evaluate(config: EvaluateConfig, run: Run, at: Execution, progress: bool) -> dict[str, dict]:
     device = at.device
@@ -127,5 +127,5 @@ def _evaluate(config: EvaluateConfig, run: Run, at: Execution, progress: bool) -
         return judged("prior", to_uint8(torch.cat([p.sample(y, g).cpu() for y in (torch.arange(n) % images.num_classes).split(config.batch_size)])))
     part("prior", settings | dict(num_samples=n, seed=config.seed), prior)
     for name, (x, _, summary) in sets.items():
-        part(name, settings | dict(samples=summary["config"], weights=summary["weights"], share_outside=summary["share_outside"]), lambda: judged(name, x))
+        part(name, settings | dict(samples=summary["config"] | {"batch_size": summary["batch_size"]}, weights=summary["weights"], share_outside=summary["share_outside"]), lambda: judged(name, x))
     return run.scores()

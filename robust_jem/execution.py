@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['resolve_device', 'fast_bfloat16', 'Policy', 'choose_policy', 'Accelerated', 'at_a_size_that_fits', 'OutOfTime',
-           'Deadline', 'Execution', 'executing']
+           'Deadline', 'Interrupted', 'StopRequest', 'Execution', 'executing']
 
-# %% ../nbs/08_execution.ipynb #d5c2d02b
-import copy, time, warnings
+# %% ../nbs/08_execution.ipynb #7955a0a6
+import copy, signal, threading, time, warnings
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -127,7 +127,7 @@ def at_a_size_that_fits(
         if torch.cuda.is_available(): torch.cuda.empty_cache()
         warnings.warn(f"out of memory: going on with batches of {batch_size}")
 
-# %% ../nbs/08_execution.ipynb #3669bf37
+# %% ../nbs/08_execution.ipynb #7e816cb9
 class OutOfTime(Exception):
     "The time limit is reached; what is finished is kept, and the same command goes on from there."
 
@@ -135,14 +135,41 @@ class Deadline:
     "`minutes` from now (0: never). `reached()` looks ahead: it is true when another piece of work as long as the longest so far would be too late."
 
     def __init__(self, minutes: float):
-        self.end = time.monotonic() + 60 * minutes if minutes else float("inf")
-        self.last, self.longest, self.reserve = time.monotonic(), 0.0, 0.0        # reserve: seconds that the ending itself needs
+        self.minutes, self.longest, self.reserve = minutes, 0.0, 0.0              # reserve: seconds that the ending itself needs
+        self.restart()
+
+    def restart(self):
+        "Begin the time anew."
+        self.last = time.monotonic(); self.end = self.last + 60 * self.minutes if self.minutes else float("inf")
 
     def reached(self) -> bool:
         "Call it between pieces of work."
         now = time.monotonic()
         self.longest, self.last = max(self.longest, now - self.last), now
         return now + self.longest + self.reserve > self.end
+
+# %% ../nbs/08_execution.ipynb #27746e24
+class Interrupted(KeyboardInterrupt):
+    "Stopped by a signal; its number is in `signal`."
+    def __init__(self, number: int, message: str = "interrupted"):
+        super().__init__(message); self.signal = number
+
+class StopRequest:
+    "Within `with StopRequest() as stop:`, SIGINT and SIGTERM only set `stop.signal`; a second one raises `Interrupted`."
+    signal: int | None = None
+
+    def _heard(self, number, frame):
+        if self.signal is not None: raise Interrupted(number)
+        self.signal = number
+
+    def __enter__(self):
+        self.before = {}
+        if threading.current_thread() is threading.main_thread():              # signals are the main thread's
+            for s in (signal.SIGINT, signal.SIGTERM): self.before[s] = signal.signal(s, self._heard)
+        return self
+
+    def __exit__(self, *_):
+        for s, handler in self.before.items(): signal.signal(s, handler)
 
 # %% ../nbs/08_execution.ipynb #eab978b1
 @dataclass

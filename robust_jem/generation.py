@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['METHODS', 'generate', 'generate_samples', 'RobustJEM']
 
-# %% ../nbs/09_generation.ipynb #c665af57
+# %% ../nbs/09_generation.ipynb #019b8696
 import dataclasses, hashlib, json, shutil, time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -19,7 +20,7 @@ from .energy import energy, predict, untouched
 from .execution import Execution, OutOfTime, at_a_size_that_fits, executing
 from .networks import WideResNet
 from .priors import GaussianMixturePrior
-from .runs import Run, provenance, read_json, read_tensors, write_json, write_tensors
+from .runs import Run, exclusive, provenance, read_json, read_tensors, write_json, write_tensors
 from .systems import HOW, GenerateConfig, TrainConfig, configure
 from .training import run_chains
 
@@ -64,7 +65,7 @@ def generate(
                        bounds=None if method == "combined" else bounds, statistics=sampler_statistics, on_step=lambda i, x: stage(f"step {i + 1}", x))
     return x
 
-# %% ../nbs/09_generation.ipynb #5ff6a1b9
+# %% ../nbs/09_generation.ipynb #fb94babb
 def generate_samples(
     config: GenerateConfig, # what to draw, from which run
     progress: bool = True, # show a bar with the time left
@@ -84,7 +85,7 @@ def generate_samples(
         if summary.get("weights") == run.weights: return folder                      # else they are of an earlier training: draw anew
     with executing(config, run.config.threads) as at:
         size, draw = min(config.batch_size, config.num_samples), lambda size: _draw(config, run, folder, at, size, progress and at.world.main)
-        at_a_size_that_fits(draw, size) if at.world.size == 1 else draw(size)
+        with exclusive(folder, "drawing samples") if at.world.main else nullcontext(): at_a_size_that_fits(draw, size) if at.world.size == 1 else draw(size)
     return folder
 
 def _draw(config: GenerateConfig, run: Run, folder: Path, at: Execution, size: int, progress: bool):

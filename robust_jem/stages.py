@@ -20,7 +20,7 @@ from .metrics import feature_extractor
 from .runs import read_json
 from .systems import HOW, EvaluateConfig, GenerateConfig, TrainConfig, configure, sample_plan
 
-# %% ../nbs/12_stages.ipynb #993a7384
+# %% ../nbs/12_stages.ipynb #900c4c62
 @dataclass(frozen=True)
 class ReplicateConfig(Config):
     "What to replicate, from training to Table 1 and Figures 1–3."
@@ -66,7 +66,7 @@ class Stage:
         "Share of a training that its metrics show."
         if self.notebook != "train": return 0.0
         rows, total = self.output.parent.parent / "metrics.jsonl", self.expected[0][1].epochs
-        with contextlib.suppress(OSError, ValueError, IndexError): return min(1.0, json.loads(rows.read_text().splitlines()[-1])["epoch"] / total)
+        with contextlib.suppress(OSError, ValueError, IndexError, KeyError): return min(1.0, json.loads(rows.read_text().splitlines()[-1])["epoch"] / total)
         return 0.0
 
 def plan(config: ReplicateConfig) -> tuple[list[list[Stage]], list[list[Stage]], Stage]:

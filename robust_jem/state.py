@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Objective', 'TrainState']
 
-# %% ../nbs/08_state.ipynb #c8f4b4a0
+# %% ../nbs/08_state.ipynb #e1898850
 import inspect, warnings
 from pathlib import Path
 
@@ -14,14 +14,15 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from .data import Images, InputError, stream, stream_seed
+from .data import Images, InputError, stream_seed
 from .distribution import World
 from .energy import _batch_norms
 from .execution import Execution
 from .objectives import hybrid_loss
+from .recovery import gentler
 from .runs import build_model, build_prior, read_tensors, write_tensors
 from .samplers import ReplayBuffer
-from .systems import TrainConfig
+from .systems import HOW, TrainConfig
 
 # %% ../nbs/08_state.ipynb #1e3d2727
 class Objective(nn.Module):
@@ -33,39 +34,48 @@ class Objective(nn.Module):
     def forward(self, y: Tensor, **images: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
         return hybrid_loss(self.model, self.config.terms, y, track_sampled=self.config.track_sampled, **images)
 
-# %% ../nbs/08_state.ipynb #49c4eceb
+# %% ../nbs/08_state.ipynb #818a3e87
 class TrainState:
-    "Model, average, optimizer, chains and generators of a run, and how far it is."
+    "Model, average, optimizer, chains and generators of a run, how far it is, and what it had to recover from."
 
     def __init__(self, config: TrainConfig, images: Images, at: Execution):
-        self.config, self.world, self.device, self.step, self.seconds = config, at.world, at.device, 0, 0.0
+        self.asked = self.config = config
+        self.world, self.device, self.step, self.seconds, self.best = at.world, at.device, 0, 0.0, float("inf")
         self.pending: list[dict[str, Tensor]] = []                     # parts of the loss since the last line of metrics.jsonl
-        rank = at.world.rank
-        self.generators = {"noise": stream(config.seed, "noise", rank, device=at.device), "choices": stream(config.seed, "choices", rank)}
+        self.events: list[dict] = []                                   # recoveries
+        self.generators = {"noise": torch.Generator(at.device), "choices": torch.Generator()}
+        self.reseed()
         self.model = build_model(config, images).to(at.device)
         self.fast = at.policy.accelerate(self.model)
-        self.objective = Objective(self.fast, config)
+        self.loss = self.objective = Objective(self.fast, config)
         if at.world.size > 1:
             keep_buffers = "forward_sync_buffers" if "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters else "broadcast_buffers"      # PyTorch renamed it
-            self.objective = DistributedDataParallel(self.objective, device_ids=[at.device] if at.device.type == "cuda" else None, **{keep_buffers: False})
+            self.objective = DistributedDataParallel(self.loss, device_ids=[at.device] if at.device.type == "cuda" else None, **{keep_buffers: False})
         self.average = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay), use_buffers=True) if config.ema_decay else None
-        parameters, fused = self.model.parameters(), at.device.type == "cuda"
+        parameters, fused = list(self.model.parameters()), at.device.type == "cuda"
         if config.optimizer == "sgd": self.optimizer = torch.optim.SGD(parameters, config.lr, momentum=0.9, weight_decay=config.weight_decay, fused=fused)
         else: self.optimizer = torch.optim.Adam(parameters, config.lr, betas=(0.9, 0.999), weight_decay=config.weight_decay, fused=fused)
         self.buffer = None
         if config.likelihood_weight:
             prior = build_prior(config, images, at.device).to(at.device, torch.bfloat16 if at.policy.precision != "float32" else None)
             self.buffer = ReplayBuffer(at.world.share(config.buffer_size, "buffer_size"), prior, config.reinit_prob, self.generators["noise"])
+        self.snapshot = self.copy()
 
-    def update(self, lr: float, loss: Tensor):
-        "One step of the optimizer, down the gradient of `loss`."
+    def reseed(self, *why):
+        "Begin fresh streams of random numbers, named after this process and the reason."
+        for k, g in self.generators.items(): g.manual_seed(stream_seed(self.asked.seed, k, self.world.rank, *why))
+
+    def update(self, lr: float, loss: Tensor) -> Tensor:
+        "One step of the optimizer, down the gradient of `loss`; returns the gradient's norm."
         for group in self.optimizer.param_groups: group["lr"] = lr
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
         self.optimizer.step()
         self._average_statistics()
         if self.average: self.average.update_parameters(self.model)
         self.step += 1
+        return norm
 
     @torch.no_grad()
     def _average_statistics(self):
@@ -73,40 +83,71 @@ class TrainState:
         mean = self.world.mean(torch.cat([b.flatten() for b in buffers]))
         for b, part in zip(buffers, mean.split([b.numel() for b in buffers])): b.copy_(part.view_as(b))
 
+    def tensors(self) -> dict[str, Tensor]:
+        "Everything by name, as it stands in this process; not copied."
+        out = {f"model.{k}": v for k, v in self.model.state_dict().items()} | {f"generator.{k}": g.get_state()[None] for k, g in self.generators.items()}
+        if self.average: out |= {f"average.{k}": v for k, v in self.average.state_dict().items()}
+        if self.buffer: out |= {"buffer.x": self.buffer.x, "buffer.y": self.buffer.y}
+        out |= {f"optimizer.{i}.{k}": v for i, s in self.optimizer.state_dict()["state"].items() for k, v in s.items() if v is not None}
+        if self.pending: out |= {f"pending.{k}": torch.stack([p[k].float() for p in self.pending]) for k in self.pending[0]}
+        return out
+
+    def copy(self) -> tuple[int, dict[str, Tensor]]:
+        "The update's number, and copies of everything."
+        return self.step, {k: v.detach().clone() for k, v in self.tensors().items()}
+
+    def restore(self, step: int, tensors: dict[str, Tensor], fresh: bool = False): # fresh: the generators aren't this process's; leave them
+        "Become what `tensors` hold."
+        part = lambda prefix: {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+        self.model.load_state_dict(part("model."))
+        if self.average: self.average.load_state_dict(part("average."))
+        if self.buffer: self.buffer.fill(tensors["buffer.x"].clone(), tensors["buffer.y"].clone())
+        for k, v in part("generator.").items():
+            if not fresh: self.generators[k].set_state(v[0].cpu().clone())      # a copy: PyTorch misreads a state that is a part of a larger tensor
+        state = {}
+        for k, v in part("optimizer.").items():
+            i, name = k.split(".", 1); state.setdefault(int(i), {})[name] = v.clone()
+        self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
+        pending = {} if fresh else part("pending.")
+        self.step, self.pending = step, [dict(zip(pending, values)) for values in zip(*pending.values())]
+
+    def recover(self, step: int, tensors: dict[str, Tensor], event: dict):
+        "Go back, with fresh noise and gentler settings."
+        self.restore(step, tensors)
+        self.pending.clear(); self.events.append(event)
+        self.reseed("recovery", len(self.events)); self.soften()
+
+    def soften(self): self.config = self.loss.config = gentler(self.asked, len(self.events))
+
     def save(self, path: Path):
-        "Write everything; every process calls it, process 0 writes."
-        gather = self.world.gather
-        tensors = {f"model.{k}": v for k, v in self.model.state_dict().items()} | {f"generator.{k}": gather(g.get_state()[None]) for k, g in self.generators.items()}
-        if self.average: tensors |= {f"average.{k}": v for k, v in self.average.state_dict().items()}
-        if self.buffer: tensors |= {"buffer.x": gather(self.buffer.x), "buffer.y": gather(self.buffer.y)}
-        tensors |= {f"optimizer.{i}.{k}": v for i, s in self.optimizer.state_dict()["state"].items() for k, v in s.items() if v is not None}
-        if self.pending: tensors |= {f"pending.{k}": torch.stack([p[k].float() for p in self.pending]) for k in self.pending[0]}
-        if self.world.main: write_tensors(path, tensors, {"step": self.step, "seconds": self.seconds, "processes": self.world.size})
+        "Write everything, and the snapshot; every process calls it, process 0 writes."
+        gather = lambda tensors: {k: self.world.gather(v) if k.startswith(("buffer.", "generator.")) else v for k, v in tensors.items()}
+        tensors = gather(self.tensors()) | {f"snapshot.{k}": v for k, v in gather(self.snapshot[1]).items()}
+        if self.world.main: write_tensors(path, tensors, {"step": self.step, "snapshot": self.snapshot[0], "seconds": self.seconds, "best": self.best, "events": self.events, "processes": self.world.size, "config": _settings(self.asked)})
         self.world.wait()
 
     def load(self, path: Path):
         "Go on from a checkpoint: exactly where the number of processes and the kind of device are the same, with fresh noise where they aren't."
         tensors, meta = read_tensors(path, self.device)
-        part = lambda prefix: {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-        self.model.load_state_dict(part("model."))
-        if self.average: self.average.load_state_dict(part("average."))
-        if self.buffer:
-            rows = slice(self.world.rank * len(self.buffer), (self.world.rank + 1) * len(self.buffer))
-            self.buffer.fill(tensors["buffer.x"][rows].clone(), tensors["buffer.y"][rows].clone())
-        self.step, self.seconds, same = meta["step"], meta["seconds"], meta["processes"] == self.world.size
-        for k, g in self.generators.items():
-            try:
-                if not same: raise RuntimeError
-                g.set_state(tensors[f"generator.{k}"][self.world.rank].cpu().clone())      # a copy: PyTorch crashes on a state that doesn't begin at a multiple of 16 bytes, as in a mapped file
-            except RuntimeError:      # a CPU's state doesn't fit a GPU's generator, nor the other way round
-                if self.world.main: warnings.warn(f"{path} was written by {meta['processes']} process(es) or on another kind of device: the run goes on with fresh noise, so not bit for bit")
-                g.manual_seed(stream_seed(self.config.seed, k, self.world.rank, "from update", self.step))
-        state = {}
-        for k, v in part("optimizer.").items():
-            i, name = k.split(".", 1); state.setdefault(int(i), {})[name] = v
-        self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
-        if pending := part("pending.") if same else {}: self.pending = [dict(zip(pending, values)) for values in zip(*pending.values())]
+        try:
+            if meta["config"] != _settings(self.asked): raise InputError(f"{path}: a checkpoint of other settings; use another folder, or remove it")
+            rank, size, same = self.world.rank, self.world.size, meta["processes"] == self.world.size
+            mine = {k: v[rank if same else 0][None] if "generator." in k else v.chunk(size)[rank] if "buffer." in k else v for k, v in tensors.items()}
+            fresh = not same or any(v.shape[1:] != self.generators[k.split(".")[-1]].get_state().shape for k, v in mine.items() if "generator." in k)      # a CPU's state doesn't fit a GPU's generator
+            now, before = {k: v for k, v in mine.items() if not k.startswith("snapshot.")}, {k.removeprefix("snapshot."): v for k, v in mine.items() if k.startswith("snapshot.")}
+            self.restore(meta["step"], now, fresh)
+            self.seconds, self.best, self.events = meta["seconds"], meta["best"], meta["events"]
+        except (KeyError, IndexError, RuntimeError, TypeError, ValueError) as e:
+            if isinstance(e, InputError): raise
+            raise InputError(f"{path}: doesn't fit the run's settings ({str(e).splitlines()[-1].strip()[:100]})") from e
+        self.snapshot = self.copy() if fresh else (meta["snapshot"], {k: v.clone() for k, v in before.items()})
+        self.soften()
+        if fresh:
+            self.reseed("from update", self.step)
+            if self.world.main: warnings.warn(f"{path} was written by {meta['processes']} process(es) or on another kind of device: the run goes on with fresh noise, so not bit for bit")
 
     def result(self) -> dict[str, Tensor]:
         "The weights to keep: the average where there is one."
         return (self.average.module if self.average else self.model).state_dict()
+
+def _settings(config: TrainConfig) -> dict: return {k: list(v) if isinstance(v, tuple) else v for k, v in config.to_dict().items() if k not in HOW | {"epochs"}}

@@ -14,11 +14,11 @@ from .configuration import Config, option
 from .data import InputError
 from .objectives import Terms
 
-# %% ../nbs/07_systems.ipynb #5d9182c8
+# %% ../nbs/07_systems.ipynb #b5b51486
 Statistics = Literal["batch", "running"]
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
 Compile = Literal["auto", "off", "default", "reduce-overhead", "max-autotune"]
-HOW = {"out", "run", "root", "device", "threads", "compile", "max_minutes"}     # fields that say where and how fast, not what: a run may go on with others
+HOW = {"out", "run", "root", "device", "threads", "compile", "max_minutes", "keep_checkpoints", "checkpoint_minutes"}     # fields that say where and how fast, not what: a run may go on with others
 
 @dataclass(frozen=True)
 class TrainConfig(Config):
@@ -76,6 +76,14 @@ class TrainConfig(Config):
     ema_decay: float = option(0.0, 0, 1)     # of the weights' exponential moving average; 0: none
     log_every: int = option(10, 1)           # updates between two lines of metrics.jsonl
     gap_limit: float = option(50.0, 0)       # the run has diverged when the mean energies of real and sampled images are further apart
+    recoveries: int = option(3, 0)           # times a diverged run may go back and on with gentler settings; 0: it fails at once
+    recovery_lr: float = option(0.5, 0, 1)   # factor of the learning rate, each time
+    recovery_step_size: float = option(0.7, 0, 1)        # factor of sampler_step_size, each time
+    recovery_outer_steps: float = option(1.5, 1, 10)     # factor of outer_steps, each time
+    recovery_penalty: float = option(0.001, 0)           # added to energy_penalty, each time
+    snapshot_every: int = option(50, 1)      # updates between the states that a diverged run can go back to
+    keep_checkpoints: int = option(2, 1)     # ends of epochs whose checkpoints stay, besides the best
+    checkpoint_minutes: float = option(10.0, 0)          # also save in the middle of an epoch, this often; 0: never
 
     def __post_init__(self):
         super().__post_init__()

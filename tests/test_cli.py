@@ -13,7 +13,7 @@ import torch
 from conftest import snapshot
 from PIL import Image
 
-from robust_jem import data, runs as run_folders, stages, training
+from robust_jem import data, runs as run_folders, stages, trail
 from robust_jem.benchmark import BenchmarkConfig
 from robust_jem.cli import EXAMPLES, parse
 from robust_jem.data import Images, InputError
@@ -205,7 +205,7 @@ def test_full_disk_leaves_no_half_written_file(refused, runs, monkeypatch):
 def test_disk_that_fills_while_training_is_one_line(cli, here, monkeypatch):
     def append(path, mode="r", *a, **kw):
         return full_disk() if mode == "a" else open(path, mode, *a, **kw)
-    monkeypatch.setattr(training, "open", append, raising=False)
+    monkeypatch.setattr(trail, "open", append, raising=False)
     result = cli("train", "--out", "out", *TINY)
     assert result.code == 2
     message = one_line(result.err)

@@ -79,20 +79,20 @@ def test_two_processes_train_resume_and_generate(torchrun, here, cli):
     succeeded(torchrun("-m", "robust_jem.cli", "train", *OPTIONS, "--out", "whole"))
     whole = Run(here / "whole")
     assert whole.summary["processes"] == 2 and whole.summary["updates"] == 44 and [r["step"] for r in whole.metrics()] == [*range(5, 21, 5), 22, *range(25, 41, 5), 44]
-    tensors, meta = read_tensors(whole.path / "checkpoints/last.safetensors")
+    tensors, meta = read_tensors(whole.checkpoints()[0])
     assert meta["processes"] == 2 and tensors["buffer.x"].shape[0] == 200 and len(tensors["generator.noise"]) == 2
     assert not torch.equal(*tensors["generator.noise"]) and not torch.equal(tensors["buffer.x"][:100], tensors["buffer.x"][100:])
 
     # in pieces, on two processes: the same bits
     pieces = 0
     while not (here / "pieces/model.safetensors").exists():
-        done = torchrun("-m", "robust_jem.cli", "train", *OPTIONS, "--out", "pieces", "--max-minutes", "0.03")
+        done = torchrun("-m", "robust_jem.cli", "train", *OPTIONS, "--out", "pieces", "--max-minutes", "0.06")
         pieces += 1
         assert pieces < 30 and (done.returncode == 0 or done.stderr.count("robust-jem: pieces: stopped at update") == 1), done.stderr
     assert pieces > 1
-    for name in ("model.safetensors", "checkpoints/last.safetensors"):
-        x, y = (read_tensors(here / f / name)[0] for f in ("whole", "pieces"))
-        assert x.keys() == y.keys() and all(torch.equal(x[k], y[k]) for k in x), name
+    for file in (lambda run: run.path / "model.safetensors", lambda run: run.checkpoints()[0]):
+        x, y = (read_tensors(file(Run(here / f)))[0] for f in ("whole", "pieces"))
+        assert x.keys() == y.keys() and all(torch.equal(x[k], y[k]) for k in x)
     assert whole.metrics() == Run(here / "pieces").metrics()
 
     # the finished state goes on alone, with a warning
@@ -117,8 +117,8 @@ def test_killed_process_ends_the_job_and_leaves_a_whole_checkpoint(command, here
     argv = [*command.argv, "train", *OPTIONS, "--epochs", "50", "--out", "run"]
     ranks = [subprocess.Popen(argv, cwd=here, env=env | {"RANK": str(r), "LOCAL_RANK": str(r)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for r in (0, 1)]
     try:
-        checkpoint, end = here / "run/checkpoints/last.safetensors", time.monotonic() + 120
-        while not checkpoint.exists():
+        end = time.monotonic() + 120
+        while not list((here / "run").glob("checkpoints/step-*.safetensors")):
             assert ranks[0].poll() is None and ranks[1].poll() is None and time.monotonic() < end, [r.communicate() for r in ranks]
             time.sleep(0.02)
         time.sleep(0.5)
@@ -128,10 +128,10 @@ def test_killed_process_ends_the_job_and_leaves_a_whole_checkpoint(command, here
         for r in ranks: r.kill(); r.wait()
     lines = [line for line in err.replace("\r", "\n").split("\n") if line.startswith("robust-jem: ")]
     assert ranks[0].returncode == 1 and len(lines) == 1 and "another of the 2 processes has ended" in lines[0] and "Traceback" not in err, err
-    tensors, meta = read_tensors(checkpoint)
+    tensors, meta = read_tensors(Run(here / "run").checkpoints()[0])
     assert meta["step"] % 22 == 0 and all(t.isfinite().all() for t in tensors.values() if t.is_floating_point())
     done = torchrun("-m", "robust_jem.cli", "train", *OPTIONS, "--epochs", "50", "--out", "run", "--max-minutes", "0.05")
-    assert "stopped at update" in done.stderr and read_tensors(checkpoint)[1]["step"] > meta["step"]        # it goes on from there
+    assert "stopped at update" in done.stderr and read_tensors(Run(here / "run").checkpoints()[0])[1]["step"] > meta["step"]        # it goes on from there
 
 
 @pytest.mark.parametrize("options, says", (("--batch-size 63", "batch_size: 63 can't be divided among 2 processes"), ("--buffer-size 201", "buffer_size: 201 can't be divided")))

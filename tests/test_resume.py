@@ -56,9 +56,9 @@ def interrupted(here, command):
 
 
 def assert_same_run(a, b):
-    for name in ("model.safetensors", "checkpoints/last.safetensors"):
-        x, y = (read_tensors(r.path / name)[0] for r in (a, b))
-        assert x.keys() == y.keys() and all(torch.equal(x[k], y[k]) for k in x), name
+    for file in (lambda run: run.path / "model.safetensors", lambda run: run.checkpoints()[0], lambda run: run.path / "checkpoints/best.safetensors"):
+        x, y = (read_tensors(file(r))[0] for r in (a, b))
+        assert x.keys() == y.keys() and all(torch.equal(x[k], y[k]) for k in x), file(a)
     assert a.metrics() == b.metrics()
     assert all(a.summary[k] == b.summary[k] for k in ("updates", "images_seen", "fingerprint", "parameters"))
 
@@ -67,10 +67,12 @@ def assert_same_run(a, b):
 def test_interrupted_training_continues_to_the_same_bits(interrupted, uninterrupted, here, cli, how):
     code, out, err = interrupted(how)
     run = Run(here / "run")
-    assert not run.trained and (run.path / "checkpoints/last.safetensors").is_file() and out == ""
+    assert not run.trained and run.checkpoints() and out == ""
     if how == signal.SIGINT:
         assert code == 130 and "Traceback" not in err
-        assert [line for line in err.replace("\r", "\n").split("\n") if line.startswith("robust-jem: ")] == ["robust-jem: interrupted; the same command continues from the last checkpoint"]
+        said, = [line for line in err.replace("\r", "\n").split("\n") if line.startswith("robust-jem: ")]
+        step = read_tensors(run.checkpoints()[0])[1]["step"]
+        assert said == f"robust-jem: run: interrupted at update {step} of {2 * PER_EPOCH} and saved; the same command goes on from there" and step > PER_EPOCH
     else: assert code == -how
     again = cli("train", "--system", "robust_jem", *OPTIONS, "--out", "run")
     assert again.code == 0 and again.out == "run\n"
