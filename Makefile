@@ -15,6 +15,14 @@ help: ## this list
 replicate: $(VENV)/.installed-run ## train, sample and score every system: runs/ and figures/
 	$(BIN)/robust-jem replicate --dataset $(DATASET) --preset $(PRESET)
 
+# Executed copies land in the record that `make docs` shows; results in figures/.
+benchmark: $(VENV)/.installed-run ## speed against the reference's arithmetic: figures/benchmark*, a quarter of an hour
+	mkdir -p runs/digits-cpu/notebooks
+	$(BIN)/papermill nbs/replication/benchmark.ipynb runs/digits-cpu/notebooks/benchmark.ipynb -k python3
+
+precision: replicate ## float32 and bfloat16 side by side over seeds: figures/precision*, a quarter of an hour
+	OMP_NUM_THREADS=1 $(BIN)/papermill nbs/replication/precision.ipynb runs/digits-cpu/notebooks/precision.ipynb -k python3
+
 # One thread a worker: two notebooks at a time share the machine instead of fighting over it.
 test: $(VENV)/.installed-test ## notebooks first, then tests/
 	MPLBACKEND=Agg OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 $(NBDEV_TEST_FLAGS)
@@ -45,12 +53,15 @@ INSTALL = $(BIN)/python -m pip install --disable-pip-version-check --quiet -e
 $(VENV)/.installed-run: settings.ini setup.py | $(BIN)/pip
 	$(INSTALL) .
 	@touch $@
+# torchattacks (AutoAttack, a check of our attacks) asks for a requests of 2020; it needs none of it for attacks.
 $(VENV)/.installed-test: settings.ini setup.py | $(BIN)/pip
 	$(INSTALL) '.[dev]'
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps torchattacks==3.5.1
 	@touch $@ $(VENV)/.installed-run
 $(VENV)/.installed-docs: settings.ini setup.py | $(BIN)/pip
 	$(INSTALL) '.[dev,docs]'
 	@touch $@ $(VENV)/.installed-run $(VENV)/.installed-test
 
-.PHONY: help replicate test docs prepare clean
+
+.PHONY: help replicate benchmark precision test docs prepare clean
 .NOTPARALLEL:

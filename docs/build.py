@@ -252,7 +252,7 @@ def write_source(notebooks: list[Path], processed: Path) -> None:
     contributing = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     (SOURCE / "contributing.md").write_text(links(re.sub(r"\]\((?![a-z]+:|#)", "](../", contributing)), encoding="utf-8")      # as if it lay in nbs/
     navigation = [toctree("Start", ["Home <self>", "contributing"]), toctree("Method", have("method", "open_choices")),
-                  toctree("Modules", modules), toctree("Replication", have("gallery") + write_record(links))]
+                  toctree("Modules", modules), toctree("Replication", have("gallery", "speed") + write_record(links))]
     for path in notebooks:
         nb = adapt(documents[path.name], links, module=page_name(path))
         if path.name == "index.ipynb": nb.cells.append(nbformat.v4.new_markdown_cell("\n\n".join(filter(None, navigation))))

@@ -134,7 +134,7 @@ def _work_done(c: BenchmarkConfig, config: TrainConfig, f: dict, name: str, ours
     return {"sampler": (b * c.steps, b * c.steps * g), "attack": (b * c.steps, b * c.steps * g), "update": (b, b * step_flops(config, f)), "prior": (2000 if ours else min(20, b), 0.0),
             "generation": (b, 2 * b * c.steps * g), "scoring": (b, b * f["forward"])}[name]
 
-# %% ../nbs/12_benchmark.ipynb #3138c895
+# %% ../nbs/12_benchmark.ipynb #b5e20260
 def _growth(c: BenchmarkConfig, at: Execution, images: Images, late: Callable) -> dict:
     "Seconds of a gradient by batch and width, of a chain by steps, of an update by processes."
     def gradient(width: int, batch: int, steps: int = 2) -> float:
@@ -189,7 +189,7 @@ def benchmark(config: BenchmarkConfig, progress: bool = True) -> dict:
 def markdown(out: dict) -> str:
     "A table a batch size."
     text = [f"{out['network']} ({out['parameters'] / 1e6:.2f} M parameters, {out['gflop an image']['forward']:.2f} GFLOP an image and forward pass) on {out['device']}, torch {out['torch']}, commit {out['commit']}. "
-            f"Medians of {out['config']['repeats']} in turns, fastest and slowest in brackets. Peak of a matrix product in the same run: " + ", ".join(f"{v:.3g} TFLOP/s {k}" for k, v in out["peak tflops"].items()) + "."]
+            f"The reference is float32 with TF32 off. Medians of {out['config']['repeats']} in turns, fastest and slowest in brackets. Peak of a matrix product in the same run: " + ", ".join(f"{v:.3g} TFLOP/s {k}" for k, v in out["peak tflops"].items()) + "."]
     for batch, table in out["tables"].items():
         rows = [["workload", "arithmetic", "seconds", "images/s", "× reference", "TFLOP/s", "of peak", "peak MiB"]]
         for w, variants in table.items():

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .data import InputError
 
-# %% ../nbs/08_distribution.ipynb #8ee8eef5
+# %% ../nbs/08_distribution.ipynb #be8a5584
 class PeerLost(RuntimeError):
     "Another process of the job has ended, so this one can't go on."
 
@@ -57,6 +57,12 @@ class World:
         t = torch.tensor([flag], dtype=torch.uint8, device=device)
         dist.broadcast(t, 0)
         return bool(t.item())
+
+    def first(self, work):
+        "`work()`, by one process of each machine before the others: for what is downloaded or cached once."
+        if self.local_rank == 0: out = work()
+        self.wait()
+        return out if self.local_rank == 0 else work()
 
     def wait(self):
         "Go on when all processes are here."

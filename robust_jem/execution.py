@@ -19,10 +19,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from .data import InputError
 from .distribution import World, join_world
 
-# %% ../nbs/08_execution.ipynb #7e70b0c0
+# %% ../nbs/08_execution.ipynb #431480f7
 def resolve_device(device: str, world: World = World()) -> torch.device:
     "`auto` is the first GPU where there is one (each process its own), else the CPU; an absent device is an `InputError`."
     if device in ("auto", "cuda") and torch.cuda.is_available(): return torch.device("cuda", world.local_rank)
+    if world.size > 1 and device.startswith("cuda:"): raise InputError(f"device: {device!r} is one GPU for {world.size} processes; accepted: cuda, each its own")
     if device == "auto": return torch.device("cpu")
     try:
         chosen = torch.device(device)
@@ -35,7 +36,7 @@ def fast_bfloat16(device: torch.device) -> bool:
     if device.type == "cuda": return torch.cuda.get_device_capability(device) >= (8, 0)
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
-# %% ../nbs/08_execution.ipynb #c184bc67
+# %% ../nbs/08_execution.ipynb #2e198368
 @dataclass(frozen=True)
 class Policy:
     "How a network runs on a device; `choose_policy` makes it, `accelerate` applies it."
@@ -82,7 +83,13 @@ class Accelerated(nn.Module):
         return m.trunk[-1](h.float())
 
     def _rounded(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        return self.model.trunk[-1](self.rounded(self.model.stem(x).to(dtype)).float())
+        h = self.model.stem(x).to(dtype)
+        with torch.autocast(x.device.type, dtype): h = self.rounded(h)
+        return self.model.trunk[-1](h.float())
+
+    def weights_changed(self):
+        "Round anew before the next chain or attack. PyTorch counts most changes of a tensor by itself, but not those of a fused optimizer."
+        object.__setattr__(self, "seen", None)
 
     def _refresh(self, dtype: torch.dtype):
         "Round the weights once after an update, not in each of the gradients before the next."
@@ -127,7 +134,7 @@ def at_a_size_that_fits(
         if torch.cuda.is_available(): torch.cuda.empty_cache()
         warnings.warn(f"out of memory: going on with batches of {batch_size}")
 
-# %% ../nbs/08_execution.ipynb #7e816cb9
+# %% ../nbs/08_execution.ipynb #7f82c198
 class OutOfTime(Exception):
     "The time limit is reached; what is finished is kept, and the same command goes on from there."
 
@@ -140,12 +147,15 @@ class Deadline:
 
     def restart(self):
         "Begin the time anew."
-        self.last = time.monotonic(); self.end = self.last + 60 * self.minutes if self.minutes else float("inf")
+        self.last = None; self.end = time.monotonic() + 60 * self.minutes if self.minutes else float("inf")
+
+    def passed(self) -> bool: return time.monotonic() > self.end
 
     def reached(self) -> bool:
         "Call it between pieces of work."
         now = time.monotonic()
-        self.longest, self.last = max(self.longest, now - self.last), now
+        if self.last is not None: self.longest = max(self.longest, now - self.last)       # what came before the first call was loading and compiling
+        self.last = now
         return now + self.longest + self.reserve > self.end
 
 # %% ../nbs/08_execution.ipynb #27746e24
@@ -171,7 +181,7 @@ class StopRequest:
     def __exit__(self, *_):
         for s, handler in self.before.items(): signal.signal(s, handler)
 
-# %% ../nbs/08_execution.ipynb #eab978b1
+# %% ../nbs/08_execution.ipynb #607c5239
 @dataclass
 class Execution:
     "Where and how a command runs."
@@ -186,9 +196,12 @@ def executing(
     threads: int = 0, # CPU threads; 0: PyTorch's choice
 ):
     "Join the job, resolve the device, set the device's switches, start the clock; the switches are put back at the end."
+    before = torch.get_num_threads()
     if threads: torch.set_num_threads(threads)
     cuda = config.device != "cpu" and torch.cuda.is_available()
-    with join_world("cuda" if cuda else "cpu") as world:
-        device = resolve_device(config.device, world)
-        with torch.backends.cudnn.flags(enabled=True, benchmark=True, deterministic=False, allow_tf32=False):
-            yield Execution(world, device, choose_policy(device, config.precision, config.compile), Deadline(config.max_minutes))
+    try:
+        with join_world("cuda" if cuda else "cpu") as world:
+            device = resolve_device(config.device, world)
+            with torch.backends.cudnn.flags(enabled=True, benchmark=True, deterministic=False, allow_tf32=False):
+                yield Execution(world, device, choose_policy(device, config.precision, config.compile), Deadline(config.max_minutes))
+    finally: torch.set_num_threads(before)

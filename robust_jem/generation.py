@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['METHODS', 'generate', 'generate_samples', 'RobustJEM']
 
-# %% ../nbs/09_generation.ipynb #019b8696
+# %% ../nbs/09_generation.ipynb #ef3aeb93
 import dataclasses, hashlib, json, shutil, time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import torch
@@ -65,7 +65,7 @@ def generate(
                        bounds=None if method == "combined" else bounds, statistics=sampler_statistics, on_step=lambda i, x: stage(f"step {i + 1}", x))
     return x
 
-# %% ../nbs/09_generation.ipynb #fb94babb
+# %% ../nbs/09_generation.ipynb #eff4360f
 def generate_samples(
     config: GenerateConfig, # what to draw, from which run
     progress: bool = True, # show a bar with the time left
@@ -75,7 +75,7 @@ def generate_samples(
     Each batch has random numbers of its own and is kept as soon as it is finished, so an interrupted set goes on
     where it stopped, and is the same on any number of processes. Raises `InputError`, and `OutOfTime` when max_minutes are over.
     """
-    run = Run(config.run)
+    run = Run(config.run).finished()
     folder, asked = run.path / "samples" / config.label, config.to_dict()
     if (folder / "summary.json").exists():
         summary = read_json(folder / "summary.json")
@@ -97,7 +97,10 @@ def _draw(config: GenerateConfig, run: Run, folder: Path, at: Execution, size: i
     what = {k: v for k, v in config.to_dict().items() if k not in HOW} | {"weights": run.weights, "size": size, "precision": at.policy.precision}
     parts = folder / f"parts-{hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]}"
     file, shown = lambda i: parts / f"{i:05}.safetensors", {"prior", "attack", "contrast", f"step {config.outer_steps}"} | {f"step {a * 10 ** b}" for a in (1, 2, 5) for b in range(4)}
-    left = [i for i in range(batches) if not file(i).exists()]
+    def whole(i):
+        with suppress(InputError): return bool(read_tensors(file(i)))
+        return False
+    left = [i for i in range(batches) if not whole(i)]                               # a damaged part is drawn again
     world.wait()                                                                     # all have looked before process 0 writes
     def batch(i):
         strip = {}                                                                   # ten chains of the first batch, for pictures

@@ -11,7 +11,7 @@ from statistics import median
 
 from .systems import TrainConfig
 
-# %% ../nbs/08_recovery.ipynb #0063e6f0
+# %% ../nbs/08_recovery.ipynb #19cb7cd3
 class Diverged(RuntimeError):
     "The run has diverged, and its recoveries are used up."
 
@@ -21,6 +21,11 @@ class Health:
     FLOOR = {"gradient_norm": 0.0, "energy_gap": 5.0}       # never a jump below this
 
     def __init__(self): self.seen: dict[str, list[float]] = {k: [] for k in self.FLOOR}
+
+    def recall(self, rows: list[dict], config: TrainConfig):
+        "Begin anew with the lines that a run has kept."
+        self.__init__()
+        for row in rows: self.check(row, config)
 
     def check(self,
         row: dict[str, float], # a line of metrics

@@ -27,7 +27,7 @@ from .networks import WideResNet
 from .priors import GaussianMixturePrior, UniformPrior
 from .systems import HOW, TrainConfig
 
-# %% ../nbs/08_runs.ipynb #57450e51
+# %% ../nbs/08_runs.ipynb #38813792
 def write_bytes(path: Path, content: bytes):
     "Write a file atomically. An unwritable place is an `InputError` that names it."
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
@@ -36,9 +36,9 @@ def write_bytes(path: Path, content: bytes):
         with open(part, "wb") as f:
             f.write(content); f.flush(); os.fsync(f.fileno())
         part.replace(path)
-    except OSError as e:
-        part.unlink(missing_ok=True) if part.parent.is_dir() else None
-        raise InputError(f"{path}: can't be written ({e.strerror or e}); choose a folder that can, or free space") from e
+    except OSError as e: raise InputError(f"{path}: can't be written ({e.strerror or e}); choose a folder that can, or free space") from e
+    finally:
+        with suppress(OSError): part.unlink()                        # not there when all went well
 
 def write_json(path: Path, value): write_bytes(path, (json.dumps(value, indent=1) + "\n").encode())
 
@@ -130,7 +130,7 @@ def build_prior(config: TrainConfig, images: Images, device="cpu") -> GaussianMi
     if config.prior == "uniform": return UniformPrior(images.shape, images.num_classes, device)
     return GaussianMixturePrior.fit(to_unit(images.train_x.to(device)), images.train_y.to(device), images.num_classes)
 
-# %% ../nbs/08_runs.ipynb #f81ca195
+# %% ../nbs/08_runs.ipynb #7c79a36e
 class Run:
     "A run folder. `Run(path)` opens one; `Run.create(config)` makes it, or reopens it when it holds the same configuration."
 
@@ -159,6 +159,10 @@ class Run:
     # training
     @property
     def trained(self) -> bool: return (self.path / "model.safetensors").is_file()
+    def finished(self) -> "Run":
+        "This run, or an `InputError` where it isn't trained to the end."
+        if not self.trained: raise InputError(f"run: {self.path} isn't trained yet; finish `robust-jem train --out {self.path}` first")
+        return self
     @property
     def weights(self) -> str:
         "Hash of the final weights: samples and scores carry it, so that they can't be taken for another training's."
@@ -180,7 +184,7 @@ class Run:
     def prior(self, device="cpu"): return build_prior(self.config, self.images(), device)
     def model(self, device="cpu") -> WideResNet:
         "The trained network in evaluation mode."
-        if not self.trained: raise InputError(f"run: {self.path} isn't trained yet; finish `robust-jem train --out {self.path}` first")
+        self.finished()
         tensors, _ = read_tensors(self.path / "model.safetensors")
         model = build_model(self.config, self.images())
         try: model.load_state_dict(tensors)

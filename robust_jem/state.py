@@ -34,7 +34,7 @@ class Objective(nn.Module):
     def forward(self, y: Tensor, **images: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
         return hybrid_loss(self.model, self.config.terms, y, track_sampled=self.config.track_sampled, **images)
 
-# %% ../nbs/08_state.ipynb #818a3e87
+# %% ../nbs/08_state.ipynb #c7085e23
 class TrainState:
     "Model, average, optimizer, chains and generators of a run, how far it is, and what it had to recover from."
 
@@ -72,6 +72,7 @@ class TrainState:
         loss.backward()
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
         self.optimizer.step()
+        self.fast.weights_changed()
         self._average_statistics()
         if self.average: self.average.update_parameters(self.model)
         self.step += 1
@@ -104,10 +105,12 @@ class TrainState:
         if self.buffer: self.buffer.fill(tensors["buffer.x"].clone(), tensors["buffer.y"].clone())
         for k, v in part("generator.").items():
             if not fresh: self.generators[k].set_state(v[0].cpu().clone())      # a copy: PyTorch misreads a state that is a part of a larger tensor
-        state = {}
+        state, parameters = {}, list(self.model.parameters())
         for k, v in part("optimizer.").items():
-            i, name = k.split(".", 1); state.setdefault(int(i), {})[name] = v.clone()
+            i, name = k.split(".", 1); p = parameters[int(i)]
+            state.setdefault(int(i), {})[name] = torch.empty_like(p).copy_(v) if v.shape == p.shape else v.clone()      # in the parameter's layout, which fused optimizers insist on
         self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
+        self.fast.weights_changed()
         pending = {} if fresh else part("pending.")
         self.step, self.pending = step, [dict(zip(pending, values)) for values in zip(*pending.values())]
 
@@ -123,7 +126,7 @@ class TrainState:
         "Write everything, and the snapshot; every process calls it, process 0 writes."
         gather = lambda tensors: {k: self.world.gather(v) if k.startswith(("buffer.", "generator.")) else v for k, v in tensors.items()}
         tensors = gather(self.tensors()) | {f"snapshot.{k}": v for k, v in gather(self.snapshot[1]).items()}
-        if self.world.main: write_tensors(path, tensors, {"step": self.step, "snapshot": self.snapshot[0], "seconds": self.seconds, "best": self.best, "events": self.events, "processes": self.world.size, "config": _settings(self.asked)})
+        if self.world.main: write_tensors(path, tensors, {"step": self.step, "snapshot": self.snapshot[0], "seconds": self.seconds, "best": self.best, "events": self.events, "processes": self.world.size, "precision": self.fast.policy.precision, "config": _settings(self.asked)})
         self.world.wait()
 
     def load(self, path: Path):
@@ -142,6 +145,7 @@ class TrainState:
             raise InputError(f"{path}: doesn't fit the run's settings ({str(e).splitlines()[-1].strip()[:100]})") from e
         self.snapshot = self.copy() if fresh else (meta["snapshot"], {k: v.clone() for k, v in before.items()})
         self.soften()
+        if meta["precision"] != self.fast.policy.precision and self.world.main: warnings.warn(f"{path} was written in {meta['precision']}; the run goes on in {self.fast.policy.precision}, so not bit for bit")
         if fresh:
             self.reseed("from update", self.step)
             if self.world.main: warnings.warn(f"{path} was written by {meta['processes']} process(es) or on another kind of device: the run goes on with fresh noise, so not bit for bit")
@@ -150,4 +154,4 @@ class TrainState:
         "The weights to keep: the average where there is one."
         return (self.average.module if self.average else self.model).state_dict()
 
-def _settings(config: TrainConfig) -> dict: return {k: list(v) if isinstance(v, tuple) else v for k, v in config.to_dict().items() if k not in HOW | {"epochs"}}
+def _settings(config: TrainConfig) -> dict: return {k: list(v) if isinstance(v, tuple) else v for k, v in config.to_dict().items() if k not in HOW}

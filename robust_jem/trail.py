@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['Trail']
 
-# %% ../nbs/08_trail.ipynb #49a52f78
+# %% ../nbs/08_trail.ipynb #0cf08448
 import json, math, os, shutil, warnings
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -14,18 +15,17 @@ import torch
 
 from .data import InputError
 from .recovery import Diverged, gentler
-from .runs import Run, write_bytes
+from .runs import Run, read_tensors, write_bytes
 from .state import TrainState
 from .systems import TrainConfig
 
-# %% ../nbs/08_trail.ipynb #eb0ae503
+# %% ../nbs/08_trail.ipynb #199bf24c
 class Trail:
     "A run's metrics and checkpoints on disk, and TensorBoard; of several processes, the first writes."
 
     def __init__(self, run: Run, state: TrainState, config: TrainConfig, per_epoch: int):
-        from torch.utils.tensorboard import SummaryWriter
-        self.run, self.state, self.config, self.per_epoch, self.main = run, state, config, per_epoch, state.world.main
-        self.board = SummaryWriter(str(run.path / "tensorboard"), purge_step=state.step + 1) if self.main else None
+        self.run, self.state, self.config, self.per_epoch, self.main, self.board = run, state, config, per_epoch, state.world.main, None
+        for left in (run.path / "checkpoints").glob(".*.part") if self.main else (): left.unlink(missing_ok=True)       # of a process that was killed while it wrote
 
     def flush(self, **row) -> dict:
         "Average the pending updates' parts over time and processes, and append a line to metrics.jsonl."
@@ -45,9 +45,14 @@ class Trail:
 
     def back_to(self, step: int):
         "Take back what came after an update."
+        from torch.utils.tensorboard import SummaryWriter
         if not self.main: return
+        self.close(); self.board = SummaryWriter(str(self.run.path / "tensorboard"), purge_step=step + 1)
         kept = [json.dumps(r) for r in self.run.metrics() if r["step"] <= step]
         write_bytes(self.run.path / "metrics.jsonl", "".join(line + "\n" for line in kept).encode())
+
+    def close(self):
+        if self.board: self.board.close()
 
     def save(self):
         "Write a checkpoint; at the end of an epoch, keep it if it is the best, and remove what is too old."
@@ -79,23 +84,35 @@ class Trail:
                 warnings.warn(f"{e}; going on from the checkpoint before it")
         self.back_to(self.state.step)
 
-    def recover(self, why: str, row: dict, fresh: TrainState):
+    def recover(self,
+        why: str, # what Health found
+        row: dict, # the line that it judged
+        anew: Callable[[], TrainState], # makes the state that the run began with
+    ):
         "Back to the snapshot; when that has been tried, to an earlier end of an epoch; else to the beginning. `Diverged` when no recovery is left."
         state, config, tried = self.state, self.config, [e["back_to"] for e in self.state.events]
         if len(tried) >= config.recoveries:
             raise Diverged(f"{self.run.path}: {why} at update {state.step}, after {len(tried)} of {config.recoveries} recoveries; the last checkpoint is {self.run.checkpoints()[0].name if self.run.checkpoints() else 'not yet written'}. Lower lr or sampler_step_size, or raise energy_penalty")
         at, (step, tensors) = state.step, state.snapshot
         if step in tried:
-            step, tensors = fresh.snapshot
-            for file in (f for f in self.run.checkpoints() if _step(f) % self.per_epoch == 0 and _step(f) < min(tried)):
+            fresh = anew()
+            for file in (f for f in self.run.checkpoints() if _step(f) % self.per_epoch == 0 and _step(f) < step and _step(f) not in tried):
                 with suppress(InputError): fresh.load(file); step, tensors = fresh.copy(); break
+            else:
+                if step > self.per_epoch: raise Diverged(f"{self.run.path}: {why} at update {state.step}, and no earlier state is left to go back to; raise keep_checkpoints, lower lr or sampler_step_size, or raise energy_penalty")
+                step, tensors = fresh.snapshot
         event = {"event": "recovery", "step": step, "why": why, "at": at, "back_to": step, "number": len(tried) + 1, "seen": {k: str(v) for k, v in row.items()}}
         softer = gentler(config, len(tried) + 1)
         state.recover(step, tensors, event | {"settings": {k: getattr(softer, k) for k in ("lr", "sampler_step_size", "outer_steps", "energy_penalty")}})
         state.snapshot = state.copy()
         state.world.wait(); self.back_to(step); self.append(state.events[-1])
-        for file in self.run.checkpoints() if self.main else ():
-            if _step(file) > step: file.unlink(missing_ok=True)
+        if self.main:
+            for file in self.run.checkpoints():
+                if _step(file) > step: file.unlink(missing_ok=True)
+            best = self.run.path / "checkpoints" / "best.safetensors"
+            with suppress(InputError):
+                if read_tensors(best)[1]["step"] > step: best.unlink(); state.best = math.inf      # of an epoch that no longer happened
+        self.save()                                                                 # a kill from here on goes on from the recovery
         if self.main: warnings.warn(f"{self.run.path}: {why} at update {at}; recovery {len(state.events)} of {config.recoveries}: back to update {step}, lr {softer.lr:g}, sampler_step_size {softer.sampler_step_size:g}, outer_steps {softer.outer_steps}")
 
 def _step(file: Path) -> int: return int(file.stem.removeprefix("step-"))

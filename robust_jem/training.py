@@ -81,7 +81,7 @@ def train_step(
     if x_sampled is not None and len(x_sampled) > 1: parts["sampled_std"] = x_sampled.std(0).mean()
     return parts
 
-# %% ../nbs/08_training.ipynb #6fddff13
+# %% ../nbs/08_training.ipynb #f3c22a8f
 def train(
     config: TrainConfig, # everything the run depends on
     progress: bool = True, # show a bar with the time left
@@ -96,9 +96,9 @@ def train(
 
 def _train(config: TrainConfig, at: Execution, progress: bool) -> Path:
     world, folder = at.world, Path(config.folder)
-    if (folder / "model.safetensors").exists() and Run.create(config).trained: return folder
+    if (folder / "config.json").exists() and Run.create(config).trained: return folder
     world.share(config.batch_size, "batch_size")
-    images = load_images(config.dataset, config.root or None)
+    images = world.first(lambda: load_images(config.dataset, config.root or None))
     augment(to_unit(images.train_x[:2]), config.pad)                               # fails here, before anything is written
     state = TrainState(config, images, at)
     batches = Batches(images.train_x, images.train_y, config.batch_size, config.seed, at.device, world.rank, world.size)
@@ -106,11 +106,11 @@ def _train(config: TrainConfig, at: Execution, progress: bool) -> Path:
     world.wait(); run = run or Run(folder)
     with exclusive(folder, "training") if world.main else nullcontext(), StopRequest() as stop:
         trail, health = Trail(run, state, config, len(batches)), Health()
-        trail.load()
-        for row in run.metrics(): health.check(row, config)                          # the past that a jump is measured against
+        trail.load(); world.wait()
+        health.recall(run.metrics(), config)
         _loop(config, at, state, batches, trail, health, stop, progress, lambda: TrainState(config, images, at))
         if not world.main: return folder
-        trail.board.close()
+        trail.close()
         seen, how = state.step * config.batch_size, {"recoveries": len(state.events)} | ({"events": state.events} if state.events else {})
         write_json(folder / "summary.json", dict(system=config.system, dataset=config.dataset, fingerprint=images.fingerprint, updates=state.step, images_seen=seen, seconds=round(state.seconds, 2), processes=world.size,
             images_per_second=round(seen / state.seconds, 1) if seen else 0, parameters=sum(p.numel() for p in state.model.parameters()), **how, **provenance(at.device, at.policy)))
@@ -124,6 +124,9 @@ def _loop(config: TrainConfig, at: Execution, state: TrainState, batches: Batche
         state.seconds, before = time.perf_counter() - began, time.perf_counter()
         trail.save()
         at.deadline.reserve = 1 + 2 * (time.perf_counter() - before); pause.restart()
+    def ask(ending: bool, late: bool):
+        if ending: raise Interrupted(stop.signal or 15, f"{trail.run.path}: interrupted at update {state.step} of {total} and saved; the same command goes on from there")
+        if late: raise OutOfTime(f"{trail.run.path}: stopped at update {state.step} of {total} after max_minutes {config.max_minutes:g}; the same command goes on from there")
     with progress_bar(total=total, initial=state.step, desc=f"{config.system} on {config.dataset}", unit="step", disable=not progress) as bar:
         while state.step < total:
             epoch = state.step // per_epoch
@@ -134,17 +137,17 @@ def _loop(config: TrainConfig, at: Execution, state: TrainState, batches: Batche
                     row = trail.flush(epoch=epoch + 1, lr=lr)
                     bar.set_postfix({k: f"{row[k]:.3f}" for k in ("loss", "energy_gap") if k in row} | ({"recoveries": len(state.events)} if state.events else {}))
                     if why := health.check(row, config):
-                        trail.recover(why, row, anew()); bar.n = state.step; bar.refresh()
+                        trail.recover(why, row, anew); world.wait()
+                        health.recall(trail.run.metrics(), config); bar.n = state.step; bar.refresh()
                         break
                     if state.step - state.snapshot[0] >= config.snapshot_every: state.snapshot = state.copy()
                 bar.update()
                 if (logged or world.size == 1) and state.step % per_epoch:
                     if stop.signal or config.max_minutes or config.checkpoint_minutes or world.size > 1:      # without any, no process needs to be asked
                         ending, late = world.agree(bool(stop.signal), at.device), world.agree(at.deadline.reached(), at.device)
-                        if ending or late or world.agree(pause.reached(), at.device): save()
-                        if ending: raise Interrupted(stop.signal or 15, f"{trail.run.path}: interrupted at update {state.step} of {total} and saved; the same command goes on from there")
-                        if late: raise OutOfTime(f"{trail.run.path}: stopped at update {state.step} of {total} after max_minutes {config.max_minutes:g}; the same command goes on from there")
+                        if ending or late or world.agree(pause.passed(), at.device): save()
+                        ask(ending, late)
             else:
                 save()
-                if state.step < total and world.agree(bool(stop.signal), at.device): raise Interrupted(stop.signal or 15, f"{trail.run.path}: interrupted at update {state.step} of {total} and saved; the same command goes on from there")
+                if state.step < total: ask(world.agree(bool(stop.signal), at.device), world.agree(at.deadline.reached(), at.device))
         state.seconds = time.perf_counter() - began

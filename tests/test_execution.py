@@ -207,3 +207,14 @@ def test_training_and_sampling_on_a_gpu(here, cli, compile):
     assert cli("train", *options).code == 0 and cli("generate", "run", "--outer-steps", 2, "--compile", compile).code == 0
     rows = Run("run").metrics()
     assert rows[-1]["loss"] < rows[0]["loss"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("optimizer", ("sgd", "adam"))
+def test_training_on_a_gpu_goes_on_from_its_checkpoint(here, cli, optimizer):
+    "Fused optimizers insist on the layout of what they are given."
+    options = ["--system", "robust_jem", "--epochs", 20, "--outer-steps", 2, "--attack-steps", 2, "--device", "cuda", "--optimizer", optimizer, "--lr", 0.01, "--out", "run"]
+    assert cli("train", *options, "--max-minutes", 0.3).code == 3
+    step = Run("run").metrics()[-1]["step"]
+    assert cli("train", *options, "--max-minutes", 0.3).code in (0, 3) and Run("run").metrics()[-1]["step"] > step

@@ -205,3 +205,24 @@ def test_sampler_default_needs_no_run():
     x = generate(TWO_PART.float(), UniformPrior((1, 4, 4)), torch.tensor([0, 1]), "energy", outer_steps=1, generator=torch.Generator().manual_seed(0))
     TWO_PART.double()
     assert x.shape == (2, 1, 4, 4) and x.abs().max() <= 1
+
+
+def test_autoattack_and_our_attacks_agree_with_the_exact_margin():
+    "On a linear classifier the worst case is known: an image stands exactly when every margin exceeds eps times the L1 norm of the difference of weights."
+    pytest.importorskip("torchattacks", reason="make test installs it beside its own requirements")
+    from robust_jem.evaluation import autoattack_accuracy, robust_accuracy
+    g = torch.Generator().manual_seed(0)
+    linear = nn.Sequential(nn.Flatten(), nn.Linear(16, 5)).eval()
+    with torch.no_grad(): linear[1].weight.copy_(torch.randn(5, 16, generator=g)), linear[1].bias.zero_()
+    x = torch.randint(90, 166, (200, 1, 4, 4), dtype=torch.uint8, generator=g)              # in the middle: the bounds never bind
+    w, unit = linear[1].weight.detach(), x / 127.5 - 1
+    y = linear(unit).argmax(1)
+    difference = w[y][:, None] - w[None]
+    margin = (difference * unit.flatten(1)[:, None]).sum(2)
+    for eps in (0.03, 0.08):
+        slack = margin - eps * difference.abs().sum(2)
+        slack[torch.arange(200), y] = float("inf")
+        exact = (slack.amin(1) > 0).float().mean().item()
+        assert 0.1 < exact < 0.95
+        assert abs(autoattack_accuracy(linear, x, y, eps) - exact) <= 0.01 and abs(robust_accuracy(linear, x, y, eps, steps=50, restarts=2) - exact) <= 0.02
+        assert robust_accuracy(linear, x, y, eps, steps=50, targeted=True) >= exact             # one wrong class is a weaker attack than any
