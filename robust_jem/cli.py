@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['EXAMPLES', 'parse', 'main']
 
-# %% ../nbs/13_cli.ipynb #487cccd5
+# %% ../nbs/13_cli.ipynb #0cc71088
 import contextlib, io, os, re, signal, sys, time, typing
 from pathlib import Path
 
@@ -14,11 +14,11 @@ import tyro
 from .configuration import Config, accepted
 from .data import InputError
 from .distribution import PeerLost
-from .execution import Interrupted, OutOfTime
+from .execution import Interrupted, OutOfTime, out_of_memory
 from .runs import Run
 from .systems import EvaluateConfig, GenerateConfig, TrainConfig, configure
 
-# %% ../nbs/13_cli.ipynb #4898d38f
+# %% ../nbs/13_cli.ipynb #25eba571
 EXAMPLES = {
     "train": ("Train one system, or continue an interrupted run.", "robust-jem train --system robust_jem --dataset digits --preset cpu\nrobust-jem train --system jempp --dataset cifar10 --preset paper --device cuda --out runs/jempp --max-minutes 8.5\ntorchrun --nproc-per-node 2 -m robust_jem.cli train --system robust_jem --dataset digits"),
     "generate": ("Draw samples from a trained run.", "robust-jem generate runs/digits-cpu/robust_jem-s0 --method combined\nrobust-jem generate runs/digits-cpu/jempp-s0 --method energy --no-conditional --num-samples 1000 --name thousand"),
@@ -117,7 +117,8 @@ def main(argv: list[str] | None = None) -> int:
     except OutOfTime as e: return _say(e, 3)
     except PeerLost as e: return _say(e, 1, always=True)
     except OSError as e: return _say(f"{e.filename or 'output'}: {e.strerror or e}", 2)
-    except RuntimeError as e:
+    except (RuntimeError, MemoryError) as e:
+        if out_of_memory(e): return _say(f"memory ran out ({str(e).splitlines()[0][:120] if str(e) else 'no more to be had'}); use a smaller network, batch or buffer", 1)
         if type(e).__name__ != "Diverged" and command != "replicate": raise
         return _say(e, 1)
     finally:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from .data import InputError
 
-# %% ../nbs/07_configuration.ipynb #6e830898
+# %% ../nbs/07_configuration.ipynb #ab22a3c1
 def option(default, low: float | None = None, high: float | None = None):
     "A dataclass field with a range, both ends included."
     kw = {"default_factory": lambda: default} if isinstance(default, (list, dict)) else {"default": default}
@@ -41,12 +41,15 @@ class Config:
         for f in dataclasses.fields(self):
             value, kind = getattr(self, f.name), hints[f.name]
             if isinstance(value, list): value = tuple(value)                                        # as JSON and papermill give them
-            if kind in (float, float | None) and type(value) is int: value = float(value)
-            if kind == tuple[float, ...] and isinstance(value, tuple): value = tuple(float(v) if type(v) is int else v for v in value)
+            try:
+                if kind in (float, float | None) and type(value) is int: value = float(value)
+                if kind == tuple[float, ...] and isinstance(value, tuple): value = tuple(float(v) if type(v) is int else v for v in value)
+            except OverflowError: raise InputError(f"{f.name}: a number of {len(str(value))} digits is not accepted; accepted: {accepted(kind)}") from None
             object.__setattr__(self, f.name, value)
             if not _fits(value, kind): raise InputError(f"{f.name}: {value!r} is not accepted; accepted: {accepted(kind)}")
             low, high = f.metadata.get("low"), f.metadata.get("high")
             for v in value if isinstance(value, tuple) else (value,):
+                if isinstance(v, str) and not v.isprintable(): raise InputError(f"{f.name}: {v!a} holds characters that can't be printed; accepted: letters, digits and signs")
                 if isinstance(v, float) and not math.isfinite(v): raise InputError(f"{f.name}: {v} is not accepted; accepted: a finite number")
                 if v is not None and (low is not None and v < low or high is not None and v > high):
                     raise InputError(f"{f.name}: {v} is outside {'-∞' if low is None else low}..{'∞' if high is None else high}")

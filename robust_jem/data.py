@@ -106,7 +106,7 @@ def _torchvision(name, root, download) -> Images:
         splits[f"{split}_y"] = torch.as_tensor(getattr(ds, "targets", None) if name != "svhn" else ds.labels).long()
     return Images(name, classes=tuple(getattr(ds, "classes", map(str, range(10)))), **splits)
 
-# %% ../nbs/00_data.ipynb #99eb099a
+# %% ../nbs/00_data.ipynb #6dff47e0
 def _listing(folder: Path) -> list[tuple[str, int, int]]:
     "Relative path, size and modification time of every file below a folder, sorted."
     found, stack, skip = [], [str(folder)], len(str(folder)) + 1
@@ -117,6 +117,7 @@ def _listing(folder: Path) -> list[tuple[str, int, int]]:
                     if e.is_symlink() and (e.is_dir() or not Path(e.path).resolve().is_relative_to(folder.resolve())):
                         raise InputError(f"{e.path}: a link to {os.readlink(e.path)}; an image tree may hold no links to folders or out of itself: copy what it leads to")
                     if e.is_dir(): stack.append(e.path)
+                    elif not e.is_file(): raise InputError(f"{e.path}: neither a file nor a folder; remove it")
                     else: found.append((e.path[skip:], (s := e.stat()).st_size, s.st_mtime_ns))
                 except OSError as why: raise InputError(f"{e.path}: can't be read ({why.strerror}); replace or remove it") from why
     return sorted(found)
@@ -129,6 +130,7 @@ def _folder(name, root, download) -> Images:
         try:
             with Image.open(path) as im:
                 if im.width != im.height: raise InputError(f"{path}: images must be square, got {im.width}x{im.height}")
+                if im.mode[0] in "IF": raise InputError(f"{path}: more than 8 bits a channel (mode {im.mode}); convert the images to 8 bits first")
                 if im.width > 1024: raise InputError(f"{path}: {im.width}x{im.height} pixels; accepted: at most 1024x1024, resize the images first")
                 if sizes.setdefault("all", im.size) != im.size: raise InputError(f"{path}: {im.width}x{im.height} pixels, but other images are {sizes['all'][0]}x{sizes['all'][1]}; all must have one size")
                 return torch.frombuffer(bytearray(im.convert("RGB").tobytes()), dtype=torch.uint8).view(*im.size, 3).permute(2, 0, 1)

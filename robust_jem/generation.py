@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['METHODS', 'generate', 'generate_samples', 'RobustJEM']
 
-# %% ../nbs/09_generation.ipynb #ef3aeb93
-import dataclasses, hashlib, json, shutil, time
+# %% ../nbs/09_generation.ipynb #99ef0421
+import dataclasses, hashlib, json, math, shutil, time
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from pathlib import Path
@@ -127,7 +127,7 @@ def _draw(config: GenerateConfig, run: Run, folder: Path, at: Execution, size: i
         share_outside=sum(meta["outside"] for _, meta in kept) / batches, batch_size=size, seconds=round(seconds, 2), images_per_second=round(batches * size / seconds, 1), processes=world.size, fingerprint=run.summary["fingerprint"], **provenance(device, at.policy)))
     for old in folder.glob("parts-*"): shutil.rmtree(old)
 
-# %% ../nbs/09_generation.ipynb #21e9d882
+# %% ../nbs/09_generation.ipynb #9bd7ee73
 class RobustJEM:
     "A trained hybrid model: classify, energy, generate. Made by `from_run` or `from_pretrained`."
 
@@ -151,11 +151,16 @@ class RobustJEM:
             except Exception as e: raise InputError(f"{path_or_hub_id}: no such folder, and not fetched from the hub ({type(e).__name__}); accepted: a folder that save_pretrained wrote, or a hub id with huggingface_hub installed") from e
         meta = read_json(folder / "config.json")
         if "train" not in meta: raise InputError(f"{folder}: not made by save_pretrained; for a run folder use RobustJEM.from_run")
-        config, tensors = TrainConfig.from_dict(meta["train"]), read_tensors(folder / "model.safetensors")[0]
-        model = WideResNet(config.depth, config.width, len(meta["classes"]), meta["shape"][0], config.norm)
-        model.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in tensors.items()})
-        p = read_tensors(folder / "prior.safetensors")[0]
-        return cls(model.to(device), GaussianMixturePrior(p["mean"], p["factor"], p["weights"], meta["shape"]).to(device), config, meta["classes"])
+        tensors, p = (read_tensors(folder / f"{name}.safetensors")[0] for name in ("model", "prior"))
+        try:
+            config = TrainConfig.from_dict(dict(meta["train"]))
+            model = WideResNet(config.depth, config.width, len(meta["classes"]), meta["shape"][0], config.norm)
+            model.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in tensors.items()})
+            prior = GaussianMixturePrior(p["mean"], p["factor"], p["weights"], meta["shape"])
+            if p["factor"].shape != (len(meta["classes"]), *[math.prod(meta["shape"])] * 2) or p["mean"].shape != p["factor"].shape[:2]: raise ValueError("the prior has another shape than the images")
+        except (KeyError, IndexError, TypeError, ValueError, RuntimeError) as e:
+            raise InputError(f"{folder}: its files don't fit each other ({str(e).splitlines()[-1].strip()[:100]})") from e
+        return cls(model.to(device), prior.to(device), config, meta["classes"])
 
     def save_pretrained(self, path: str | Path, dtype: torch.dtype = torch.float32):
         "Write config.json, model.safetensors (in `dtype`) and prior.safetensors; needs a Gaussian prior."

@@ -126,7 +126,7 @@ def feature_extractor(
     if spec.startswith("classifier:"): return ClassifierExtractor(spec.removeprefix("classifier:")).eval()
     return ScriptExtractor(spec).eval()
 
-# %% ../nbs/10_metrics.ipynb #b9c679d0
+# %% ../nbs/10_metrics.ipynb #297a86e4
 @torch.no_grad()
 def extract(
     extractor: Extractor,
@@ -141,7 +141,9 @@ def extract(
         features, probs = [], []
         for part in progress_bar(x.split(size), desc=progress, unit="batch", disable=not progress):
             part = part.to(device).float()
-            features.append(extractor(part).flatten(1).float().cpu())
+            f = extractor(part)
+            if not isinstance(f, Tensor) or f.ndim < 2 or len(f) != len(part): raise InputError(f"extractor: gives {tuple(f.shape) if isinstance(f, Tensor) else type(f).__name__} for {len(part)} images; expected features [{len(part)},D]")
+            features.append(f.flatten(1).float().cpu())
             if probabilities and (p := extractor.probabilities(part)) is not None: probs.append(p.float().cpu())
         return torch.cat(features), torch.cat(probs) if probs else None
     features, probs = at_a_size_that_fits(work, batch_size)

@@ -27,12 +27,12 @@ from .networks import WideResNet
 from .priors import GaussianMixturePrior, UniformPrior
 from .systems import HOW, TrainConfig
 
-# %% ../nbs/08_runs.ipynb #38813792
-def write_bytes(path: Path, content: bytes):
+# %% ../nbs/08_runs.ipynb #1c0d5696
+def write_bytes(path: Path, content: bytes, make_folder: bool = True):
     "Write a file atomically. An unwritable place is an `InputError` that names it."
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        if make_folder: path.parent.mkdir(parents=True, exist_ok=True)
         with open(part, "wb") as f:
             f.write(content); f.flush(); os.fsync(f.fileno())
         part.replace(path)
@@ -46,7 +46,7 @@ def read_json(path: Path) -> dict:
     "The object in a JSON file; `InputError` where it is missing, damaged or something else."
     try: value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as e: raise InputError(f"{path}: can't be read ({e.strerror or e})") from e
-    except ValueError as e: raise InputError(f"{path}: not valid JSON ({e})") from e
+    except (ValueError, RecursionError) as e: raise InputError(f"{path}: not valid JSON ({e})") from e
     if not isinstance(value, dict): raise InputError(f"{path}: holds a {type(value).__name__} where a JSON object is expected")
     return value
 
@@ -58,10 +58,10 @@ def _checksum(tensors: dict[str, Tensor], meta: str) -> str:
         h.update(tensors[k].contiguous().reshape(-1).view(torch.uint8).numpy())
     return h.hexdigest()
 
-def write_tensors(path: Path, tensors: dict[str, Tensor], meta: dict | None = None):
+def write_tensors(path: Path, tensors: dict[str, Tensor], meta: dict | None = None, make_folder: bool = True):
     "Write named tensors and a JSON-able description as one safetensors file with a checksum, atomically."
     tensors, text = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}, json.dumps(meta or {})
-    write_bytes(path, save(tensors, {"meta": text, "sha256": _checksum(tensors, text)}))
+    write_bytes(path, save(tensors, {"meta": text, "sha256": _checksum(tensors, text)}), make_folder)
 
 def read_tensors(path: Path, device="cpu") -> tuple[dict[str, Tensor], dict]:
     "Tensors and description of a file that `write_tensors` wrote; `InputError` where it is missing, or a single byte of it has changed."
@@ -95,12 +95,13 @@ def exclusive(
         raise InputError(f"{folder} is in use: {owner}; wait until it has ended, or stop it") from None
     except OSError as e: raise InputError(f"{folder}: can't be written ({e.strerror or e}); choose a folder that can, or free space") from e
     try:
-        held.truncate(0); held.write(f"process {os.getpid()} on {platform.node()}, {what} since {time.strftime('%Y-%m-%d %H:%M:%S')}"); held.flush()
+        with suppress(OSError):                                      # a full disk: held all the same, namelessly
+            held.truncate(0); held.write(f"process {os.getpid()} on {platform.node()}, {what} since {time.strftime('%Y-%m-%d %H:%M:%S')}"); held.flush()
         yield
     finally:
         with suppress(OSError): file.unlink()
         with suppress(OSError): folder.rmdir()                       # nothing came of it
-        held.close()
+        with suppress(OSError): held.close()
 
 # %% ../nbs/08_runs.ipynb #c16d32ff
 @lru_cache
@@ -130,7 +131,7 @@ def build_prior(config: TrainConfig, images: Images, device="cpu") -> GaussianMi
     if config.prior == "uniform": return UniformPrior(images.shape, images.num_classes, device)
     return GaussianMixturePrior.fit(to_unit(images.train_x.to(device)), images.train_y.to(device), images.num_classes)
 
-# %% ../nbs/08_runs.ipynb #7c79a36e
+# %% ../nbs/08_runs.ipynb #65f64212
 class Run:
     "A run folder. `Run(path)` opens one; `Run.create(config)` makes it, or reopens it when it holds the same configuration."
 
@@ -173,12 +174,12 @@ class Run:
         "The checkpoints, newest first; besides them, `checkpoints/best.safetensors`."
         return sorted((self.path / "checkpoints").glob("step-*.safetensors"), reverse=True)
     def metrics(self) -> list[dict]:
-        "The lines of metrics.jsonl, recoveries among them; an unfinished last line is left out."
+        "The lines of metrics.jsonl, recoveries among them; what isn't one, such as an unfinished last line, is left out."
         file = self.path / "metrics.jsonl"
         rows = []
-        for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else []:
-            try: rows.append(json.loads(line))
-            except ValueError: break
+        for line in file.read_text(encoding="utf-8", errors="replace").splitlines() if file.exists() else []:
+            with suppress(ValueError, RecursionError):
+                if isinstance(row := json.loads(line), dict) and type(row.get("step")) is int: rows.append(row)
         return rows
     def images(self) -> Images: return load_images(self.config.dataset, self.config.root or None)
     def prior(self, device="cpu"): return build_prior(self.config, self.images(), device)

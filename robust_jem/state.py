@@ -34,7 +34,7 @@ class Objective(nn.Module):
     def forward(self, y: Tensor, **images: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
         return hybrid_loss(self.model, self.config.terms, y, track_sampled=self.config.track_sampled, **images)
 
-# %% ../nbs/08_state.ipynb #c7085e23
+# %% ../nbs/08_state.ipynb #555a2be6
 class TrainState:
     "Model, average, optimizer, chains and generators of a run, how far it is, and what it had to recover from."
 
@@ -126,7 +126,7 @@ class TrainState:
         "Write everything, and the snapshot; every process calls it, process 0 writes."
         gather = lambda tensors: {k: self.world.gather(v) if k.startswith(("buffer.", "generator.")) else v for k, v in tensors.items()}
         tensors = gather(self.tensors()) | {f"snapshot.{k}": v for k, v in gather(self.snapshot[1]).items()}
-        if self.world.main: write_tensors(path, tensors, {"step": self.step, "snapshot": self.snapshot[0], "seconds": self.seconds, "best": self.best, "events": self.events, "processes": self.world.size, "precision": self.fast.policy.precision, "config": _settings(self.asked)})
+        if self.world.main: write_tensors(path, tensors, {"step": self.step, "snapshot": self.snapshot[0], "seconds": self.seconds, "best": self.best, "events": self.events, "processes": self.world.size, "precision": self.fast.policy.precision, "config": _settings(self.asked)}, make_folder=False)      # a folder that has vanished stays away
         self.world.wait()
 
     def load(self, path: Path):
@@ -134,6 +134,7 @@ class TrainState:
         tensors, meta = read_tensors(path, self.device)
         try:
             if meta["config"] != _settings(self.asked): raise InputError(f"{path}: a checkpoint of other settings; use another folder, or remove it")
+            self._fits(tensors, meta)
             rank, size, same = self.world.rank, self.world.size, meta["processes"] == self.world.size
             mine = {k: v[rank if same else 0][None] if "generator." in k else v.chunk(size)[rank] if "buffer." in k else v for k, v in tensors.items()}
             fresh = not same or any(v.shape[1:] != self.generators[k.split(".")[-1]].get_state().shape for k, v in mine.items() if "generator." in k)      # a CPU's state doesn't fit a GPU's generator
@@ -149,6 +150,21 @@ class TrainState:
         if fresh:
             self.reseed("from update", self.step)
             if self.world.main: warnings.warn(f"{path} was written by {meta['processes']} process(es) or on another kind of device: the run goes on with fresh noise, so not bit for bit")
+
+    def _fits(self, tensors: dict[str, Tensor], meta: dict):
+        "A `ValueError` where a checkpoint isn't what this run would have written."
+        if any(type(meta[k]) is not int or meta[k] < low for k, low in (("step", 0), ("snapshot", 0), ("processes", 1))) or any(type(meta[k]) not in (int, float) for k in ("seconds", "best")): raise ValueError("its counts aren't numbers")
+        if not isinstance(meta["events"], list) or not all(isinstance(e, dict) and type(e.get("back_to")) is int and type(e.get("step")) is int for e in meta["events"]): raise ValueError("its events aren't events")
+        whole = lambda k, v: (v.shape[0] * self.world.size, *v.shape[1:]) if k.startswith("buffer.") else (meta["processes"],) if k.startswith("generator.") else tuple(v.shape)
+        expected = {k: whole(k, v) for k, v in self.tensors().items() if not k.startswith(("optimizer.", "pending."))}
+        slots = {"sgd": {"momentum_buffer": None}, "adam": {"exp_avg": None, "exp_avg_sq": None, "step": ()}}[self.asked.optimizer]
+        moments = {f"optimizer.{i}.{n}": tuple(p.shape) if shape is None else shape for i, p in enumerate(self.model.parameters()) for n, shape in slots.items()}
+        for prefix, step in (("", meta["step"]), ("snapshot.", meta["snapshot"])):
+            here = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith("snapshot.") == bool(prefix) and "pending." not in k}
+            for k, shape in (expected | (moments if step else {})).items():
+                if k not in here: raise ValueError(f"{prefix}{k} is missing")
+                if (here[k].shape[:1] if k.startswith("generator.") else here[k].shape) != shape: raise ValueError(f"{prefix}{k} has shape {tuple(here[k].shape)}, expected {shape}")
+            if extra := here.keys() - expected.keys() - moments.keys(): raise ValueError(f"{prefix}{min(extra)} is unknown")
 
     def result(self) -> dict[str, Tensor]:
         "The weights to keep: the average where there is one."

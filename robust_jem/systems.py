@@ -14,7 +14,7 @@ from .configuration import Config, option
 from .data import InputError
 from .objectives import Terms
 
-# %% ../nbs/07_systems.ipynb #b5b51486
+# %% ../nbs/07_systems.ipynb #8347c64b
 Statistics = Literal["batch", "running"]
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
 Compile = Literal["auto", "off", "default", "reduce-overhead", "max-autotune"]
@@ -30,12 +30,12 @@ class TrainConfig(Config):
     out: str = ""                            # run folder; empty: runs/<dataset>-<preset>/<system>-s<seed>
     root: str = ""                           # folder of the data sets; empty: $ROBUST_JEM_DATA, else ./data
     device: str = "auto"                     # auto, cpu, cuda, cuda:1, …
-    threads: int = option(0, 0)              # CPU threads; 0: PyTorch's choice
+    threads: int = option(0, 0, 4096)              # CPU threads; 0: PyTorch's choice
     precision: Precision = "auto"            # of the network's products; auto: bfloat16 where the device multiplies it fast
     compile: Compile = "auto"                # torch.compile's mode; auto: default on a GPU, off on a CPU
     max_minutes: float = option(0.0, 0)      # stop with a checkpoint after this time; 0: no limit
-    depth: int = option(28, 10)              # of the Wide-ResNet: 6n + 4 (JEM++)
-    width: int = option(10, 1)               # of the Wide-ResNet (JEM++)
+    depth: int = option(28, 10, 1000)              # of the Wide-ResNet: 6n + 4 (JEM++)
+    width: int = option(10, 1, 100)               # of the Wide-ResNet (JEM++)
     norm: Literal["batch", "group", "none"] = "batch"                   # normalisation (JEM++: batch; JEM: none)
     clean_weight: float = option(0.0, 0)     # of the cross-entropy on clean images
     adversarial_weight: float = option(1.0, 0)   # of the cross-entropy on adversarial images
@@ -58,7 +58,7 @@ class TrainConfig(Config):
     sampler_bounds: bool = True              # clamp chains to [-1,1] while training (JEM++)
     sampler_statistics: Statistics = "batch" # batch norm while sampling (JEM++: batch)
     track_sampled: bool = True               # sampled images move batch norm's running statistics (JEM++)
-    buffer_size: int = option(10_000, 1)     # persistent chains (JEM++)
+    buffer_size: int = option(10_000, 1, 10_000_000)     # persistent chains (JEM++)
     reinit_prob: float = option(0.05, 0, 1)  # ρ: chance that a chain restarts from the prior (JEM++)
     pad: int = option(4, 0)                  # reflection padding before the random crop (JEM++)
     flip: bool = True                        # random horizontal flips (JEM++)

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['Trail']
 
-# %% ../nbs/08_trail.ipynb #0cf08448
+# %% ../nbs/08_trail.ipynb #5e8350a6
 import json, math, os, shutil, warnings
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -19,7 +19,7 @@ from .runs import Run, read_tensors, write_bytes
 from .state import TrainState
 from .systems import TrainConfig
 
-# %% ../nbs/08_trail.ipynb #199bf24c
+# %% ../nbs/08_trail.ipynb #1445ac79
 class Trail:
     "A run's metrics and checkpoints on disk, and TensorBoard; of several processes, the first writes."
 
@@ -29,26 +29,31 @@ class Trail:
 
     def flush(self, **row) -> dict:
         "Average the pending updates' parts over time and processes, and append a line to metrics.jsonl."
-        state = self.state; names = list(state.pending[0])
+        state = self.state; names = sorted(state.pending[0])
         values = state.world.mean(torch.stack([torch.stack([p[k].float() for k in names]) for p in state.pending]).mean(0)).tolist()      # the one place where the device is waited for
         row = {"step": state.step, **row} | dict(zip(names, values))
         state.pending.clear()
         self.append(row)
-        for k, v in row.items() if self.main else (): self.board.add_scalar(k, v, state.step)
+        if self.main:
+            with _written(self.run.path / "tensorboard"):
+                for k, v in row.items(): self.board.add_scalar(k, v, state.step)
         return row
 
     def append(self, row: dict):
         if not self.main: return
-        try:
-            with open(self.run.path / "metrics.jsonl", "a", encoding="utf-8") as f: f.write(json.dumps(row) + "\n")
-        except OSError as e: raise InputError(f"{self.run.path / 'metrics.jsonl'}: can't be written ({e.strerror}); make room, then continue with the same command") from e
+        self._still_there()
+        with _written(self.run.path / "metrics.jsonl"), open(self.run.path / "metrics.jsonl", "a", encoding="utf-8") as f: f.write(json.dumps(row) + "\n")
+
+    def _still_there(self):
+        if not (self.run.path / "config.json").exists(): raise InputError(f"{self.run.path} has gone, or lost its config.json, while the run was training; nothing was written")
 
     def back_to(self, step: int):
         "Take back what came after an update."
         from torch.utils.tensorboard import SummaryWriter
         if not self.main: return
-        self.close(); self.board = SummaryWriter(str(self.run.path / "tensorboard"), purge_step=step + 1)
-        kept = [json.dumps(r) for r in self.run.metrics() if r["step"] <= step]
+        with _written(self.run.path / "tensorboard"): self.close(); self.board = SummaryWriter(str(self.run.path / "tensorboard"), purge_step=step + 1)
+        rows = [r for r in self.run.metrics() if r["step"] <= step and "event" not in r] + self.state.events
+        kept = [json.dumps(r) for r in sorted(rows, key=lambda r: (r["step"], "event" in r))]
         write_bytes(self.run.path / "metrics.jsonl", "".join(line + "\n" for line in kept).encode())
 
     def close(self):
@@ -57,7 +62,7 @@ class Trail:
     def save(self):
         "Write a checkpoint; at the end of an epoch, keep it if it is the best, and remove what is too old."
         state, folder, ended = self.state, self.run.path / "checkpoints", self.state.step % self.per_epoch == 0
-        if self.main and not (self.run.path / "config.json").exists(): raise InputError(f"{self.run.path} has gone, or lost its config.json, while the run was training; nothing was written")
+        if self.main: self._still_there()
         rows = [r for r in self.run.metrics() if self.main and ended and r.get("epoch") == state.step // self.per_epoch]
         scores = [next((r[k] for k in ("adversarial_loss", "clean_loss") if k in r), abs(r.get("energy_gap", math.inf))) for r in rows]
         score = sum(scores) / len(scores) if scores else math.inf
@@ -66,16 +71,22 @@ class Trail:
         state.save(file)
         if not self.main: return
         if better:
-            part = folder / "best.part"; part.unlink(missing_ok=True)
-            try: os.link(file, part)
-            except OSError: shutil.copyfile(file, part)
-            part.replace(folder / "best.safetensors")
+            part = folder / ".best.part"
+            try:
+                with _written(folder / "best.safetensors"):
+                    part.unlink(missing_ok=True)
+                    try: os.link(file, part)
+                    except OSError: shutil.copyfile(file, part)
+                    part.replace(folder / "best.safetensors")
+            finally: part.unlink(missing_ok=True)
         ends = [p for p in self.run.checkpoints() if _step(p) % self.per_epoch == 0]
         for old in self.run.checkpoints():
             if old != file and old not in ends[:self.config.keep_checkpoints]: old.unlink(missing_ok=True)
 
     def load(self):
         "Go on from the newest checkpoint that is whole."
+        if self.main:
+            with _written(self.run.path / "checkpoints"): (self.run.path / "checkpoints").mkdir(exist_ok=True)
         files = self.run.checkpoints()
         for i, file in enumerate(files):
             try: self.state.load(file); break
@@ -101,11 +112,12 @@ class Trail:
             else:
                 if step > self.per_epoch: raise Diverged(f"{self.run.path}: {why} at update {state.step}, and no earlier state is left to go back to; raise keep_checkpoints, lower lr or sampler_step_size, or raise energy_penalty")
                 step, tensors = fresh.snapshot
+        for e in state.events: e["step"] = min(e["step"], step)                        # where it stands among the lines that are left
         event = {"event": "recovery", "step": step, "why": why, "at": at, "back_to": step, "number": len(tried) + 1, "seen": {k: str(v) for k, v in row.items()}}
         softer = gentler(config, len(tried) + 1)
         state.recover(step, tensors, event | {"settings": {k: getattr(softer, k) for k in ("lr", "sampler_step_size", "outer_steps", "energy_penalty")}})
         state.snapshot = state.copy()
-        state.world.wait(); self.back_to(step); self.append(state.events[-1])
+        state.world.wait(); self.back_to(step)
         if self.main:
             for file in self.run.checkpoints():
                 if _step(file) > step: file.unlink(missing_ok=True)
@@ -114,5 +126,11 @@ class Trail:
                 if read_tensors(best)[1]["step"] > step: best.unlink(); state.best = math.inf      # of an epoch that no longer happened
         self.save()                                                                 # a kill from here on goes on from the recovery
         if self.main: warnings.warn(f"{self.run.path}: {why} at update {at}; recovery {len(state.events)} of {config.recoveries}: back to update {step}, lr {softer.lr:g}, sampler_step_size {softer.sampler_step_size:g}, outer_steps {softer.outer_steps}")
+
+@contextmanager
+def _written(path: Path):
+    "An unwritable place is an `InputError` that names it."
+    try: yield
+    except OSError as e: raise InputError(f"{path}: can't be written ({e.strerror or e}); make room, then continue with the same command") from e
 
 def _step(file: Path) -> int: return int(file.stem.removeprefix("step-"))

@@ -1,0 +1,379 @@
+"""Faults put in on purpose: processes killed at random moments, writes that fail, bytes that change, runs that diverge. `python tests/faults.py` prints figures."""
+import argparse
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+
+from robust_jem import runs, trail, training
+from robust_jem.data import InputError
+from robust_jem.recovery import Diverged
+from robust_jem.runs import Run, read_tensors
+from robust_jem.systems import TrainConfig, configure
+from robust_jem.training import train
+
+REPO = Path(__file__).resolve().parent.parent
+# Everything that has a state takes part, and checkpoints are also written in the middle of an epoch.
+CONFIG = dict(epochs=3, batch_size=128, attack_steps=2, outer_steps=2, buffer_size=200, warmup_steps=10, ema_decay=0.9, flip=True, pad=1, noise_std=0.01, log_every=3,
+              snapshot_every=8, checkpoint_minutes=0.004, seed=5, threads=1, device="cpu")
+# A few updates of everything, for faults that are tried one after another.
+SHORT = CONFIG | dict(epochs=2, batch_size=256, width=1, attack_steps=1, outer_steps=1, buffer_size=256, log_every=5, checkpoint_minutes=0.0)
+
+
+def options(config):
+    "A configuration's fields as the command's options."
+    return [a for k, v in config.items() for a in ([f"--{'no-' * (v is False)}{k.replace('_', '-')}"] if isinstance(v, bool) else [f"--{k.replace('_', '-')}", str(v)])]
+
+
+def digest(run):
+    "What must be equal: the final weights, the last checkpoint's tensors, and the metrics as they lie in the file."
+    def tensors(file):
+        h = hashlib.sha256()
+        for k, v in sorted(read_tensors(file)[0].items()): h.update(repr((k, str(v.dtype), tuple(v.shape))).encode() + v.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        return h.hexdigest()[:16]
+    return dict(weights=tensors(run.path / "model.safetensors"), checkpoint=tensors(run.checkpoints()[0]), name=run.checkpoints()[0].name,
+                metrics=hashlib.sha256((run.path / "metrics.jsonl").read_bytes()).hexdigest()[:16], events=json.dumps(run.summary.get("events", [])))
+
+
+def undisturbed(folder, system="robust_jem", config=CONFIG):
+    "A whole run, in this process; its digest."
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return digest(Run(train(configure(TrainConfig, **{"system": system} | config, out=str(folder)), progress=False)))
+
+
+def parts(folder):
+    "Files that a write left unfinished."
+    return sorted(p.name for p in Path(folder).rglob("*part*") if p.is_file())
+
+
+# Processes
+
+def start(folder, *more, system="robust_jem", config=CONFIG):
+    "Start the training command in a process of its own; it ends with the `with` block."
+    env = {k: v for k, v in os.environ.items() if k not in ("IN_TEST", "MPLBACKEND", "ROBUST_JEM_DATA")}
+    env |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, [str(REPO), env.get("PYTHONPATH")]))}
+    argv = [sys.executable, "-m", "robust_jem.cli", "train", "--system", system, *options(config), "--out", Path(folder).name, *map(str, more)]
+    return subprocess.Popen(argv, cwd=Path(folder).parent, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+@contextlib.contextmanager
+def running(folder, *more, **kw):
+    process = start(folder, *more, **kw)
+    try: yield process
+    finally:
+        if process.poll() is None: process.kill()
+        process.communicate()
+
+
+def until(condition, process, seconds=120):
+    "Poll until a condition holds or the process ends; whether it holds."
+    end = time.monotonic() + seconds
+    while not condition():
+        if process.poll() is not None: return bool(condition())
+        if time.monotonic() > end: raise AssertionError("took too long")
+        time.sleep(0.002)
+    return True
+
+
+def holds(folder, process):
+    "Whether a process has begun to train: the lock carries its number."
+    def look():
+        try: return f"process {process.pid} " in (Path(folder) / ".lock").read_text()
+        except OSError: return False
+    return look
+
+
+def lines(folder):
+    "The whole lines of metrics.jsonl, as objects."
+    try: return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().split("\n")[:-1]]
+    except (OSError, ValueError): return []
+
+
+def kills(folder, n=30, seed=0, say=lambda *_: None):
+    "Kill a training `n` times at random moments, each time continuing; a run that ends before the kill must be the undisturbed one, and the next begins."
+    rng, folder = random.Random(seed), Path(folder)
+    expected = undisturbed(folder / "whole")
+    found = SimpleNamespace(kills=0, resumes=0, runs=0, lost=[], unequal=[], early=0, writing=0, between=0, part_files=0, took=0.0)
+    life = None
+    while found.kills < n or life is None:
+        run = folder / f"run{found.runs}"
+        while True:
+            enough = life is None or found.kills >= n                  # the first run isn't killed: it shows how long a life is, and the last goes on to its end
+            with running(run) as process:
+                began = time.monotonic()
+                until(holds(run, process), process)
+                held = time.monotonic()
+                if not enough:
+                    with contextlib.suppress(subprocess.TimeoutExpired): process.wait(rng.uniform(0, 0.6 * life))
+                    process.kill()                                     # SIGKILL; nothing where it has ended
+                out, err = process.communicate(timeout=300)
+                found.took += time.monotonic() - began
+            if process.returncode == -signal.SIGKILL:
+                found.kills += 1; found.resumes += 1                   # each is followed by one
+                torn = (run / "metrics.jsonl").exists() and (text := (run / "metrics.jsonl").read_bytes()) and not text.endswith(b"\n")
+                left = parts(run)
+                if left or torn: found.writing += 1
+                if not list((run / "checkpoints").glob("step-*.safetensors")): found.early += 1
+                elif not left and not torn: found.between += 1
+                continue
+            if life is None: life = time.monotonic() - held
+            break
+        if process.returncode: found.lost.append(f"{run.name}: exit code {process.returncode}: {err.splitlines()[-1:]}")
+        else:
+            got = digest(Run(run))
+            if got != expected: found.unequal.append(f"{run.name}: {', '.join(k for k in expected if got[k] != expected[k])}")
+        found.part_files += len(parts(run))
+        found.runs += 1
+        say(found)
+    return found
+
+
+# Writes
+
+class FullDisk:
+    "The k-th operation that changes the disk fails as on a full disk; before it fails, a write leaves a half."
+    def __init__(self, k): self.left, self.where = k, None
+
+    def tick(self, where):
+        self.left -= 1
+        if self.left == 0:
+            self.where = where
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    def __enter__(self):
+        from torch.utils.tensorboard import SummaryWriter
+        disk, self.undo = self, []
+        class File:
+            def __init__(self, file, name): self.file, self.name = file, name
+            def __getattr__(self, k): return getattr(self.file, k)
+            def __enter__(self): return self
+            def __exit__(self, *_): self.file.close()
+            def write(self, content):
+                try: disk.tick(f"write {self.name}")
+                except OSError: self.file.write(content[:len(content) // 2]); raise
+                return self.file.write(content)
+        def opened(path, mode="r", *a, **kw):
+            if not set(mode) & set("wax+"): return open(path, mode, *a, **kw)
+            name = Path(path).name.split(f".{os.getpid()}")[0]
+            disk.tick(f"open {name}")
+            return File(open(path, mode, *a, **kw), name)
+        def counted(owner, name, where):
+            real = getattr(owner, name)
+            def call(*a, **kw): disk.tick(where(*a)); return real(*a, **kw)
+            self.undo.append((owner, name, real)); setattr(owner, name, call)
+        for module in (runs, trail): module.open = opened; self.undo.append((module, "open", None))
+        counted(os, "fsync", lambda *_: "fsync")
+        counted(os, "link", lambda a, b, *_: f"link {Path(b).name}")
+        counted(Path, "replace", lambda a, b: f"replace {Path(b).name}")
+        counted(SummaryWriter, "__init__", lambda *_: "begin TensorBoard's file")
+        real = SummaryWriter.add_scalar
+        def scalar(board, name, *a, **kw):
+            if name == "loss": disk.tick("write to TensorBoard")       # one of a line's scalars stands for all
+            return real(board, name, *a, **kw)
+        SummaryWriter.add_scalar = scalar; self.undo.append((SummaryWriter, "add_scalar", real))
+        return self
+
+    def __exit__(self, *_):
+        for owner, name, real in reversed(self.undo):
+            if real is None: delattr(owner, name)
+            else: setattr(owner, name, real)
+
+
+def writes(folder, every=1, offset=0, say=lambda *_: None):
+    "Let each operation that changes the disk fail once; the failure must be one `InputError`, and the same training must then end as if nothing had been."
+    folder, k = Path(folder), 1 + offset
+    expected = undisturbed(folder / "whole", config=SHORT)
+    found = SimpleNamespace(positions=0, tolerated=[], other=[], unusable=[], part_files=[], where=[])
+    while True:
+        run = folder / f"run{k}"
+        config = configure(TrainConfig, "robust_jem", **SHORT, out=str(run))
+        with FullDisk(k) as disk, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try: train(config, progress=False); raised = None
+            except Exception as e: raised = e
+        if disk.where is None: return found                            # the training was over before its k-th operation
+        found.positions += 1; found.where.append(disk.where)
+        if raised is None: found.tolerated.append(disk.where)
+        elif not isinstance(raised, InputError) or "\n" in str(raised) or not str(raised).strip(): found.other.append(f"{k} {disk.where}: {type(raised).__name__}: {raised}")
+        found.part_files += [f"{k} {disk.where}: {p}" for p in parts(run)]
+        try:
+            got = digest(Run(train(config, progress=False)))
+            if got != expected: found.unusable.append(f"{k} {disk.where}: differs in {', '.join(x for x in expected if got[x] != expected[x])}")
+        except Exception as e: found.unusable.append(f"{k} {disk.where}: {type(e).__name__}: {e}")
+        say(k, disk.where, raised)
+        k += every
+
+
+# Bytes
+
+def corruptions(file, n=200, seed=0):
+    "Change one byte of a file, `n` times: the first eight, the header, its padding and the tensors each have their share."
+    rng, whole = random.Random(seed), file.read_bytes()
+    size = int.from_bytes(whole[:8], "little")
+    padding = size - len(whole[8:8 + size].rstrip(b" "))
+    places = [(0, 8), (8, 8 + size), (8 + size, len(whole))] + [(8 + size - padding, 8 + size)] * bool(padding)
+    for i in range(n):
+        low, high = places[i % len(places)]
+        at = rng.randrange(low, high)
+        yield f"byte {at} of {len(whole)}", whole[:at] + bytes([whole[at] ^ rng.randrange(1, 256)]) + whole[at + 1:]
+
+
+def truncations(file, n=50, seed=0):
+    "Cut a file off at random lengths, or add to it."
+    rng, whole = random.Random(seed), file.read_bytes()
+    for i in range(n):
+        if i % 10 == 9: yield "longer", whole + rng.randbytes(rng.randrange(1, 100))
+        else: yield f"cut to {(to := rng.randrange(0, 3 ** rng.randrange(1, 14)) % len(whole))}", whole[:to]
+
+
+def bytes_changed(folder, n=200, seed=0):
+    "Damage a checkpoint again and again: reading it must be an `InputError`."
+    folder = Path(folder)
+    undisturbed(folder / "whole", config=SHORT)
+    source, file = Run(folder / "whole").checkpoints()[0], folder / "damaged.safetensors"
+    found = SimpleNamespace(corruptions=n, truncations=max(1, n // 4), missed=[])
+    for what, content in (*corruptions(source, n, seed), *truncations(source, found.truncations, seed)):
+        file.write_bytes(content)
+        try: read_tensors(file); found.missed.append(f"{what}: not noticed")
+        except InputError: pass
+        except Exception as e: found.missed.append(f"{what}: {type(e).__name__}: {e}")
+    return found
+
+
+# Divergence
+
+DIVERGING = CONFIG | dict(epochs=4, attack_steps=1, warmup_steps=5, ema_decay=0.0, noise_std=0.0, pad=0, flip=False, log_every=2, checkpoint_minutes=0.0, seed=0)
+
+
+@contextlib.contextmanager
+def not_a_number(at):
+    "Once, before the update after `at`, write NaN into a weight."
+    real, done = training.train_step, []
+    def step(state, *a):
+        if state.step == at and not done:
+            done.append(1)
+            with torch.no_grad(): next(state.model.parameters()).view(-1)[0] = float("nan")
+        return real(state, *a)
+    training.train_step = step
+    try: yield
+    finally: training.train_step = real
+
+
+def diverge(folder, system="robust_jem", nan_at=None, **changes):
+    "A training that goes wrong: how it ended, its events, and what is wrong with what it left."
+    config = configure(TrainConfig, system, **DIVERGING | changes, out=str(folder))
+    with warnings.catch_warnings(), not_a_number(nan_at) if nan_at is not None else contextlib.nullcontext():
+        warnings.simplefilter("ignore")
+        try: train(config, progress=False); said = ""
+        except Diverged as e: said = str(e)
+    run = Run(folder)
+    rows, wrong = run.metrics(), []
+    events = [r for r in rows if "event" in r]
+    steps = [r["step"] for r in rows if "event" not in r]
+    if steps != sorted(set(steps)): wrong.append(f"steps of metrics.jsonl: {steps}")
+    if said:
+        if "\n" in said or "diverged" not in said and "update" not in said: wrong.append(f"message: {said!r}")
+        if run.trained: wrong.append("a diverged run has final weights")
+        if len(events) != config.recoveries: wrong.append(f"{len(events)} event lines for {config.recoveries} recoveries")
+    else:
+        if not all(v.isfinite().all() for v in read_tensors(run.path / "model.safetensors")[0].values() if v.is_floating_point()): wrong.append("weights aren't finite")
+        if run.summary["recoveries"] != len(events) or run.summary.get("events", []) != events: wrong.append(f"summary.json has {run.summary['recoveries']} recoveries, metrics.jsonl {len(events)}")
+    return SimpleNamespace(said=said, events=events, wrong=wrong, run=run)
+
+
+# Each must recover or say that it can't.
+CASES = {"lr x50": dict(lr=5.0), "NaN in a weight": dict(nan_at=25), "sampler steps x2500": dict(system="jempp", sampler_step_size=100.0), "sampler steps x25000": dict(system="jempp", sampler_step_size=1000.0)}
+# JEM at a learning rate that it can't bear: fails without recoveries, ends well with the default ones.
+TOO_FAST = dict(system="jem", lr=0.03, outer_steps=4)
+
+
+def divergence(folder, say=print):
+    "All cases; what is wrong."
+    wrong = []
+    def one(name, **changes):
+        r = diverge(Path(folder) / name.replace(" ", "-"), **changes)
+        say(f"  {name}: " + (f"Diverged, {len(r.events)} recoveries: {r.said.split(': ', 1)[-1]}" if r.said else f"finished, {len(r.events)} recoveries"))
+        for e in r.events: say(f"    update {e['at']} back to {e['back_to']}: {e['why']}")
+        wrong.extend(f"{name}: {w}" for w in r.wrong)
+        return r
+    for name, changes in CASES.items():
+        if not one(name, **changes).events: wrong.append(f"{name}: nothing happened")
+    if not one("JEM without recoveries", **TOO_FAST, recoveries=0).said: wrong.append("JEM without recoveries: didn't diverge")
+    r = one("JEM with recoveries", **TOO_FAST)
+    if r.said or not r.events: wrong.append("JEM with recoveries: didn't finish after a recovery")
+    return wrong
+
+
+def recovered_then_killed(folder, after, system="robust_jem", **changes):
+    "SIGKILL a diverging training `after` updates past its first recovery, and continue it; the differences to the one that was left alone."
+    config, folder = DIVERGING | changes, Path(folder)
+    expected = undisturbed(folder / "whole", system, config)
+    run = folder / "run"
+    def past():
+        rows = lines(run)
+        first = next((e for e in rows if "event" in e), None)
+        return first and rows[-1]["step"] >= first["back_to"] + after
+    with running(run, system=system, config=config) as process:
+        until(past, process)
+        process.kill(); process.communicate()
+    if process.returncode != -signal.SIGKILL: return ["ended before it was killed"]
+    got = undisturbed(run, system, config)                             # goes on
+    events = [r for r in Run(run).metrics() if "event" in r]
+    return [k for k in expected if got[k] != expected[k]] + [f"{len(events)} event lines, summary.json has {Run(run).summary['recoveries']}"] * (events != Run(run).summary.get("events", []))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--kills", type=int, default=30)
+    parser.add_argument("--bytes", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", nargs="+", choices=("kills", "writes", "bytes", "divergence"), default=("kills", "writes", "bytes", "divergence"))
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    failed = False
+    def told(problems):
+        nonlocal failed
+        for p in problems: print(f"  FAILED {p}", flush=True)
+        failed = failed or bool(problems)
+    with tempfile.TemporaryDirectory() as root:
+        folder = lambda name: (p := Path(root) / name).mkdir() or p
+        if "kills" in args.only:
+            r = kills(folder("kills"), args.kills, args.seed)
+            print(f"kills: {r.kills} SIGKILLs ({r.early} before the first checkpoint, {r.writing} in a write, {r.between} between writes), {r.resumes} resumes, {r.runs} runs, {len(r.lost)} lost; "
+                  f"weights, last checkpoint and metrics equal: {'no' if r.unequal else 'yes'}; {r.part_files} unfinished files left over ({r.took:.0f} s)", flush=True)
+            told(r.lost + r.unequal)
+        if "writes" in args.only:
+            r = writes(folder("writes"))
+            print(f"writes: {r.positions} positions failed, {len(r.tolerated)} of them did no harm, {len(r.unusable)} unusable run folders, {len(r.other)} not one InputError, {len(r.part_files)} unfinished files left over", flush=True)
+            told(r.unusable + r.other + r.part_files)
+        if "bytes" in args.only:
+            r = bytes_changed(folder("bytes"), args.bytes, args.seed)
+            missed = sum(m.startswith("byte ") for m in r.missed)
+            print(f"bytes: {r.corruptions} corruptions, {r.corruptions - missed} detected; {r.truncations} truncations and additions, {r.truncations - len(r.missed) + missed} detected", flush=True)
+            told(r.missed)
+        if "divergence" in args.only:
+            print("divergence:")
+            wrong = divergence(folder("divergence"), lambda line: print(line, flush=True))
+            for name, changes in (("robust_jem", dict(lr=5.0)), ("jem", dict(TOO_FAST))):
+                for after in (0, 12):
+                    different = recovered_then_killed(folder(f"again-{name}-{after}"), after, **changes)
+                    print(f"  {name} killed {after} updates after its recovery, and continued: {'different: ' + ', '.join(different) if different else 'equal to the one left alone, events included'}", flush=True)
+                    wrong += [f"{name} killed {after} updates after its recovery: {', '.join(different)}"] * bool(different)
+            told(wrong)
+    return int(failed)
+
+
+if __name__ == "__main__": sys.exit(main())

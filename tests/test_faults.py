@@ -1,0 +1,491 @@
+"""Faults: killed processes, failing disks, damaged files, runs that diverge, and input that means harm. Small counts of `python tests/faults.py`, and what that can't show."""
+import json
+import os
+import pickle
+import resource
+import shutil
+import signal
+import subprocess
+import zipfile
+from pathlib import Path
+from types import SimpleNamespace
+
+import faults
+import numpy as np
+import pytest
+import torch
+from conftest import snapshot
+from faults import CONFIG, SHORT, lines, options, running, undisturbed, until
+from PIL import Image
+from test_cli import one_line
+
+from robust_jem import execution
+from robust_jem.data import InputError, load_images
+from robust_jem.execution import OutOfTime
+from robust_jem.generation import RobustJEM
+from robust_jem.runs import Run, read_tensors, write_tensors
+from robust_jem.stages import ReplicateConfig
+from robust_jem.systems import EvaluateConfig, GenerateConfig, TrainConfig, configure
+from robust_jem.training import train
+
+PER_EPOCH = 1437 // 128
+QUIET = pytest.mark.filterwarnings("ignore::UserWarning")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    "An undisturbed run of CONFIG, and its digest."
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    return SimpleNamespace(path=folder, digest=undisturbed(folder))
+
+
+@pytest.fixture(scope="module")
+def _short(tmp_path_factory):
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("short") / "run"
+    return SimpleNamespace(path=folder, digest=undisturbed(folder, config=SHORT))
+
+
+@pytest.fixture
+def short(_short, here):
+    "A copy, free to damage, of a run of SHORT that was killed before it wrote its result: `run` in the working directory."
+    shutil.copytree(_short.path, here / "run")
+    for name in ("model.safetensors", "summary.json"): (here / "run" / name).unlink()
+    return SimpleNamespace(run=Run(here / "run"), digest=_short.digest, again=lambda: train(configure(TrainConfig, "robust_jem", **SHORT, out="run"), progress=False))
+
+
+# The harness, with small counts
+
+def test_killed_runs_end_in_the_same_bits(tmp_path):
+    r = faults.kills(tmp_path, n=2, seed=1)
+    assert r.kills == r.resumes == 2 and not r.lost and not r.unequal
+
+
+def test_every_failed_write_is_one_error_and_the_run_goes_on(tmp_path):
+    r = faults.writes(tmp_path, every=11, offset=2)
+    assert r.positions >= 4 and not r.unusable and not r.other and not r.part_files
+
+
+def test_one_changed_byte_is_always_noticed(tmp_path):
+    assert faults.bytes_changed(tmp_path, n=120, seed=2).missed == []
+
+
+@pytest.mark.parametrize("case", faults.CASES)
+def test_diverging_run_recovers_or_says_so(tmp_path, case):
+    r = faults.diverge(tmp_path / "run", **faults.CASES[case] | dict(recoveries=1))
+    assert r.events and not r.wrong and (r.said or r.run.summary["recoveries"] == 1)
+
+
+def test_jem_that_is_too_fast_needs_its_recoveries(tmp_path):
+    assert "after 0 of 0 recoveries" in faults.diverge(tmp_path / "without", **faults.TOO_FAST, recoveries=0).said
+    r = faults.diverge(tmp_path / "with", **faults.TOO_FAST)
+    assert not r.said and not r.wrong and r.run.summary["recoveries"] == len(r.events) > 0
+
+
+@pytest.mark.parametrize("after", (0, 12), ids=("at once", "an epoch later"))
+def test_recovered_run_that_is_killed_keeps_its_events(tmp_path, after):
+    assert faults.recovered_then_killed(tmp_path, after, **faults.TOO_FAST, epochs=2) == []
+
+
+@QUIET
+def test_recovered_run_that_runs_out_of_time_keeps_its_events(here, monkeypatch):
+    config = faults.DIVERGING | faults.TOO_FAST | dict(epochs=2)
+    expected = undisturbed(here / "whole", config=config)
+    with monkeypatch.context() as m:
+        m.setattr(execution.Deadline, "reached", lambda _: any("event" in r for r in lines(here / "run")))
+        with pytest.raises(OutOfTime): train(configure(TrainConfig, **config, max_minutes=1, out=str(here / "run")), progress=False)
+    assert undisturbed(here / "run", config=config) == expected and json.loads(expected["events"])
+
+
+# Signals and locks
+
+@pytest.mark.parametrize("how, code", ((signal.SIGTERM, 143), (signal.SIGINT, 130)), ids=lambda s: getattr(s, "name", ""))
+def test_signal_saves_this_very_update(here, whole, how, code):
+    "No checkpoint is due for minutes; the signal alone makes one."
+    with running(here / "run", "--checkpoint-minutes", 0) as process:
+        assert until(lambda: len(lines(here / "run")) > 4, process)
+        process.send_signal(how)
+        out, err = process.communicate(timeout=60)
+    assert process.returncode == code and out == "" and "Traceback" not in err
+    said, = [line for line in err.replace("\r", "\n").split("\n") if line.startswith("robust-jem: ")]
+    step = read_tensors(Run(here / "run").checkpoints()[0])[1]["step"]
+    assert said == f"robust-jem: run: interrupted at update {step} of {3 * PER_EPOCH} and saved; the same command goes on from there"
+    assert step > PER_EPOCH and not (here / "run/.lock").exists()
+    assert undisturbed(here / "run") == whole.digest
+
+
+def test_second_training_is_refused_and_a_killed_one_lets_go(here, cli):
+    with running(here / "run") as first:
+        assert until(lambda: lines(here / "run"), first)
+        first.send_signal(signal.SIGSTOP)                              # so that what changes is the second's doing
+        before = snapshot(here)
+        result = cli("train", "--system", "robust_jem", *options(CONFIG), "--out", "run")
+        assert result.code == 2 and f"process {first.pid} " in one_line(result.err) and "in use" in result.err
+        assert snapshot(here) == before
+        first.kill(); first.communicate()
+    result = cli("train", "--system", "robust_jem", *options(CONFIG), "--out", "run")
+    assert result.code == 0 and not (here / "run/.lock").exists()
+
+
+def test_run_folder_that_vanishes(here):
+    with running(here / "run") as process:
+        assert until(lambda: lines(here / "run"), process)
+        (here / "run").rename(here / "elsewhere")
+        out, err = process.communicate(timeout=60)
+    assert process.returncode == 2 and out == "" and "run" in one_line(err)
+    assert not (here / "run/config.json").exists() and not list(here.glob("run/**/*.safetensors"))
+
+
+def test_read_only_folder(here, cli, monkeypatch):
+    "Permissions don't bind everyone who runs tests, so the system call says no."
+    real = os.mkdir
+    def mkdir(path, *a, **kw):
+        if "locked" in str(path): raise PermissionError(13, "Permission denied", str(path))
+        return real(path, *a, **kw)
+    monkeypatch.setattr(os, "mkdir", mkdir)
+    result = cli("train", "--out", "locked/run", *options(SHORT))
+    assert result.code == 2 and "locked/run" in one_line(result.err) and "Permission denied" in result.err and snapshot(here) == {}
+
+
+# Damaged checkpoints
+
+def test_damaged_checkpoint_goes_on_from_the_one_before(short):
+    newest, before = short.run.checkpoints()
+    content = bytearray(newest.read_bytes()); content[len(content) // 2] ^= 1
+    newest.write_bytes(content)
+    with pytest.warns(UserWarning, match=f"{newest.name}.*damaged.*going on from the checkpoint before it"): short.again()
+    assert faults.digest(short.run) == short.digest
+
+
+@QUIET
+def test_no_checkpoint_is_whole(short):
+    for file in short.run.checkpoints(): file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(InputError, match="remove the folder checkpoints"): short.again()
+    shutil.rmtree(short.run.path / "checkpoints")
+    short.again()
+    assert faults.digest(short.run) == short.digest
+
+
+@QUIET
+def test_checkpoint_of_other_settings(short):
+    "Copied in from another run: not taken, and not passed over for the one before it."
+    newest = short.run.checkpoints()[0]
+    tensors, meta = read_tensors(newest)
+    write_tensors(newest, tensors, meta | {"config": meta["config"] | {"eps": 0.3}})
+    with pytest.raises(InputError, match="other settings"): short.again()
+
+
+def renamed(tensors, meta): tensors["model.stem.other"] = tensors.pop(next(k for k in tensors if k.startswith("model.stem")))
+def reshaped(tensors, meta): k = next(k for k in tensors if k.startswith("model.trunk") and tensors[k].ndim == 4); tensors[k] = tensors[k][:, :1].contiguous()
+def chains_of_another_size(tensors, meta): tensors["buffer.x"] = tensors["buffer.x"][..., :4].contiguous()
+def fewer_chains(tensors, meta): tensors["buffer.x"], tensors["buffer.y"] = tensors["buffer.x"][:7].clone(), tensors["buffer.y"][:7].clone()
+def no_optimizer(tensors, meta): [tensors.pop(k) for k in list(tensors) if k.startswith("optimizer.")]
+def momentum_of_another_shape(tensors, meta): k = next(k for k in tensors if k.startswith("optimizer.")); tensors[k] = tensors[k].flatten()[:1].clone()
+def no_average(tensors, meta): [tensors.pop(k) for k in list(tensors) if k.startswith("average.")]
+def no_generators(tensors, meta): [tensors.pop(k) for k in list(tensors) if "generator." in k]
+def random_state_of_noise(tensors, meta): k = next(k for k in tensors if k.startswith("generator.")); tensors[k] = torch.randint(256, tensors[k].shape, dtype=torch.uint8)
+def no_step(tensors, meta): meta.pop("step")
+def step_of_text(tensors, meta): meta["step"] = "six"
+def negative_step(tensors, meta): meta["step"] = -3
+def no_config(tensors, meta): meta.pop("config")
+def events_of_text(tensors, meta): meta["events"] = 3
+def no_processes(tensors, meta): meta["processes"] = "two"
+
+
+@QUIET
+@pytest.mark.parametrize("change", (renamed, reshaped, chains_of_another_size, fewer_chains, no_optimizer, momentum_of_another_shape, no_average, no_generators, random_state_of_noise,
+                                    no_step, step_of_text, negative_step, no_config, events_of_text, no_processes), ids=lambda f: f.__name__)
+def test_checkpoint_that_does_not_fit(short, change):
+    "Its checksum is right, its contents aren't."
+    newest, *older = short.run.checkpoints()
+    for file in older: file.unlink()
+    tensors, meta = read_tensors(newest)
+    change(tensors, meta)
+    write_tensors(newest, tensors, meta)
+    with pytest.raises(InputError, match=r"step-\d+\.safetensors: "): short.again()
+    assert not short.run.trained
+
+
+# Pickles: nothing in them may run
+
+class Payload:
+    def __init__(self, marker): self.marker = str(marker)
+    def __reduce__(self): return Path.touch, (Path(self.marker),)
+
+
+@pytest.fixture
+def trap(here):
+    "Write a pickle, plain or as torch.save writes it, in place of a file; `sprung` says whether its payload ran."
+    marker = here.parent / "sprung"
+    def write(path, plain=False):
+        if plain: path.write_bytes(pickle.dumps(Payload(marker)))
+        else: torch.save({"weight": torch.zeros(2), "payload": Payload(marker)}, path)
+    write.sprung = marker.exists
+    write(here.parent / "check.pt", plain=True); pickle.loads((here.parent / "check.pt").read_bytes()); assert marker.exists()      # the trap works
+    marker.unlink()
+    return write
+
+
+@QUIET
+@pytest.mark.parametrize("plain", (True, False), ids=("pickle", "torch.save"))
+def test_pickle_in_place_of_a_checkpoint(short, trap, plain):
+    for file in short.run.checkpoints(): trap(file, plain)
+    with pytest.raises(InputError, match="not a readable safetensors file"): short.again()
+    assert not trap.sprung()
+
+
+@pytest.mark.parametrize("plain", (True, False), ids=("pickle", "torch.save"))
+@pytest.mark.parametrize("file, argv", (("runs/robust_jem/model.safetensors", "generate runs/robust_jem --name x --num-samples 10 --outer-steps 1"),
+                                        ("runs/robust_jem/samples/energy/images.safetensors", "evaluate runs/robust_jem --extractor classifier:runs/judge --num-robust 10 --attack-steps 1"),
+                                        ("extractor.pt", "evaluate runs/robust_jem --extractor extractor.pt --num-robust 10")), ids=("model", "samples", "extractor"))
+def test_pickle_in_place_of_another_file(runs, here, cli, trap, file, argv, plain):
+    trap(here / file, plain)
+    result = cli(*argv.split())
+    assert result.code == 2 and Path(file).name in one_line(result.err) and not trap.sprung()
+
+
+# Hostile input: one line, exit code 2, nothing changed
+
+OPTIONS = [
+    ("--dataset=/etc", ["dataset", "/etc"]),
+    ("--dataset=.", ["dataset", "'.'"]),
+    ("--dataset=..", ["dataset", "'..'"]),
+    ("--dataset=digits/../digits", ["dataset"]),
+    ("--dataset=", ["dataset"]),
+    ("--dataset=.cache", ["dataset", ".cache"]),
+    ("--dataset=nu\x00l", ["dataset"]),
+    ("--dataset=new\nline", ["dataset"]),
+    ("--dataset=" + "é" * 200, ["dataset"]),
+    ("--dataset=" + "x" * 5000, ["xxxx"]),
+    ("--dataset=\udcff", ["dataset"]),
+    ("--out=run\x00", ["out"]),
+    ("--out=/dev/null", ["/dev/null"]),
+    ("--out=/proc/1/run", ["/proc/1/run"]),
+    ("--out=" + "deep/" * 2000, ["deep"]),
+    ("--root=nowhere\x00 --dataset=pets", ["root", "can't be printed"]),
+    ("--eps=inf", ["eps", "inf"]),
+    ("--lr=1e400", ["lr", "inf"]),
+    ("--lr=-inf", ["lr", "inf"]),
+    ("--gap-limit=NaN", ["gap_limit", "nan"]),
+    ("--seed=9223372036854775808", ["seed", "9223372036854775808"]),
+    ("--seed=1e3", ["seed", "1e3"]),
+    ("--seed=" + "9" * 5000, ["seed"]),
+    ("--epochs=-1", ["epochs", "-1"]),
+    ("--epochs=٣x", ["epochs"]),
+    ("--max-minutes=inf", ["max_minutes"]),
+    ("--max-minutes=-0.5", ["max_minutes"]),
+    ("--checkpoint-minutes=nan", ["checkpoint_minutes"]),
+    ("--batch-size=0", ["batch_size", "0"]),
+    ("--batch-size=99999999999999999999", ["batch_size"]),
+    ("--keep-checkpoints=0", ["keep_checkpoints", "0"]),
+    ("--recoveries=-1", ["recoveries"]),
+    ("--decay=1.01", ["decay"]),
+    ("--flip=yes", ["yes"]),
+    ("--flip maybe", ["maybe"]),
+    ("--no-no-flip", ["no-flip"]),
+    ("--preset=", ["preset"]),
+    ("--preset=CPU", ["preset", "'CPU'"]),
+    ("--system=__class__", ["system"]),
+    ("--device=cuda:-1", ["device"]),
+    ("--device=cpu:", ["device"]),
+    ("--device=gpu", ["device", "gpu"]),
+    ("--device=", ["device"]),
+    ("--device=mps", ["device"]),
+    ("--precision=float64", ["precision"]),
+]
+
+
+@pytest.fixture
+def refused(cli, here):
+    "Run a command that must change nothing; its one line must say all of `says`."
+    def check(*argv, says=()):
+        before = snapshot(here)
+        result = cli(*argv)
+        assert result.code == 2 and result.out == "", result
+        message = one_line(result.err)
+        assert all(w in message for w in says), message[:1000]
+        assert snapshot(here) == before
+    return check
+
+
+@pytest.mark.parametrize("line, says", OPTIONS, ids=[repr(line)[1:40] for line, _ in OPTIONS])
+def test_hostile_option(refused, line, says): refused("train", *options(SHORT), *(["--out", "run"] if "--out" not in line else []), *line.split(" "), says=says)
+
+
+@pytest.mark.parametrize("option, says", (("--depth=10000000000", "depth"), ("--width=1000000000", "width"), ("--buffer-size=100000000000000", "buffer_size"), ("--threads=1000000000000", "threads")))
+def test_value_beyond_any_machine(command, here, option, says):
+    "In a process with bounded memory and time, since what isn't refused takes all of both."
+    limit = lambda: resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30))
+    done = subprocess.run([*command.argv, "train", *options(SHORT), "--out", "run", option], cwd=here, env=command.env, capture_output=True, text=True, timeout=20, preexec_fn=limit)
+    assert done.returncode == 2 and done.stdout == "" and snapshot(here) == {}
+    assert any(word in one_line(done.stderr) for word in (says, "memory"))
+
+
+@pytest.mark.parametrize("name", ("a/../../b", "nul\x00", "new\nline", "/abs", "x" * 300), ids=ascii)
+def test_hostile_name_of_a_sample_set(refused, runs, name): refused("generate", "runs/robust_jem", "--num-samples", 10, "--outer-steps", 1, "--name", name)
+
+
+def test_hostile_values_from_python():
+    for kind, values in ((TrainConfig, dict(lr="0.1")), (TrainConfig, dict(epochs=True)), (TrainConfig, dict(flip="false")), (TrainConfig, dict(milestones=5)), (TrainConfig, dict(seed=1.0)),
+                         (TrainConfig, dict(eps=10**400)), (TrainConfig, dict(dataset=None)), (TrainConfig, dict(norm=["batch"])), (TrainConfig, dict(__class__=1)), (TrainConfig, dict(system=[])),
+                         (GenerateConfig, dict(name="..")), (GenerateConfig, dict(run=Path("x"))), (EvaluateConfig, dict(attack_eps=(0.1, None))), (EvaluateConfig, dict(attack_eps=float("nan")))):
+        with pytest.raises(InputError) as e: kind.from_dict(values)
+        assert "\n" not in str(e.value) and next(iter(values)) in str(e.value)
+    for values in (dict(seeds=()), dict(systems="jempp"), dict(jobs=1.5)):
+        with pytest.raises(InputError): ReplicateConfig(**values)
+    for name in ("../digits", "/", "", "a\\b\x00"):
+        with pytest.raises(InputError): load_images(name)
+
+
+# Image trees
+
+def pixels(size, value=0): return Image.fromarray(np.full((*size, 3), value, np.uint8))
+def animated(f): pixels((8, 8)).save(f, "GIF", save_all=True, append_images=[pixels((8, 8), 200), pixels((8, 8), 90)])
+
+
+TREES = {
+    "100000 pixels wide": (lambda p: pixels((8, 100_000)).save(p / "train/cat/0.png"), ["train/cat/0.png", "square"]),
+    "a bomb": (lambda p: Image.new("1", (20_000, 20_000)).save(p / "train/cat/0.png"), ["train/cat/0.png"]),
+    "text with an image's name": (lambda p: (p / "test/dog/0.png").write_text("<svg/>"), ["test/dog/0.png", "not a readable image"]),
+    "cut off in the pixels": (lambda p: (f := p / "train/cat/0.png").write_bytes(f.read_bytes()[:70]), ["train/cat/0.png", "not a readable image"]),
+    "cut off JPEG": (lambda p: (pixels((8, 8)).save(p / "train/cat/5.jpg"), (p / "train/cat/5.jpg").write_bytes((p / "train/cat/5.jpg").read_bytes()[:-200])), ["train/cat/5.jpg", "not a readable image"]),
+    "link that leads in a circle": (lambda p: (p / "train/cat/loop").symlink_to(p / "train"), ["loop"]),
+    "link to itself": (lambda p: (p / "train/cat/9.png").symlink_to(p / "train/cat/9.png"), ["train/cat/9.png"]),
+    "class that is a file": (lambda p: (shutil.rmtree(p / "test/dog"), (p / "test/dog").write_text("")), ["dog"]),
+    "no class at all": (lambda p: [shutil.rmtree(p / "train" / c) for c in ("cat", "dog")], ["pets", "train"]),
+    "class of other files only": (lambda p: [f.rename(f.with_suffix(".txt")) for f in (p / "train/dog").iterdir()], ["dog"]),
+    "empty class in test": (lambda p: [f.unlink() for f in (p / "test/dog").iterdir()], ["dog"]),
+    "link to a file outside": (lambda p: ((p / "train/cat/2.png").rename(p.parent / "outside.png"), (p / "train/cat/2.png").symlink_to(p.parent / "outside.png")), ["train/cat/2.png", "link"]),
+}
+
+
+@pytest.mark.parametrize("damage", TREES)
+def test_hostile_image_tree(refused, image_tree, damage):
+    make, says = TREES[damage]
+    make(image_tree())
+    refused("train", "--dataset", "pets", "--batch-size", 2, "--pad", 0, "--epochs", 1, "--attack-steps", 1, "--outer-steps", 1, "--threads", 1, "--device", "cpu", "--out", "out", says=says)
+
+
+def test_pipe_in_an_image_tree(command, here, image_tree):
+    "In a process, since reading a pipe that nobody writes to takes for ever."
+    os.mkfifo(image_tree() / "train/cat/9.png")
+    done = subprocess.run([*command.argv, "train", "--dataset", "pets", "--batch-size", "2", "--pad", "0", "--out", "out"], cwd=here, env=command.env, capture_output=True, text=True, timeout=20)
+    assert done.returncode == 2 and "9.png" in one_line(done.stderr) and not (here / "out").exists()
+
+
+def test_image_that_cannot_be_opened(refused, image_tree, monkeypatch):
+    image_tree()
+    real = Image.open
+    def opened(path, *a, **kw):
+        if str(path).endswith("cat/1.png"): raise PermissionError(13, "Permission denied", str(path))
+        return real(path, *a, **kw)
+    monkeypatch.setattr(Image, "open", opened)
+    refused("train", "--dataset", "pets", "--batch-size", 2, "--out", "out", says=["cat/1.png", "Permission denied"])
+
+
+def test_unusual_images_are_read_as_rgb(image_tree):
+    "CMYK, an animation's first picture, an extension that isn't the format's."
+    cat = image_tree() / "train/cat"
+    pixels((8, 8), 100).convert("CMYK").save(cat / "0.png", "TIFF")
+    animated(cat / "1.png")
+    x = load_images("pets").train_x[:2]
+    assert x.shape == (2, 3, 8, 8) and (x[0].int() - 100).abs().max() <= 1 and (x[1] == 0).all()
+
+
+def test_sixteen_bit_images_are_refused(image_tree):
+    "Pillow would clip them to white."
+    cat = image_tree() / "train/cat"
+    Image.fromarray(np.full((8, 8), 32768, np.uint16)).save(cat / "0.png")
+    with pytest.raises(InputError, match="convert the images to 8 bits"): load_images("pets")
+
+
+# Run folders and extractors
+
+CONFIGS = {
+    "not UTF-8": lambda c: json.dumps(c).encode("utf-16"),
+    "a field too many": lambda c: json.dumps(c | {"__init__": 1}).encode(),
+    "a number as text": lambda c: json.dumps(c | {"lr": "0.1"}).encode(),
+    "true as a number": lambda c: json.dumps(c | {"epochs": True}).encode(),
+    "null": lambda c: json.dumps(c | {"seed": None}).encode(),
+    "NaN": lambda c: json.dumps(c | {"lr": float("nan")}).encode(),
+    "Infinity": lambda c: json.dumps(c | {"gap_limit": float("inf")}).encode(),
+    "a nested list": lambda c: json.dumps(c | {"milestones": [[1]]}).encode(),
+    "an object as a name": lambda c: json.dumps(c | {"system": {"a": 1}}).encode(),
+    "a data set elsewhere": lambda c: json.dumps(c | {"dataset": "../../etc"}).encode(),
+    "deeper than Python counts": lambda c: b'{"lr":' + b"[" * 100_000,
+    "a number longer than Python reads": lambda c: b'{"seed":' + b"9" * 5000 + b"}",
+}
+
+
+@pytest.mark.parametrize("damage", CONFIGS)
+def test_hostile_config(refused, runs, damage):
+    file = runs / "robust_jem/config.json"
+    file.write_bytes(CONFIGS[damage](json.loads(file.read_text())))
+    refused("generate", "runs/robust_jem", "--name", "x", "--num-samples", 10, "--outer-steps", 1)
+
+
+def test_config_with_fewer_fields_takes_the_defaults(runs):
+    file = runs / "robust_jem/config.json"
+    config = json.loads(file.read_text()); config.pop("gap_limit")
+    file.write_text(json.dumps(config))
+    assert Run(runs / "robust_jem").config.gap_limit == TrainConfig().gap_limit
+
+
+@pytest.mark.parametrize("garbage", (b"\xff\xfe\x00garbage\n", b"[1, 2]\n", b"3\n", b"{}\n", b'{"step": "x"}\n', b"{\"step\": null}\n"), ids=("not UTF-8", "a list", "a number", "no step", "step of text", "no number"))
+@QUIET
+def test_garbage_in_metrics(short, garbage):
+    "Either left out, so that the run ends as if it weren't there, or refused in one line."
+    file = short.run.path / "metrics.jsonl"
+    file.write_bytes(garbage + file.read_bytes())
+    try: short.again()
+    except InputError as e: assert "metrics.jsonl" in str(e) and "\n" not in str(e)
+    else: assert short.run.trained
+
+
+class Wrong(torch.nn.Module):
+    def __init__(self, what: str): super().__init__(); self.what = what
+    def forward(self, x):
+        if self.what == "no batch": return x.mean()
+        if self.what == "NaN": return x.flatten(1)[:, :4] * float("nan")
+        return x.flatten(1)[:1, :4]
+
+
+def script_with_a_tuple(f): torch.jit.trace(lambda x: (x.flatten(1), x.flatten(1)), torch.zeros(2, 3, 8, 8)).save(str(f))
+def traversal(f):
+    with zipfile.ZipFile(f, "w") as z: z.writestr("../../escaped.txt", "out"); z.writestr("archive/data.pkl", b"\x80\x02}q\x00.")
+
+
+EXTRACTORS = {
+    "empty": lambda f: f.write_bytes(b""),
+    "text": lambda f: f.write_text("import os\n"),
+    "zip that climbs out": traversal,
+    "empty zip": lambda f: zipfile.ZipFile(f, "w").close(),
+    "two outputs": script_with_a_tuple,
+    "no batch": lambda f: torch.jit.script(Wrong("no batch")).save(str(f)),
+    "features of NaN": lambda f: torch.jit.script(Wrong("NaN")).save(str(f)),
+    "one feature for all": lambda f: torch.jit.script(Wrong("one")).save(str(f)),
+    "folder": lambda f: f.mkdir(),
+}
+
+
+@pytest.mark.parametrize("kind", EXTRACTORS)
+@pytest.mark.filterwarnings("ignore")
+def test_hostile_extractor(refused, runs, here, kind):
+    EXTRACTORS[kind](here / "net.pt")
+    refused("evaluate", "runs/robust_jem", "--extractor", "net.pt", "--num-robust", 10, "--attack-steps", 1, "--attack-eps", 0.1, says=["extractor"])
+    assert not (here.parent / "escaped.txt").exists() and not (here.parent.parent / "escaped.txt").exists()
+
+
+def test_duplicate_options_take_the_last(cli, here):
+    "As everywhere on a command line; the first parsing and the real one agree."
+    from robust_jem.cli import parse
+    c = parse("train", ["--system", "jem", "--epochs", "3", "--system=jempp", "--epochs=4"])
+    assert c.system == "jempp" and c.epochs == 4 and c == configure(TrainConfig, "jempp", epochs=4)
+
+
+def test_pretrained_folder_that_is_damaged(here):
+    (here / "model").mkdir()
+    for content in (b"", b"{}", b"[]", b'{"train": 3}', b'{"train": {}}', b'{"train": {}, "classes": 3, "shape": [1, 8, 8]}'):
+        (here / "model/config.json").write_bytes(content)
+        with pytest.raises(InputError): RobustJEM.from_pretrained(here / "model")
