@@ -19,12 +19,12 @@ from .runs import Run, read_tensors, write_bytes
 from .state import TrainState
 from .systems import TrainConfig
 
-# %% ../nbs/08_trail.ipynb #1445ac79
+# %% ../nbs/08_trail.ipynb #26484470
 class Trail:
     "A run's metrics and checkpoints on disk, and TensorBoard; of several processes, the first writes."
 
     def __init__(self, run: Run, state: TrainState, config: TrainConfig, per_epoch: int):
-        self.run, self.state, self.config, self.per_epoch, self.main, self.board = run, state, config, per_epoch, state.world.main, None
+        self.run, self.state, self.config, self.per_epoch, self.main, self.board, self.unseen = run, state, config, per_epoch, state.world.main, None, []
         for left in (run.path / "checkpoints").glob(".*.part") if self.main else (): left.unlink(missing_ok=True)       # of a process that was killed while it wrote
 
     def flush(self, **row) -> dict:
@@ -34,9 +34,7 @@ class Trail:
         row = {"step": state.step, **row} | dict(zip(names, values))
         state.pending.clear()
         self.append(row)
-        if self.main:
-            with _written(self.run.path / "tensorboard"):
-                for k, v in row.items(): self.board.add_scalar(k, v, state.step)
+        self.unseen.append(row)
         return row
 
     def append(self, row: dict):
@@ -52,6 +50,7 @@ class Trail:
         from torch.utils.tensorboard import SummaryWriter
         if not self.main: return
         with _written(self.run.path / "tensorboard"): self.close(); self.board = SummaryWriter(str(self.run.path / "tensorboard"), purge_step=step + 1)
+        self.unseen.clear()
         rows = [r for r in self.run.metrics() if r["step"] <= step and "event" not in r] + self.state.events
         kept = [json.dumps(r) for r in sorted(rows, key=lambda r: (r["step"], "event" in r))]
         write_bytes(self.run.path / "metrics.jsonl", "".join(line + "\n" for line in kept).encode())
@@ -70,6 +69,10 @@ class Trail:
         file = folder / f"step-{state.step:08}.safetensors"
         state.save(file)
         if not self.main: return
+        with _written(self.run.path / "tensorboard"):              # with each checkpoint, not in between: its thread would meet a full disk or a vanished folder unseen
+            for row in self.unseen:
+                for k, v in row.items(): self.board.add_scalar(k, v, row["step"])
+            self.unseen.clear(); self.board.flush()
         if better:
             part = folder / ".best.part"
             try:
