@@ -6,8 +6,8 @@
 __all__ = ['resolve_device', 'fast_bfloat16', 'Policy', 'choose_policy', 'Accelerated', 'out_of_memory', 'at_a_size_that_fits',
            'OutOfTime', 'Deadline', 'Interrupted', 'StopRequest', 'Execution', 'executing']
 
-# %% ../nbs/08_execution.ipynb #7955a0a6
-import copy, signal, threading, time, warnings
+# %% ../nbs/08_execution.ipynb #9a9cfd7a
+import copy, signal, sys, threading, time, warnings
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -159,7 +159,7 @@ class Deadline:
         self.last = now
         return now + self.longest + self.reserve > self.end
 
-# %% ../nbs/08_execution.ipynb #27746e24
+# %% ../nbs/08_execution.ipynb #0f53e640
 class Interrupted(KeyboardInterrupt):
     "Stopped by a signal; its number is in `signal`."
     def __init__(self, number: int, message: str = "interrupted"):
@@ -175,7 +175,7 @@ class StopRequest:
 
     def __enter__(self):
         self.before = {}
-        if threading.current_thread() is threading.main_thread():              # signals are the main thread's
+        if threading.current_thread() is threading.main_thread() and "ipykernel" not in sys.modules:      # signals are the main thread's; a notebook's kernel has its own ways
             for s in (signal.SIGINT, signal.SIGTERM): self.before[s] = signal.signal(s, self._heard)
         return self
 

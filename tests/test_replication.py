@@ -211,7 +211,7 @@ def test_stages_run_in_order_in_this_python_and_finished_ones_are_skipped(small_
 
 FAILURES = {"InputError": ("from robust_jem.data import InputError; raise InputError('eps: -1 is outside 0..∞')", 2, "eps: -1 is outside 0..∞"),
             "ValueError": ("raise ValueError('something broke')", 1, "ValueError: something broke"),
-            "Diverged": ("from robust_jem.training import Diverged; raise Diverged('the loss is nan')", 1, "the loss is nan"),
+            "Diverged": ("from robust_jem.recovery import Diverged; raise Diverged('the loss is nan')", 1, "the loss is nan"),
             "killed kernel": ("import os; os._exit(9)", 1, "died")}
 
 
