@@ -137,16 +137,15 @@ def _work_done(c: BenchmarkConfig, config: TrainConfig, f: dict, name: str, ours
 # %% ../nbs/12_benchmark.ipynb #b5e20260
 def _growth(c: BenchmarkConfig, at: Execution, images: Images, late: Callable) -> dict:
     "Seconds of a gradient by batch and width, of a chain by steps, of an update by processes."
-    def gradient(width: int, batch: int, steps: int = 2) -> float:
-        config = _train_config(c, batch, width=width, prior="uniform")
-        net, x = at.policy.accelerate(WideResNet(c.depth, width).to(at.device).train()), _fixed(c, batch, at.device)[0]
-        times = alternate({"": lambda: proximal_sgld(net, x, steps, config.inner_steps, 0.2)}, at.device, 3)[""]
-        if isinstance(times, str): raise RuntimeError(times)
-        return statistics.median(times)
     b, out = c.batches[0], {}
-    for name, values, work in (("batch", (b // 4, b // 2, b, 2 * b), lambda v: gradient(c.width, v) / 2), ("width", sorted({max(1, c.width // 2), c.width, 2 * c.width}), lambda v: gradient(v, b) / 2),
-                               ("steps", (1, 2, 4, 8), lambda v: gradient(c.width, b, v))):
-        if not late(): out[name] = {str(v): work(v) for v in progress_bar([v for v in values if v], desc=f"growth with {name}")}
+    def chain(width: int = c.width, batch: int = b, steps: int = 2) -> Callable:
+        net, x = at.policy.accelerate(WideResNet(c.depth, width).to(at.device).train()), _fixed(c, batch, at.device)[0]
+        return lambda: proximal_sgld(net, x, steps, 5, 0.2)
+    for name, values, gradients in (("batch", (b // 4, b // 2, b, 2 * b), 2), ("width", sorted({max(1, c.width // 2), c.width, 2 * c.width}), 2), ("steps", (1, 2, 4, 8), 1)):
+        if late(): break
+        times = alternate({str(v): chain(**{name: v}) for v in values if v}, at.device, c.repeats)      # in turns too, or the machine's moods look like growth
+        if wrong := next((t for t in times.values() if isinstance(t, str)), None): raise RuntimeError(wrong)
+        out[name] = {v: statistics.median(t) / gradients for v, t in times.items()}
     can = torch.cuda.device_count() if at.device.type == "cuda" else 2
     if not late(): out["processes"] = {k: {str(n): t for n, t in v.items()} for k, v in processes(c.depth, c.width, (1, 2) if can > 1 else (1,), b, c.device).items()}
     return out
