@@ -7,7 +7,7 @@ __all__ = ['DATASETS', 'InputError', 'progress_bar', 'to_unit', 'to_uint8', 'Ima
            'add_noise', 'stream_seed', 'stream', 'Batches']
 
 # %% ../nbs/00_data.ipynb #d8512bfd
-import hashlib, json, os, sys, warnings
+import hashlib, json, os, re, sys, warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -175,6 +175,14 @@ def _cached(name: str, root: Path, load, source: Path) -> Images:
         warnings.warn(f"no cache written for '{name}' ({e}); it will be decoded again next time")
     return images
 
+def _some_classes(images: Images, name: str) -> Images:
+    "The classes from the first to the last number after the @, numbered anew."
+    found = re.fullmatch(r"[^@]+@(\d{1,9})-(\d{1,9})", name)
+    first, last = map(int, found.groups()) if found else (1, 0)
+    if not first <= last < images.num_classes: raise InputError(f"dataset: {name!r} names no classes; accepted: {images.name}@FIRST-LAST with numbers within 0-{images.num_classes - 1}")
+    keep = {s: (y >= first) & (y <= last) for s, y in (("train", images.train_y), ("test", images.test_y))}
+    return Images(name, images.train_x[keep["train"]], images.train_y[keep["train"]] - first, images.test_x[keep["test"]], images.test_y[keep["test"]] - first, images.classes[first:last + 1])
+
 DATASETS = ("digits", "cifar10", "cifar100", "svhn")
 
 def data_root(root: str | Path | None = None) -> Path:
@@ -182,7 +190,7 @@ def data_root(root: str | Path | None = None) -> Path:
     return Path(root or os.environ.get("ROBUST_JEM_DATA") or "data")
 
 def load_images(
-    name: str, # "digits", "cifar10", "cifar100", "svhn", or the name of a folder below `root`
+    name: str, # "digits", "cifar10", "cifar100", "svhn", or the name of a folder below `root`; "digits@0-7": some of its classes
     root: str | Path | None = None, # where data sets live; default: $ROBUST_JEM_DATA, else ./data
     download: bool = True, # fetch cifar10, cifar100 or svhn where they are missing
 ) -> Images:
@@ -194,6 +202,7 @@ def load_images(
     two training images, or an image that is damaged, not square or of another size than the rest.
     """
     root = data_root(root)
+    if "@" in name: return _some_classes(load_images(name.partition("@")[0], root, download), name)
     if not name or Path(name).name != name or name.startswith("."): raise InputError(f"dataset: {name!r} is not a name; accepted: {', '.join(DATASETS)}, or a folder below {root}")
     if (root / name / "train").is_dir(): return _cached(name, root, lambda: _folder(name, root, download), root / name)
     if name == "digits": return _digits(name, root, download)

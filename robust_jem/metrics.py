@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['moments', 'frechet_distance', 'kernel_distance', 'inception_score', 'Extractor', 'ClassifierExtractor',
-           'ScriptExtractor', 'InceptionExtractor', 'feature_extractor', 'extract', 'reference_statistics', 'quality']
+           'ScriptExtractor', 'InceptionExtractor', 'feature_extractor', 'extract', 'reference_choice',
+           'reference_statistics', 'quality', 'score']
 
 # %% ../nbs/10_metrics.ipynb #d6478022
 import hashlib, re, warnings
@@ -60,7 +61,7 @@ def inception_score(
 # %% ../nbs/10_metrics.ipynb #77129b5e
 class Extractor(nn.Module):
     "Images 0..255 `[B,C,H,W]` to features `[B,D]`; `probabilities` to `[B,K]` or None. `suffix` and `official` make the scores' names."
-    suffix, official, key = "", False, ""
+    suffix, official, key, precision = "", False, "", "float32"
     def probabilities(self, x: Tensor) -> Tensor | None: return None
     def names(self) -> dict[str, str]:
         if self.official: return {"frechet": "FID", "kernel": "KID", "score": "IS"}
@@ -82,11 +83,11 @@ class ScriptExtractor(Extractor):
     def __init__(self, path: str):
         super().__init__()
         if not Path(path).is_file(): raise InputError(f"extractor: no file {path!r}; accepted: inception, a TorchScript file, or classifier:RUN")
-        try: self.net = torch.jit.load(path, map_location="cpu").eval()
+        try: self.net = torch.jit.load(path, map_location="cpu").eval().to(memory_format=torch.channels_last)      # a third faster on a CPU
         except RuntimeError as e: raise InputError(f"extractor: {path} is not a TorchScript file ({str(e).splitlines()[0][:80]})") from e
         trunk = re.fullmatch(r"inception-2015-12-05-(\d+)", Path(path).stem)
         self.suffix, self.key = trunk[1] if trunk else Path(path).stem, hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
-    def forward(self, x): return self.net(_rgb(x))
+    def forward(self, x): return self.net(_rgb(x).contiguous(memory_format=torch.channels_last))
 
 class InceptionExtractor(Extractor):
     "clean-fid's Inception-v3 and resizing for the distances, torch-fidelity's logits for the score; weights are downloaded once."
@@ -120,11 +121,15 @@ def _rgb(x: Tensor) -> Tensor: return x.expand(-1, 3, -1, -1) if x.shape[1] == 1
 def feature_extractor(
     spec: str, # "inception", "path/to/script.pt" or "classifier:RUN"
     folder: str | Path = "data/.cache", # where Inception's weights are kept
+    precision: str = "float32", # of its products; bfloat16 is twice as fast on a CPU that multiplies it, and has scores and statistics of its own
 ) -> Extractor: # images 0..255 → features
     "The extractor that a configuration names. Raises `InputError` for a missing or unusable file, or weights that can't be fetched."
-    if spec == "inception": return InceptionExtractor(folder).eval()
-    if spec.startswith("classifier:"): return ClassifierExtractor(spec.removeprefix("classifier:")).eval()
-    return ScriptExtractor(spec).eval()
+    if spec == "inception": made = InceptionExtractor(folder)
+    elif spec.startswith("classifier:"): made = ClassifierExtractor(spec.removeprefix("classifier:"))
+    else: made = ScriptExtractor(spec)
+    made.precision = precision
+    if precision != "float32": made.key += f"-{precision}"
+    return made.eval()
 
 # %% ../nbs/10_metrics.ipynb #297a86e4
 @torch.no_grad()
@@ -141,7 +146,7 @@ def extract(
         features, probs = [], []
         for part in progress_bar(x.split(size), desc=progress, unit="batch", disable=not progress):
             part = part.to(device).float()
-            f = extractor(part)
+            with torch.autocast(part.device.type, getattr(torch, extractor.precision), enabled=extractor.precision != "float32"): f = extractor(part)
             if not isinstance(f, Tensor) or f.ndim < 2 or len(f) != len(part): raise InputError(f"extractor: gives {tuple(f.shape) if isinstance(f, Tensor) else type(f).__name__} for {len(part)} images; expected features [{len(part)},D]")
             features.append(f.flatten(1).float().cpu())
             if probabilities and (p := extractor.probabilities(part)) is not None: probs.append(p.float().cpu())
@@ -149,6 +154,10 @@ def extract(
     features, probs = at_a_size_that_fits(work, batch_size)
     if not features.isfinite().all(): raise InputError("extractor: some features aren't finite; use another extractor")
     return features, probs
+
+def reference_choice(n: int) -> Tensor:
+    "Which of `n` training images (their positions) `reference_statistics` keeps the features of: at most 10,000."
+    return torch.randperm(n, generator=torch.Generator().manual_seed(0))[:10_000]
 
 def reference_statistics(
     extractor: Extractor,
@@ -165,7 +174,7 @@ def reference_statistics(
         return {"mu": kept["mu"].numpy(), "sigma": kept["sigma"].numpy(), "features": kept["features"]}
     features, _ = extract(extractor, images.train_x, batch_size, device, "reference" if progress else "", probabilities=False)
     mu, sigma = moments(features)
-    some = features[torch.randperm(len(features), generator=torch.Generator().manual_seed(0))[:10_000]]
+    some = features[reference_choice(len(features))]
     if file:
         try: write_tensors(file, {"mu": torch.from_numpy(mu), "sigma": torch.from_numpy(sigma), "features": some})
         except InputError as e: warnings.warn(f"reference statistics aren't kept: {e}")
@@ -181,9 +190,18 @@ def quality(
     progress: str = "",
 ) -> dict[str, float]: # scores by name, and `n`
     "All scores of one set of images. With fewer images than feature dimensions the Fréchet distance is biased; a warning says so."
-    names, (features, probs) = extractor.names(), extract(extractor, x, batch_size, device, progress)
-    if len(x) < features.shape[1]: warnings.warn(f"{names['frechet']} of {len(x)} images in {features.shape[1]} dimensions: strongly biased upwards; use at least as many images as dimensions")
+    return score(extractor.names(), *extract(extractor, x, batch_size, device, progress), reference, splits)
+
+def score(
+    names: dict[str, str], # what the scores are called: an extractor's `names()`
+    features: Tensor, # [N,D]
+    probs: Tensor | None, # [N,K], or none: no Inception Score
+    reference: dict, # from reference_statistics
+    splits: int = 10, # of the Inception Score
+) -> dict[str, float]: # scores by name, and `n`
+    "`quality`, from features that are at hand."
+    if len(features) < features.shape[1]: warnings.warn(f"{names['frechet']} of {len(features)} images in {features.shape[1]} dimensions: strongly biased upwards; use at least as many images as dimensions")
     kd, kd_std = kernel_distance(features, reference["features"])
-    out = {"n": len(x), names["frechet"]: frechet_distance(*moments(features), reference["mu"], reference["sigma"]), names["kernel"]: kd, f"{names['kernel']} std": kd_std}
+    out = {"n": len(features), names["frechet"]: frechet_distance(*moments(features), reference["mu"], reference["sigma"]), names["kernel"]: kd, f"{names['kernel']} std": kd_std}
     if probs is not None: out[names["score"]], out[f"{names['score']} std"] = inception_score(probs, splits)
     return out
