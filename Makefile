@@ -15,6 +15,9 @@ help: ## this list
 replicate: $(VENV)/.installed-run ## train, sample and score every system: runs/ and figures/
 	$(BIN)/robust-jem replicate --dataset $(DATASET) --preset $(PRESET)
 
+hybrids: $(VENV)/.installed-run ## JEM's own table: Wide-ResNet, JEM, its factored form and IGEBM on digits, figures/hybrids
+	$(BIN)/robust-jem replicate --systems wide_resnet jem jem_factored igebm --seeds 0 --suite table --runs runs/digits-hybrids --figures figures/hybrids
+
 # Executed copies land in the record that `make docs` shows; results in figures/.
 benchmark: $(VENV)/.installed-run ## speed against the reference's arithmetic: figures/benchmark*, a quarter of an hour
 	mkdir -p runs/digits-cpu/notebooks
@@ -49,19 +52,22 @@ $(BIN)/pip:
 	$(PYTHON) -m venv $(VENV)
 
 INSTALL = $(BIN)/python -m pip install --disable-pip-version-check --quiet -e
+# torchattacks (AutoAttack, a check of our attacks) asks for a requests of 2020, so pip is told to leave that out; attacks need none of it.
+AUTOATTACK = $(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps torchattacks==3.5.1
 
 $(VENV)/.installed-run: settings.ini setup.py | $(BIN)/pip
 	$(INSTALL) .
+	$(AUTOATTACK)
 	@touch $@
-# torchattacks (AutoAttack, a check of our attacks) asks for a requests of 2020; it needs none of it for attacks.
 $(VENV)/.installed-test: settings.ini setup.py | $(BIN)/pip
 	$(INSTALL) '.[dev]'
-	$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps torchattacks==3.5.1
+	$(AUTOATTACK)
 	@touch $@ $(VENV)/.installed-run
 $(VENV)/.installed-docs: settings.ini setup.py | $(BIN)/pip
 	$(INSTALL) '.[dev,docs]'
+	$(AUTOATTACK)
 	@touch $@ $(VENV)/.installed-run $(VENV)/.installed-test
 
 
-.PHONY: help replicate benchmark precision test docs prepare clean
+.PHONY: help replicate hybrids benchmark precision test docs prepare clean
 .NOTPARALLEL:

@@ -22,7 +22,7 @@ from .systems import EvaluateConfig, GenerateConfig, TrainConfig, configure
 EXAMPLES = {
     "train": ("Train one system, or continue an interrupted run.", "robust-jem train --system robust_jem --dataset digits --preset cpu\nrobust-jem train --system jempp --dataset cifar10 --preset paper --device cuda --out runs/jempp --max-minutes 8.5\ntorchrun --nproc-per-node 2 -m robust_jem.cli train --system robust_jem --dataset digits"),
     "generate": ("Draw samples from a trained run.", "robust-jem generate runs/digits-cpu/robust_jem-s0 --method combined\nrobust-jem generate runs/digits-cpu/jempp-s0 --method energy --no-conditional --num-samples 1000 --name thousand"),
-    "evaluate": ("Accuracy, robustness and sample scores of a run.", "robust-jem evaluate runs/digits-cpu/robust_jem-s0 --extractor classifier:runs/digits-cpu/extractor"),
+    "evaluate": ("Accuracy, robustness, sample scores, and all else that a hybrid model claims.", "robust-jem evaluate runs/digits-cpu/robust_jem-s0 --extractor classifier:runs/digits-cpu/extractor --suite full\nrobust-jem evaluate runs/digits-cpu/robust_jem-s0 --suite detection --strangers rotated digits path/to/images\nrobust-jem evaluate --model mypackage.models:classifier --model-data digits --suite full"),
     "report": ("Table 1, Figures 1-3 and curves from a folder of runs.", "robust-jem report --runs runs/digits-cpu --figures figures"),
     "benchmark": ("Time the reference's arithmetic and ours side by side.", "robust-jem benchmark\nrobust-jem benchmark --depth 28 --width 10 --batches 64 256 --device cuda"),
     "replicate": ("Train, sample and score every row of Table 1, and report.", "robust-jem replicate --preset cpu\nrobust-jem replicate --dataset cifar10 --preset paper --seeds 0"),
@@ -41,6 +41,7 @@ def _defaults(command: str, argv: list[str]) -> Config:
     if command == "train": return configure(TrainConfig, **({"dataset": "digits", "preset": "cpu"} | _given(argv, "system", "dataset", "preset")))
     if command in ("generate", "evaluate"):
         kind = {"generate": GenerateConfig, "evaluate": EvaluateConfig}[command]
+        if data := _given(argv, "model", "model-data") if command == "evaluate" else {}: return configure(kind, dataset=data.get("model-data", "cifar10"), preset="cpu" if data.get("model-data", "").startswith("digits") else "paper", model_data=data.get("model-data", "cifar10"))
         if not (path := _given(argv, "run").get("run")): return configure(kind)
         c = Run(path).config
         return configure(kind, c.system, c.dataset, c.preset, **({"method": m["method"]} if command == "generate" and (m := _given(argv, "method")) else {}), **({"conditional": False} if command == "generate" and "--no-conditional" in argv else {}))
@@ -100,8 +101,15 @@ def main(argv: list[str] | None = None) -> int:
             folder = generate_samples(config)
             if os.environ.get("RANK", "0") == "0": print(folder)
         elif command == "evaluate":
-            from robust_jem.evaluation import evaluate_run
-            for name, scores in evaluate_run(config).items(): print(f"{name}: " + ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in scores.items() if k not in ("samples", "seconds")))
+            from robust_jem.suite import evaluate, suite_folder
+            found = evaluate(config)
+            if config.suite == "table":
+                for name, scores in found.items(): print(f"{name}: " + ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in scores.items() if k not in ("samples", "seconds", "diversity") and not k.endswith("by class")))
+            else:
+                from robust_jem.card import suite_markdown, write_card
+                from robust_jem.plots import Findings
+                f = Findings(suite_folder(config)); write_card(f)
+                print(f"{suite_markdown([f])}\n{f.folder}/: MODEL_CARD.md, figures (PNG, SVG), results/results.json")
         elif command == "report":
             from robust_jem.reporting import markdown, write_report
             print(markdown(write_report(config)))

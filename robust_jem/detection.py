@@ -6,10 +6,14 @@
 __all__ = ['SCORES', 'STRANGERS', 'familiarity', 'auroc', 'strangers', 'detect_strangers']
 
 # %% ../nbs/11_detection.ipynb #0eeb0720
+from pathlib import Path
+
+import numpy as np
 import torch
+from PIL import Image, ImageOps
 from torch import Tensor, nn
 
-from .data import InputError, load_images, to_unit
+from .data import DATASETS, InputError, data_root, load_images, to_unit
 from .energy import input_gradient, marginal_energy, untouched
 from .execution import at_a_size_that_fits
 
@@ -56,7 +60,7 @@ def auroc(
 STRANGERS = ("uniform noise", "constant", "interpolations", "rotated")
 
 def strangers(
-    name: str, # one of STRANGERS, or the name of a data set or a folder of images
+    name: str, # one of STRANGERS, a data set ("svhn", "digits@8-9"), or a folder with images in any layout
     x: Tensor, # uint8 test images [N,C,H,W] of the model's own data
     n: int, # how many
     generator: torch.Generator | None = None, # on the CPU
@@ -75,8 +79,25 @@ def strangers(
     if name == "interpolations":
         i = pick(); j = (i + torch.randint(1, len(x), (n,), generator=generator)) % len(x)
         return ((x[i].int() + x[j].int() + 1) // 2).to(torch.uint8)
+    folder = next((f for f in (Path(name), data_root(root) / name) if f.is_dir() and not (f / "train").is_dir()), None)
+    if folder and name not in DATASETS: return _brought_to(_below(folder, n, x.shape[-1], generator), x)
     other = load_images(name, root).test_x
-    other = other[torch.randperm(len(other), generator=generator)[:n]]
+    return _brought_to(other[torch.randperm(len(other), generator=generator)[:n]], x)
+
+def _below(folder: Path, n: int, size: int, generator) -> Tensor:
+    "Images anywhere below a folder, CelebA's say: the middle square of each, resized."
+    from torchvision.datasets.folder import IMG_EXTENSIONS
+    files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMG_EXTENSIONS and p.is_file())
+    if not files: raise InputError(f"strangers: no images below {folder}; accepted: {', '.join(IMG_EXTENSIONS)}")
+    out = []
+    for i in torch.randperm(len(files), generator=generator)[:n].tolist():
+        try:
+            with Image.open(files[i]) as im: out.append(torch.from_numpy(np.array(ImageOps.fit(im.convert("RGB"), (size, size)))).permute(2, 0, 1))
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e: raise InputError(f"{files[i]}: not a readable image ({e}); replace or remove it") from e
+    return torch.stack(out)
+
+def _brought_to(other: Tensor, x: Tensor) -> Tensor:
+    "Images in the size and with the channels of others."
     if other.shape[-2:] != x.shape[-2:]:
         from torchvision.transforms.v2.functional import resize
         other = resize(other, list(x.shape[-2:]), antialias=True)
@@ -88,7 +109,8 @@ def detect_strangers(
     inside: Tensor, # uint8 test images [N,C,H,W]
     sets: dict[str, Tensor], # strangers by name, uint8
     batch_size: int = 500,
-) -> dict[str, dict[str, float]]: # AUROC by set and score
+) -> tuple[dict[str, dict[str, float]], dict[str, dict[str, Tensor]]]: # AUROC by set and score; all scores by set ("test images" too) and score
     "How well each score separates the test images from each set of strangers."
-    known = familiarity(model, inside, batch_size)
-    return {name: {s: auroc(known[s], v) for s, v in familiarity(model, x, batch_size).items()} for name, x in sets.items()}
+    scores = {name: familiarity(model, x, batch_size) for name, x in ({"test images": inside} | sets).items()}
+    known = scores["test images"]
+    return {name: {s: auroc(known[s], v) for s, v in scores[name].items()} for name in sets}, scores

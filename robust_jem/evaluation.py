@@ -189,8 +189,8 @@ class Judge:
         features, probs = self.held_out if x is None else self.features(x, name)
         real, names = self.reference["features"], self.extractor.names()
         out = score(names, features, probs, self.reference, self.config.splits)
-        if min(len(features), len(real)) > 5: out |= precision_recall(features, real) | density_coverage(features, real)
-        if x is not None: out["memorisation"] = memorisation(features, real, self.held_out[0])
+        if min(len(features), len(real)) > 5: out["diversity"] = precision_recall(features, real) | density_coverage(features, real)
+        if x is not None: out.setdefault("diversity", {})["memorisation"] = memorisation(features, real, self.held_out[0])
         if y is not None: out[f"{names['frechet']} by class"] = class_frechet(features, y, real, self.images.train_y[reference_choice(len(self.images.train_y))], self.images.num_classes)
         return out
 

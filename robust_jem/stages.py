@@ -18,7 +18,7 @@ from .data import InputError, data_root, load_images
 from .execution import resolve_device
 from .metrics import feature_extractor
 from .runs import read_json
-from .systems import HOW, EvaluateConfig, GenerateConfig, TrainConfig, configure, sample_plan
+from .systems import HOW, EvaluateConfig, GenerateConfig, Suite, TrainConfig, configure, sample_plan
 
 # %% ../nbs/12_stages.ipynb #900c4c62
 @dataclass(frozen=True)
@@ -28,6 +28,7 @@ class ReplicateConfig(Config):
     preset: str = "cpu"                      # cpu, or paper
     systems: tuple[str, ...] = option(("robust_classifier", "jempp", "robust_jem"))    # rows to train
     seeds: tuple[int, ...] = option((0, 1, 2), 0, 2**63 - 1)    # training seeds of each row
+    suite: Suite = "full"                    # how the first seed of each row is judged, see evaluate; the others: table
     extractor: str = ""                      # see evaluate; empty: a classifier trained for it where data is digits, else inception
     runs: str = ""                           # folder of the run folders; empty: runs/<dataset>-<preset>
     figures: str = ""                        # folder of the results; empty: figures, or figures/<dataset>-<preset> when not digits-cpu
@@ -89,9 +90,13 @@ def plan(config: ReplicateConfig) -> tuple[list[list[Stage]], list[list[Stage]],
             sets = sample_plan(system, config.dataset, config.preset, **here)
             chains.append([training(system, seed, folder),
                 Stage("generate", here, folder / "notebooks/generate.ipynb", [(folder / "samples" / c.label / "summary.json", c) for c in sets]),
-                Stage("evaluate", here | dict(extractor=extractor or "inception"), folder / "notebooks/evaluate.ipynb", [])])
+                Stage("evaluate", here | dict(extractor=extractor or "inception", suite=config.suite if seed == config.seeds[0] else "table"), folder / "notebooks/evaluate.ipynb", [], weight=1.0 + 3.0 * (seed == config.seeds[0]))])
             if (system, seed, config.dataset) == ("robust_jem", config.seeds[0], "digits"):      # the study of chains, once
                 chains[-1].append(Stage("chains", dict(run=str(folder), extractor=extractor), folder / "notebooks/chains.ipynb", [], weight=4.0))
+    if config.dataset == "digits" and config.suite in ("full", "detection") and "robust_jem" in config.systems:      # does a model know what it has never seen? two digits are held out
+        folder = runs / "held-out" / f"robust_jem-s{config.seeds[0]}"
+        common["dataset"] = "digits@0-7"
+        chains.append([training("robust_jem", config.seeds[0], folder), Stage("evaluate", dict(run=str(folder), device=config.device, suite="detection", strangers=["digits@8-9", "rotated", "interpolations", "uniform noise", "constant"]), folder / "notebooks/evaluate.ipynb", [])])
     figures = config.figures or ("figures" if (config.dataset, config.preset) == ("digits", "cpu") else f"figures/{config.dataset}-{config.preset}")
     chains.sort(key=lambda c: -c[0].weight)                                # the longest first, so that none is left over at the end
     return first, chains, Stage("report", dict(runs=str(runs), figures=figures), runs / "notebooks/report.ipynb", [])
@@ -115,7 +120,7 @@ def _run_stage(stage: Stage, env: dict, running: list):
     except OSError as e: raise InputError(f"{stage.output.parent}: can't be made ({e.strerror}); choose another folder") from e
     part = stage.output.with_suffix(".part.ipynb")
     command = [sys.executable, "-m", "papermill", str(notebook_path(stage.notebook)), str(part), "--no-progress-bar", "-k", "python3"]
-    for k, v in stage.parameters.items(): command += ["-r", k, str(v)] if isinstance(v, str) else ["-p", k, str(v)]
+    for k, v in stage.parameters.items(): command += ["-r", k, v] if isinstance(v, str) else ["-y", json.dumps({k: v})]
     process = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     running.append((stage, process))
     _, stderr = process.communicate()

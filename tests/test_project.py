@@ -7,7 +7,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "robust_jem"
 ORDER = ("data networks energy priors attacks samplers objectives configuration systems recovery distribution execution runs state "
-         "trail training generation metrics diversity calibration detection evaluation reference scaling reporting benchmark stages cli").split()
+         "trail training generation metrics diversity calibration detection evaluation suite reference scaling reporting plots card benchmark stages cli").split()
 MODULES = sorted(p.stem for p in PACKAGE.glob("[!_]*.py"))
 NOTEBOOKS = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
 
