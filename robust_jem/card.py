@@ -96,7 +96,9 @@ def weaknesses(f: Findings) -> list[str]:
     for eps, v in p.get("autoattack", {}).get("accuracy", {}).items():
         if v["AutoAttack"] < v["PGD"] - 0.02: out.append(f"AutoAttack leaves {100 * v['AutoAttack']:.1f} % right at ε = {eps} where PGD leaves {100 * v['PGD']:.1f} %: PGD alone overstates its robustness.")
     if (d := p.get("distal")) and d["reached"] > 0.9 and d["median steps"] <= 20: out.append(f"{d['median steps']:.0f} small steps from pure noise make it sure of any class.")
-    if (c := p.get("calibration")) and c["ECE"] > 0.05: out.append(f"Its confidence is off by {100 * c['ECE']:.1f} % on average.")
+    if (c := p.get("calibration")) and c["ECE"] > 0.05:
+        above = sum(n * (sure - right) for n, sure, right in zip(c["count"], c["confidence"], c["accuracy"]) if n)
+        out.append(f"Its confidence is off by {100 * c['ECE']:.1f} % on average, mostly too {'high' if above > 0 else 'low'}.")
     if (s := p.get("landscape")) and (low := [k for k, v in s["median energy"].items() if v < s["median energy"]["test images"] and ("noise" in k or "attacked" in k or k == "prior")]): out.append(f"By running statistics it gives a lower energy (more density) to {', '.join(low)} than to test images.")
     return out
 

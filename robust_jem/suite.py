@@ -93,16 +93,16 @@ def check_classifier(model: nn.Module, images: Images, name: str):
 # %% ../nbs/11_suite.ipynb #99d1fe44
 def robustness_parts(s: Subject, c: EvaluateConfig, parts: Parts, progress: bool):
     "Accuracy against the radius, a part an attack, and AutoAttack beside PGD on the same images."
-    plan = [(norm, radii, targeted, restarts, min(n, len(s.images.test_x))) for norm, radii in (("linf", c.attack_eps), ("l2", c.l2_eps))
-            for targeted, restarts, n in ((False, 1, c.num_robust), (False, c.restarts, c.num_restarts), (True, c.restarts, c.num_restarts))]
-    for norm, radii, targeted, restarts, n in progress_bar(plan, desc="robustness", unit="attack", disable=not progress):
+    plan = [(name, norm, radii, targeted, restarts, min(n, len(s.images.test_x))) for norm, radii in (("linf", c.attack_eps), ("l2", c.l2_eps))
+            for name, targeted, restarts, n in (("once", False, 1, c.num_robust), ("restarts", False, c.restarts, c.num_restarts), ("targeted", True, c.restarts, c.num_restarts))]
+    for name, norm, radii, targeted, restarts, n in progress_bar(plan, desc="robustness", unit="attack", disable=not progress):
         x, y = some_tests(s.images, n, c.seed)
         threat = f"PGD-{c.attack_steps}, {norm}, {'random targets' if targeted else 'untargeted'}, {restarts} random start{'s' * (restarts > 1)}, [-1,1] scale"
         def curve():
             out = {"0": accuracy(s.model, x, y, c.batch_size)}
             for eps in radii: parts.in_time(); out[f"{eps:g}"] = robust_accuracy(s.model, x, y, eps, c.attack_steps, norm, c.batch_size, c.seed, targeted, restarts)
             return {"curve": out}
-        parts(f"robustness-{norm}-{'targeted' if targeted else 'untargeted'}-{restarts}", s.settings | dict(threat_model=threat, norm=norm, eps=list(radii), n=n, seed=c.seed), curve)
+        parts(f"robustness-{norm}-{name}", s.settings | dict(threat_model=threat, norm=norm, eps=list(radii), n=n, seed=c.seed), curve)
     if n := min(c.num_autoattack, len(s.images.test_x)):
         x, y = some_tests(s.images, n, c.seed)
         def automatic():

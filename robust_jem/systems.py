@@ -233,7 +233,7 @@ PRESETS: dict[str, dict[str, dict[str, dict[str, Any]]]] = {
         "digits": {
             "train": {"*": _DIGITS, "wide_resnet": dict(width=2, input_noise=0.1, epochs=15), "jem": _DIGITS_JEM, "jem_factored": _DIGITS_JEM, "igebm": _DIGITS_JEM},
             "generate": {"*": dict(num_samples=360, batch_size=120, eps=0.2, contrast=0.9)},
-            "evaluate": {"*": dict(attack_eps=(0.1, 0.2, 0.3, 0.4), l2_eps=(0.5, 1.0, 1.5, 2.0), restarts=3, num_restarts=120, autoattack_eps=(0.2, 0.3), num_autoattack=60,
+            "evaluate": {"*": dict(attack_eps=(0.1, 0.2, 0.3, 0.4), l2_eps=(0.5, 1.0, 1.5, 2.0), restarts=5, num_restarts=360, autoattack_eps=(0.2, 0.3), num_autoattack=120,
                                    strangers=("rotated", "interpolations", "uniform noise", "constant"), num_strangers=360, splits=1)},
         },
         "*": {
