@@ -52,20 +52,15 @@ $(BIN)/pip:
 	$(PYTHON) -m venv $(VENV)
 
 INSTALL = $(BIN)/python -m pip install --disable-pip-version-check --quiet -e
-# torchattacks (AutoAttack, a check of our attacks) asks for a requests of 2020, so pip is told to leave that out; attacks need none of it.
-AUTOATTACK = $(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps torchattacks==3.5.1
 
 $(VENV)/.installed-run: settings.ini setup.py | $(BIN)/pip
 	$(INSTALL) .
-	$(AUTOATTACK)
 	@touch $@
 $(VENV)/.installed-test: settings.ini setup.py | $(BIN)/pip
 	$(INSTALL) '.[dev]'
-	$(AUTOATTACK)
 	@touch $@ $(VENV)/.installed-run
 $(VENV)/.installed-docs: settings.ini setup.py | $(BIN)/pip
 	$(INSTALL) '.[dev,docs]'
-	$(AUTOATTACK)
 	@touch $@ $(VENV)/.installed-run $(VENV)/.installed-test
 
 

@@ -76,7 +76,7 @@ def class_table(all: list[Findings]) -> str:
 
 def suite_markdown(all: list[Findings]) -> str:
     "Every table, with what it shows; subjects side by side."
-    sections = (("Accuracy under attack, %", robustness_table, "An image counts that is right before and after every attack of its row. Radii are on the [-1,1] scale, twice the usual [0,1] value. AutoAttack (Croce and Hein 2020, standard version, by torchattacks) beside PGD on the same images checks for masked gradients."),
+    sections = (("Accuracy under attack, %", robustness_table, "An image counts that is right before and after every attack of its row. Radii are on the [-1,1] scale, twice the usual [0,1] value. AutoAttack (Croce and Hein 2020, the authors' standard version) beside PGD on the same images checks for masked gradients."),
                 ("Calibration", calibration_table, "Expected calibration error in 15 bins (Guo et al. 2017, by torchmetrics)."),
                 ("Out-of-distribution detection, AUROC", detection_table, "1: every test image scores above every stranger; 0.5: no difference; below: strangers look more familiar than the test images."),
                 ("Distal adversarials", distal_table, "From uniform noise by gradient steps of fixed L2 length."),

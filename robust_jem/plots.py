@@ -35,7 +35,7 @@ class Findings:
         if not (self.folder / "subject.json").is_file(): raise InputError(f"suite: {str(folder)!r} holds no results; accepted: a folder that `robust-jem evaluate --suite full` wrote, such as RUN/suite")
         self.subject, every = read_json(self.folder / "subject.json"), Parts(self.folder, None).kept()
         same = [k for k in ("weights", "fingerprint", "samples") if k in self.subject]
-        self.parts = {name: v for name, v in every.items() if name != "subject" and all(v.get(k) == self.subject[k] for k in same)}
+        self.parts = {name: v for name, v in every.items() if name != "subject" and v.get("eps") != "not finished" and all(v.get(k) == self.subject[k] for k in same)}
         self.title = self.subject["title"]
     def tensors(self, name: str) -> dict[str, torch.Tensor]: return Parts(self.folder, None).tensors(name)
     @classmethod

@@ -98,21 +98,15 @@ def robustness_parts(s: Subject, c: EvaluateConfig, parts: Parts, progress: bool
     for name, norm, radii, targeted, restarts, n in progress_bar(plan, desc="robustness", unit="attack", disable=not progress):
         x, y = some_tests(s.images, n, c.seed)
         threat = f"PGD-{c.attack_steps}, {norm}, {'random targets' if targeted else 'untargeted'}, {restarts} random start{'s' * (restarts > 1)}, [-1,1] scale"
-        def curve():
-            out = {"0": accuracy(s.model, x, y, c.batch_size)}
-            for eps in radii: parts.in_time(); out[f"{eps:g}"] = robust_accuracy(s.model, x, y, eps, c.attack_steps, norm, c.batch_size, c.seed, targeted, restarts)
-            return {"curve": out}
-        parts(f"robustness-{norm}-{name}", s.settings | dict(threat_model=threat, norm=norm, eps=list(radii), n=n, seed=c.seed), curve)
-    if n := min(c.num_autoattack, len(s.images.test_x)):
+        same, part = s.settings | dict(threat_model=threat, norm=norm, n=n, seed=c.seed), f"robustness-{norm}-{name}"
+        attacked = lambda eps: robust_accuracy(s.model, x, y, eps, c.attack_steps, norm, c.batch_size, c.seed, targeted, restarts)
+        parts(part, same | dict(eps=list(radii)), lambda: {"curve": {"0": accuracy(s.model, x, y, c.batch_size)} | parts.by_radius(part, same, radii, attacked, "curve")})
+    if c.num_autoattack and s.images.num_classes < 4: warnings.warn(f"AutoAttack isn't run: {s.images.num_classes} classes, its targeted attacks need four")
+    elif n := min(c.num_autoattack, len(s.images.test_x)):
         x, y = some_tests(s.images, n, c.seed)
-        def automatic():
-            out = {}
-            for eps in progress_bar(c.autoattack_eps, desc="AutoAttack", unit="ε", disable=not progress):
-                parts.in_time()
-                out[f"{eps:g}"] = {"AutoAttack": autoattack_accuracy(s.model, x, y, eps, "linf", c.batch_size, c.seed), "PGD": robust_accuracy(s.model, x, y, eps, c.attack_steps, "linf", c.batch_size, c.seed)}
-            return {"accuracy": out}
-        try: parts("autoattack", s.settings | dict(threat_model=f"AutoAttack (standard), linf, beside PGD-{c.attack_steps}, one random start, [-1,1] scale", eps=list(c.autoattack_eps), n=n, seed=c.seed), automatic)
-        except InputError as e: warnings.warn(f"AutoAttack isn't run: {e}")
+        same = s.settings | dict(threat_model=f"AutoAttack (standard), linf, beside PGD-{c.attack_steps}, one random start, [-1,1] scale", n=n, seed=c.seed)
+        both = lambda eps: {"AutoAttack": autoattack_accuracy(s.model, x, y, eps, "linf", c.batch_size, c.seed), "PGD": robust_accuracy(s.model, x, y, eps, c.attack_steps, "linf", c.batch_size, c.seed)}
+        parts("autoattack", same | dict(eps=list(c.autoattack_eps)), lambda: {"accuracy": parts.by_radius("autoattack", same, c.autoattack_eps, both, "accuracy", "AutoAttack" if progress else "")})
 
 def calibration_part(s: Subject, c: EvaluateConfig) -> dict:
     "Calibration on all test images."

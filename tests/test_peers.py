@@ -209,7 +209,6 @@ def test_sampler_default_needs_no_run():
 
 def test_autoattack_and_our_attacks_agree_with_the_exact_margin():
     "On a linear classifier the worst case is known: an image stands exactly when every margin exceeds eps times the L1 norm of the difference of weights."
-    pytest.importorskip("torchattacks", reason="make test installs it beside its own requirements")
     from robust_jem.evaluation import autoattack_accuracy, robust_accuracy
     g = torch.Generator().manual_seed(0)
     linear = nn.Sequential(nn.Flatten(), nn.Linear(16, 5)).eval()
