@@ -199,7 +199,8 @@ def toctree(caption: str, entries: list[str]) -> str:
 def record_notebooks() -> dict[str, list[Path]]:
     "The last replication's executed notebooks, by run."
     runs = {}
-    for path in sorted(RECORD.glob("*/notebooks/*.ipynb")): runs.setdefault(path.parent.parent.name, []).append(path)
+    for path in sorted(RECORD.glob("**/notebooks/*.ipynb")):
+        if (run := path.parent.parent) != RECORD: runs.setdefault("-".join(run.relative_to(RECORD).parts), []).append(path)
     order = {stage: i for i, stage in enumerate(STAGES)}
     return {run: sorted(paths, key=lambda p: order.get(p.stem, 99)) for run, paths in runs.items()}
 
@@ -252,7 +253,7 @@ def write_source(notebooks: list[Path], processed: Path) -> None:
     contributing = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     (SOURCE / "contributing.md").write_text(links(re.sub(r"\]\((?![a-z]+:|#)", "](../", contributing)), encoding="utf-8")      # as if it lay in nbs/
     navigation = [toctree("Start", ["Home <self>", "contributing"]), toctree("Method", have("method", "open_choices")),
-                  toctree("Modules", modules), toctree("Replication", have("gallery", "speed") + write_record(links))]
+                  toctree("Modules", modules), toctree("Replication", have("gallery", "judging", "speed") + write_record(links))]
     for path in notebooks:
         nb = adapt(documents[path.name], links, module=page_name(path))
         if path.name == "index.ipynb": nb.cells.append(nbformat.v4.new_markdown_cell("\n\n".join(filter(None, navigation))))

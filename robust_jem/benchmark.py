@@ -197,6 +197,11 @@ def markdown(out: dict) -> str:
                 rows.append([w, v, f"{r['seconds']:.3g} [{r['fastest']:.3g}, {r['slowest']:.3g}]", f"{r['images/s']:.4g}", f"{r.get('times the reference', 1):.2f}",
                              *((f"{r['TFLOP/s']:.3g}", f"{r['share of peak']:.0%}") if r["TFLOP/s"] else ("", "")), f"{r['peak MiB']:.0f}" if r.get("peak MiB") is not None else ""])
         text.append(f"Batch {batch}:\n\n" + "\n".join("| " + " | ".join(r) + " |" for r in [rows[0], ["---"] * 8, *rows[1:]]))
+    if grown := out.get("growth"):
+        said = {"batch": "a gradient of the batch, by images in it", "width": "a gradient of the batch, by the network's width", "steps": "a whole chain, by its steps"}
+        rows = [[what, ", ".join(f"{v}: {1e3 * t:.4g} ms" for v, t in grown[name].items())] for name, what in said.items() if name in grown]
+        rows += [[f"an update, by processes on this machine ({kind} scaling: {'the same batch in all' if kind == 'strong' else 'the same batch each'})", ", ".join(f"{n}: {1e3 * t:.4g} ms" for n, t in times.items())] for kind, times in grown.get("processes", {}).items()]
+        text.append("How the cost grows:\n\n" + "\n".join("| " + " | ".join(r) + " |" for r in [["what", "time"], ["---"] * 2, *rows]))
     return "\n\n".join(text) + "\n"
 
 def figure(out: dict):

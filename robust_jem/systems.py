@@ -44,6 +44,7 @@ class TrainConfig(Config):
     conditional: bool = False                # likelihood of x given y instead of x
     energy_penalty: float = option(0.0, 0)   # of the mean squared energies
     eps: float = option(0.1, 0)              # attack radius on the [-1,1] scale (paper)
+    eps_warmup: int = option(0, 0)           # updates over which the radius grows to that; 0: eps from the start
     attack_steps: int = option(15, 0)        # gradient steps of an attack (paper)
     attack_step_size: float | None = option(None, 1e-9)                 # none: 2.5 eps / steps
     attack_norm: Literal["linf", "l2"] = "linf"                         # ball of the attack (paper: linf)
@@ -225,7 +226,7 @@ _DIGITS_JEM = dict(sampler_step_size=0.2, lr=1e-3)
 PRESETS: dict[str, dict[str, dict[str, dict[str, Any]]]] = {
     "paper": {"*": {"generate": {"energy-unconditional": dict(outer_steps=300)}}},
     "cifar10-cpu": {"*": {
-        "train": {"*": dict(depth=10, width=2, attack_steps=5, outer_steps=5, batch_size=128, epochs=10, schedule="cosine", warmup_steps=200, track_sampled=False)},
+        "train": {"*": dict(depth=10, width=2, attack_steps=5, outer_steps=5, batch_size=128, epochs=10, schedule="cosine", warmup_steps=200, eps_warmup=1500, track_sampled=False)},
         "generate": {"*": dict(num_samples=10_000, batch_size=250, outer_steps=30)},
         "evaluate": {"*": dict(num_robust=1000, num_restarts=200, num_strangers=1000, num_autoattack=100)},
     }},

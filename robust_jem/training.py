@@ -69,8 +69,9 @@ def train_step(
     state.model.train()
     x_adv = x_sampled = y_sampled = None
     if c.adversarial_weight:
+        eps = c.eps * min(1.0, (state.step + 1) / c.eps_warmup) if c.eps_warmup else c.eps
         with untouched(model, c.attack_statistics):
-            x_adv = pgd(model, x, y, c.eps, c.attack_steps, c.attack_step_size, c.attack_norm, random_start=c.random_start, generator=noise)
+            x_adv = pgd(model, x, y, eps, c.attack_steps, c.attack_step_size, c.attack_norm, random_start=c.random_start, generator=noise)
     if c.likelihood_weight:
         start, index = state.buffer.draw(len(x), noise, state.generators["choices"])
         y_sampled = state.buffer.y[index] if c.conditional else None
