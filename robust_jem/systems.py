@@ -226,7 +226,7 @@ _DIGITS_JEM = dict(sampler_step_size=0.2, lr=1e-3)
 PRESETS: dict[str, dict[str, dict[str, dict[str, Any]]]] = {
     "paper": {"*": {"generate": {"energy-unconditional": dict(outer_steps=300)}}},
     "cifar10-cpu": {"*": {
-        "train": {"*": dict(depth=10, width=2, attack_steps=5, outer_steps=5, batch_size=128, epochs=10, schedule="cosine", warmup_steps=200, eps_warmup=1500, track_sampled=False)},
+        "train": {"*": dict(depth=10, width=2, attack_steps=5, outer_steps=5, batch_size=128, epochs=8, schedule="cosine", warmup_steps=200, eps_warmup=1200, track_sampled=False)},
         "generate": {"*": dict(num_samples=10_000, batch_size=250, outer_steps=30)},
         "evaluate": {"*": dict(num_robust=1000, num_restarts=200, num_strangers=1000, num_autoattack=100)},
     }},
