@@ -55,23 +55,28 @@ DIVERSITY = ("precision", "recall", "density", "coverage", "memorisation")
 
 def samples_table(all: list[Findings]) -> str:
     "Fidelity and diversity of every sample set, held-out images and the bare prior."
-    keys, rows = None, []
+    keys, rows, ends = None, [], []
     for f in all:
         if not f.subject["run"]: continue
         for name, s in Run(f.subject["run"]).scores().items():
             if name == "classification" or "extractor" not in s: continue
             keys, diverse = keys or [k for k in s if k.split("-")[0] in ("FID", "FD", "KID", "KD", "IS") and not k.endswith(("std", "by class"))], s.get("diversity", {})
-            rows.append([f.title, name, str(s["n"]), *[f"{v[k]:.3g}" if k in v else "–" for v, names in ((s, keys), (diverse, DIVERSITY)) for k in names]])
-    return grid_markdown([["model", "samples", "n", *keys, *DIVERSITY], *rows]) if rows else ""
+            row = [name, str(s["n"]), *[f"{v[k]:.3g}" if k in v else "–" for v, names in ((s, keys), (diverse, DIVERSITY)) for k in names]]
+            if name not in ("held-out", "prior"): rows.append([f.title, *row])
+            elif row not in [r[1:] for r in ends]: ends.append([f.title if len(all) == 1 else "–", *row])      # alike for all that share data and prior
+    return grid_markdown([["model", "samples", "n", *keys, *DIVERSITY], *rows, *ends]) if rows else ""
 
 def class_table(all: list[Findings]) -> str:
     "The Fréchet distance class by class."
-    rows, head = [], None
+    rows, ends, head = [], [], None
     for f in all:
         for name, s in Run(f.subject["run"]).scores().items() if f.subject["run"] else ():
             if key := next((k for k in s if k.endswith(" by class")), None):
                 head = [key.removesuffix(" by class"), "samples", *f.subject["classes"]]
-                rows.append([f.title, name, *["–" if v is None else f"{v:.2f}" for v in s[key]]])
+                row = [name, *["–" if v is None else f"{v:.2f}" for v in s[key]]]
+                if name not in ("held-out", "prior"): rows.append([f.title, *row])
+                elif row not in [r[1:] for r in ends]: ends.append([f.title if len(all) == 1 else "–", *row])
+    rows += ends
     return grid_markdown([head, *rows]) if rows else ""
 
 def suite_markdown(all: list[Findings]) -> str:

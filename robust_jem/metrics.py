@@ -83,7 +83,10 @@ class ScriptExtractor(Extractor):
     def __init__(self, path: str):
         super().__init__()
         if not Path(path).is_file(): raise InputError(f"extractor: no file {path!r}; accepted: inception, a TorchScript file, or classifier:RUN")
-        try: self.net = torch.jit.load(path, map_location="cpu").eval().to(memory_format=torch.channels_last)      # a third faster on a CPU
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)                       # newer PyTorch would rather have exported programs; Inception's files are scripts
+                self.net = torch.jit.load(path, map_location="cpu").eval().to(memory_format=torch.channels_last)      # a third faster on a CPU
         except RuntimeError as e: raise InputError(f"extractor: {path} is not a TorchScript file ({str(e).splitlines()[0][:80]})") from e
         trunk = re.fullmatch(r"inception-2015-12-05-(\d+)", Path(path).stem)
         self.suffix, self.key = trunk[1] if trunk else Path(path).stem, hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]

@@ -73,7 +73,7 @@ def robustness_curves(all: list[Findings]) -> Figure:
                 ax.fill_between(e, 100 * (a - error).clip(0), 100 * (a + error).clip(max=1), color=colour, alpha=0.15, lw=0)
             if norm == "linf" and (auto := f.parts.get("autoattack")):
                 ax.plot([float(k) for k in auto["accuracy"]], [100 * v["AutoAttack"] for v in auto["accuracy"].values()], "*", ms=8, mec="k", mew=0.5, color=f.colour if len(all) > 1 else COLOURS[4], label=f"AutoAttack, {auto['n']} images" if f is next(g for g in all if "autoattack" in g.parts) else None)
-        ax.set(xlabel=f"radius ε in {name}, [−1, 1] scale", ylim=(0, 102)); ax.legend(loc="lower left" if len(all) == 1 else "upper right")
+        ax.set(xlabel=f"radius ε in {name}, [−1, 1] scale", ylim=(0, 102)); ax.legend(loc="lower left")
     axes[0].set_ylabel("accuracy, %")
     return fig
 

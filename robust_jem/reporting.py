@@ -77,15 +77,18 @@ def table1(
     rows += [row(SYSTEMS[s].title, s, m) for s in groups if s not in {r.system for r in published} for m in SYSTEMS[s].methods or (None,)]
     reference = next((s for s in groups if groups[s][0].config.prior == "gaussian"), next(iter(groups)))
     rows += [row("held-out real images", reference, "held-out"), row("bare prior samples", reference, "prior")]
-    return {"source": "The paper's columns are the paper's" if published is TABLE1 else "The paper's columns are those of JEM's Table 1 (Grathwohl et al. 2020)", "columns": [is_, fd], "eps": eps, "rows": rows, "notes": _notes(groups, runs, any_quality, fd), "runs": {str(r.path): {k: r.summary[k] for k in ("commit", "device", "precision", "seconds", "images_seen", "torch", "recoveries")} | {"seed": r.config.seed} for r in runs}}
+    return {"source": "The paper's columns are the paper's" if published is TABLE1 else "The paper's columns are those of JEM's Table 1, Grathwohl et al. 2020", "columns": [is_, fd], "eps": eps, "rows": rows, "notes": _notes(groups, runs, any_quality, fd), "runs": {str(r.path): {k: r.summary[k] for k in ("commit", "device", "precision", "seconds", "images_seen", "torch", "recoveries")} | {"seed": r.config.seed} for r in runs}}
 
 def _notes(groups, runs, quality, fd) -> list[str]:
     c, s = runs[0].config, runs[0].scores()["classification"]
-    notes = [f"Data: {c.dataset} (fingerprint {quality['fingerprint']}); reference: {quality['reference']}; network WRN-{c.depth}-{c.width}, {c.norm} norm; preset {c.preset}: {c.epochs} epochs, attacks while training with ε = {next((r.config.eps for r in runs if r.config.adversarial_weight), c.eps):g} and {c.attack_steps} steps, {'weights averaged with decay ' + format(c.ema_decay, 'g') if c.ema_decay else 'last weights, not averaged'}; training seeds {sorted({r.config.seed for r in runs})}; ± is the standard deviation over them.",
+    how = {system: f"network WRN-{k.depth}-{k.width}, {k.norm} norm, {k.epochs} epochs" for system, mine in groups.items() for k in [mine[0].config]}
+    trained = how[next(iter(how))] if len(set(how.values())) == 1 else ", ".join(f"{SYSTEMS[system].title}: {text}" for system, text in how.items())
+    notes = [f"Data: {c.dataset} (fingerprint {quality['fingerprint']}); reference: {quality['reference']}; {trained}; preset {c.preset}, attacks while training with ε = {next((r.config.eps for r in runs if r.config.adversarial_weight), c.eps):g} and {c.attack_steps} steps, {'weights averaged with decay ' + format(c.ema_decay, 'g') if c.ema_decay else 'last weights, not averaged'}; training seeds {sorted({r.config.seed for r in runs})}; ± is the standard deviation over them.",
              f"Scores use the extractor {quality['extractor']} (weights {quality['extractor_key']}), the Inception Score {quality['splits']} split{'s' if quality['splits'] > 1 else ''}. Samples are judged as 8-bit images, so pixels outside [-1,1] are clamped by then. " + ("" if fd == "FID" else f"{fd} is not FID: it compares rows of this table, not this table with the paper's columns."),
              f"Accuracy on {s['n']} test images; PGD accuracy on {s['n attacked']}: {s['threat_model']}, seed {s['seed']}."]
     helped = [f"{r.path.name} ({r.summary['recoveries']})" for r in runs if r.summary["recoveries"]]
     notes.append(f"Products of networks while training and sampling in {', '.join(sorted({r.summary['precision'] for r in runs}))}, scores in {quality['precision']}. Recoveries from divergence while training: {', '.join(helped) or 'none'}.")
+    if uniform := [SYSTEMS[g].title for g, mine in groups.items() if mine[0].config.prior == "uniform"]: notes.append(f"Bare prior samples are draws of the class-conditional Gaussians. Chains of {', '.join(uniform)} start from uniform noise instead.")
     for system, mine in groups.items():
         for name in (n for n in mine[0].sample_names() if n in mine[0].scores()):
             g, c = mine[0].scores()[name]["samples"], mine[0].config

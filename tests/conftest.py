@@ -40,13 +40,16 @@ def here(tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.fixture(scope="session")
-def _session_runs(tmp_path_factory):
-    root = tmp_path_factory.mktemp("runs")
+def make_runs(root):
+    "Two trained runs below a folder: `robust_jem`, with a sample set, and `judge`."
     robust_jem = Run(train(configure(TrainConfig, "robust_jem", **TINY, out=str(root / "robust_jem")), progress=False))
     generate_samples(configure(GenerateConfig, "robust_jem", run=str(robust_jem.path), num_samples=40, batch_size=40, outer_steps=2, device="cpu"), progress=False)
-    Run(train(configure(TrainConfig, "wide_resnet", **TINY, seed=1000, out=str(root / "judge")), progress=False))
+    train(configure(TrainConfig, "wide_resnet", **TINY, seed=1000, out=str(root / "judge")), progress=False)
     return root
+
+
+@pytest.fixture(scope="session")
+def _session_runs(tmp_path_factory): return make_runs(tmp_path_factory.mktemp("runs"))
 
 
 @pytest.fixture
@@ -86,18 +89,21 @@ def snapshot(folder):
     return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(Path(folder).rglob("*")) if p.is_file()}
 
 
+def make_tree(root, name="pets", classes=("cat", "dog"), train=3, test=1, size=8):
+    "Write an image tree `<name>/{train,test}/<class>/*.png` of random RGB images below a folder of data sets; its folder."
+    rng = np.random.default_rng(0)
+    for split, n in (("train", train), ("test", test)):
+        for c in classes:
+            folder = root / name / split / c
+            folder.mkdir(parents=True)
+            for i in range(n): Image.fromarray(rng.integers(0, 256, (size, size, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+    return root / name
+
+
 @pytest.fixture
 def image_tree(here):
-    "Write an image tree `data/<name>/{train,test}/<class>/*.png` of random RGB images; its folder."
-    def write(name="pets", classes=("cat", "dog"), train=3, test=1, size=8):
-        rng = np.random.default_rng(0)
-        for split, n in (("train", train), ("test", test)):
-            for c in classes:
-                folder = here / "data" / name / split / c
-                folder.mkdir(parents=True)
-                for i in range(n): Image.fromarray(rng.integers(0, 256, (size, size, 3), dtype=np.uint8)).save(folder / f"{i}.png")
-        return here / "data" / name
-    return write
+    "`make_tree` in data/."
+    return lambda name="pets", **kw: make_tree(here / "data", name, **kw)
 
 
 @pytest.fixture(scope="session")

@@ -1,11 +1,14 @@
-"""Faults put in on purpose: processes killed at random moments, writes that fail, bytes that change, runs that diverge. `python tests/faults.py` prints figures."""
+"""Faults put in on purpose: processes killed at random moments, writes that fail, bytes that change, runs that diverge, inputs that make no sense. `python tests/faults.py` prints figures."""
 import argparse
 import contextlib
 import errno
 import hashlib
+import io
 import json
+import logging
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,14 +17,19 @@ import time
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import torch
+from conftest import make_runs, make_tree, snapshot
 
-from robust_jem import runs, trail, training
+from robust_jem import attacks, calibration, cli, data, detection, diversity, energy, evaluation, execution, generation, metrics, networks, objectives, reporting, runs, samplers, stages, trail, training
+from robust_jem.benchmark import BenchmarkConfig
 from robust_jem.data import InputError
+from robust_jem.generation import RobustJEM
+from robust_jem.priors import GaussianMixturePrior, UniformPrior
 from robust_jem.recovery import Diverged
 from robust_jem.runs import Run, read_tensors
-from robust_jem.systems import TrainConfig, configure
+from robust_jem.systems import EvaluateConfig, GenerateConfig, TrainConfig, configure
 from robust_jem.training import train
 
 REPO = Path(__file__).resolve().parent.parent
@@ -61,12 +69,16 @@ def parts(folder):
 
 # Processes
 
+def environment():
+    "That of a process which runs this package and nothing of a surrounding test run."
+    env = {k: v for k, v in os.environ.items() if k not in ("IN_TEST", "MPLBACKEND", "ROBUST_JEM_DATA")}
+    return env | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, [str(REPO), env.get("PYTHONPATH")]))}
+
+
 def start(folder, *more, system="robust_jem", config=CONFIG):
     "Start the training command in a process of its own; it ends with the `with` block."
-    env = {k: v for k, v in os.environ.items() if k not in ("IN_TEST", "MPLBACKEND", "ROBUST_JEM_DATA")}
-    env |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, [str(REPO), env.get("PYTHONPATH")]))}
     argv = [sys.executable, "-m", "robust_jem.cli", "train", "--system", system, *options(config), "--out", Path(folder).name, *map(str, more)]
-    return subprocess.Popen(argv, cwd=Path(folder).parent, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(argv, cwd=Path(folder).parent, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 @contextlib.contextmanager
@@ -335,12 +347,164 @@ def recovered_then_killed(folder, after, system="robust_jem", **changes):
     return [k for k in expected if got[k] != expected[k]] + [f"{len(events)} event lines, summary.json has {Run(run).summary['recoveries']}"] * (events != Run(run).summary.get("events", []))
 
 
+# Inputs
+
+def commands():
+    "Bad command lines by what is bad about them, each with what it takes to prepare the folder: all that the tests of the command line have."
+    import test_cli as usual, test_faults as hostile                   # which imports this module
+    small, after = options(SHORT), usual.AFTER_TRAINING
+    generate, pets = after["generate"], ["train", "--dataset", "pets", *small, "--batch-size", "2", "--pad", "0", "--out", "new"]
+    found = {line: (None, line.split()) for line, _ in usual.OPTIONS}
+    found |= {line: (None, ["train", *small, *["--out", "new"] * ("--out" not in line), *line.split(" ")]) for line, _ in hostile.OPTIONS}
+    for name, (damage, _) in (usual.TREES | hostile.TREES).items(): found[f"image tree: {name}"] = lambda here, damage=damage: damage(here / "data/pets"), pets
+    def rewrite(change):
+        file = Path("runs/robust_jem/config.json")
+        file.write_bytes(change(file.read_bytes()))
+    for name, damage in usual.CONFIGS.items(): found[f"configuration: {name}"] = lambda _, damage=damage: rewrite(damage), generate
+    for name, damage in hostile.CONFIGS.items(): found[f"configuration: {name}"] = lambda _, damage=damage: rewrite(lambda b: damage(json.loads(b))), after["evaluate"]
+    evaluate = lambda spec: ["evaluate", "runs/robust_jem", "--extractor", spec, "--num-robust", "10", "--attack-steps", "1"]
+    for spec, _ in usual.EXTRACTORS: found[f"extractor: {spec}"] = usual.write_extractors, evaluate(spec)
+    for name, write in hostile.EXTRACTORS.items(): found[f"extractor: {name}"] = lambda here, write=write: write(here / "net.pt"), evaluate("net.pt")
+    return found
+
+
+RUN = dict(run="runs/robust_jem")
+PARAMETERS = [
+    ("train", dict(system="jem2")), ("train", dict(eps=-0.1)), ("train", dict(lr="0.1")), ("train", dict(dataset="../digits")), ("train", dict(milestones=["soon"])), ("train", dict(seed=2**63)),
+    ("train", dict(out="runs/robust_jem", eps=0.3)), ("train", dict(out="runs")), ("train", dict(device="gpu", out="new")), ("train", dict(pad=8, out="new")),
+    ("generate", dict(run="runs")), ("generate", RUN | dict(method="gan")), ("generate", RUN | dict(num_samples=30)), ("generate", RUN | dict(method="combined", contrast=1.5)), ("generate", RUN | dict(name="a/../../b")),
+    ("evaluate", RUN | dict(extractor="missing.pt")), ("evaluate", RUN | dict(extractor="classifier:nowhere")), ("evaluate", RUN | dict(attack_eps=[0.1, None])), ("evaluate", RUN | dict(atack_eps=[0.1])),
+    ("report", dict(runs="nowhere")), ("report", dict(runs="runs")), ("report", dict(figures=5)),
+]
+
+
+def notebooks():
+    "Bad parameters of the replication notebooks, by what they are."
+    from test_replication import REFUSED
+    return {f"{notebook} {parameters}": (None, (notebook, parameters)) for notebook, parameters, *_ in (*REFUSED, *PARAMETERS)}
+
+
+def calls(folder):
+    "Bad calls from Python, by what they are made to, numbered from 0."
+    import test_faults as hostile
+    images, run = data.load_images("digits"), Run(folder / "robust_jem")
+    jem = RobustJEM.from_run(run.path)
+    m, prior, y, x8 = jem.model, jem.prior, images.test_y[:4], images.test_x[:4]
+    x, nan, tensor = data.to_unit(x8), float("nan"), torch.tensor
+    far, below, real = y.where(y != y[0], 10), y.where(y != y[0], -1), y.float()          # labels that none of ten classes has
+    f, logits, broken = torch.randn(20, 4, generator=torch.Generator().manual_seed(0)), m(x).detach(), torch.nn.Conv2d(1, 2, 3)
+    mean, covariance = metrics.moments(f)
+    load, path = data.load_images, Path("runs/robust_jem")
+    pgd = lambda eps=0.1, steps=1, y=y, **kw: attacks.pgd(m, x, y, eps, steps, **kw)
+    sgld = lambda steps=1, step_size=1.0, noise_std=0.0, **kw: samplers.sgld(m, x, steps, step_size, noise_std, **kw)
+    proximal = lambda outer_steps=1, inner_steps=1, step_size=0.1, **kw: samplers.proximal_sgld(m, x, outer_steps, inner_steps, step_size, **kw)
+    buffer = lambda capacity=4, reinit_prob=0.05: samplers.ReplayBuffer(capacity, prior, reinit_prob)
+    fit = lambda y=tensor([0, 0, 1, 1]), **kw: GaussianMixturePrior.fit(x, y, 2, **kw)
+    frechet = lambda mean, covariance: metrics.frechet_distance(*metrics.moments(f), mean, covariance)
+    robust = lambda eps=0.1, **kw: evaluation.robust_accuracy(m, x8, y, eps, **kw)
+    calibrate = lambda logits=logits, y=y, bins=15: calibration.calibration(logits, y, bins)
+    generate = lambda *a, **kw: generation.generate(m, prior, y, *a, **kw)
+    fitted = lambda **kw: train(configure(TrainConfig, **{"out": "new"} | kw), progress=False)
+    draw = lambda **kw: generation.generate_samples(configure(GenerateConfig, **RUN | kw), progress=False)
+    evaluate = lambda **kw: evaluation.evaluate_run(configure(EvaluateConfig, **RUN | kw), progress=False)
+    found = {
+        "data": (lambda: load("../digits"), lambda: load("mnist"), lambda: load(""), lambda: load("a\0b"), lambda: load("digits@8-12"), lambda: load("cifar10", download=False)),
+        "images": (lambda: data.to_unit(x), lambda: data.augment(x, pad=8), lambda: data.augment(x, pad=-1), lambda: data.Batches(x8, y, 0, 0), lambda: data.Batches(x8, y, 5, 0)),
+        "configuration": (lambda: configure(TrainConfig, "jem2"), lambda: configure(TrainConfig, preset="tpu"), lambda: configure(TrainConfig, epocs=1), lambda: stages.ReplicateConfig(seeds=(0, 0)),
+                          lambda: stages.ReplicateConfig(systems="jempp"), lambda: reporting.ReportConfig(runs=5), lambda: BenchmarkConfig(policies=("float64/off",)), lambda: BenchmarkConfig(batches=(1,))),
+        "pgd": (lambda: pgd(-0.1), lambda: pgd(nan), lambda: pgd(steps=-1), lambda: pgd(step_size=0), lambda: pgd(norm="l1"), lambda: pgd(y=far), lambda: pgd(y=below), lambda: pgd(y=real), lambda: pgd(y=y[:3])),
+        "sgld": (lambda: sgld(-1), lambda: sgld(step_size=-1.0), lambda: sgld(noise_std=-1.0), lambda: sgld(y=far), lambda: sgld(y=real)),
+        "proximal sgld": (lambda: proximal(-1), lambda: proximal(1, -1), lambda: proximal(step_size=-0.1), lambda: proximal(noise_std=-1.0), lambda: proximal(clip=0), lambda: proximal(y=below)),
+        "buffer": (lambda: buffer(0), lambda: buffer(reinit_prob=1.1), lambda: buffer(reinit_prob=nan), lambda: buffer().draw(5), lambda: buffer().draw(0)),
+        "prior": (lambda: fit(jitter=0.0), lambda: fit(tensor([0, 0, 1, 2])), lambda: fit(tensor([0, 0, 0, 1])), lambda: prior.sample(far), lambda: prior.sample(below)),
+        "metrics": (lambda: frechet(mean[:2], covariance[:2, :2]), lambda: frechet(mean * nan, covariance), lambda: metrics.inception_score(f.softmax(1), 0), lambda: metrics.inception_score(f.softmax(1), 21)),
+        "extractor": (lambda: metrics.feature_extractor("missing.pt"), lambda: metrics.feature_extractor("classifier:nowhere"), lambda: metrics.feature_extractor("runs")),
+        "accuracy": (lambda: evaluation.accuracy(m, x, y), lambda: evaluation.accuracy(broken, x8, y), lambda: robust(-1.0), lambda: robust(norm="l1"), lambda: robust(steps=-1), lambda: robust(restarts=0)),
+        "energy": (lambda: energy.joint_energy(logits, far), lambda: energy.energy(m, x, below), lambda: energy.joint_energy(logits, real), lambda: energy.score(m, x, far), lambda: energy.untouched(m, "both").__enter__()),
+        "loss": (lambda: objectives.likelihood_loss(m, x, x, y), lambda: objectives.hybrid_loss(m, objectives.Terms(clean=1.0), y), lambda: objectives.hybrid_loss(m, objectives.Terms(likelihood=1.0), y, x_real=x)),
+        "calibration": (lambda: calibrate(y=y[:3]), lambda: calibrate(y=far), lambda: calibrate(logits * nan), lambda: calibrate(bins=0)),
+        "detection": (lambda: detection.familiarity(broken, x8), lambda: detection.auroc(f[0], f[0, :0]), lambda: detection.auroc(f[0] * nan, f[0]), lambda: detection.strangers("mnist", x8, 4)),
+        "diversity": (lambda: diversity.precision_recall(f, f, 20), lambda: diversity.precision_recall(f, f[:, :2]), lambda: diversity.density_coverage(f, f / 0), lambda: diversity.density_coverage(x, x),
+                      lambda: diversity.class_frechet(f, y, f, y, 10), lambda: diversity.nearest(f, f, 21), lambda: diversity.memorisation(f, f[:, :2], f)),
+        "network": (lambda: networks.WideResNet(11), lambda: networks.WideResNet(10, 0), lambda: networks.WideResNet(10, 1, norm="layer"), lambda: execution.resolve_device("gpu"), lambda: execution.resolve_device("cuda:99")),
+        "generate": (lambda: generate("gan"), lambda: generate(contrast=0), lambda: generate("energy", outer_steps=-1), lambda: generate("attack", eps=-1.0), lambda: generate(attack_statistics="both")),
+        "model": (lambda: jem.generate(far), lambda: jem.energy(x, far), lambda: RobustJEM.from_run("nowhere"), lambda: RobustJEM.from_pretrained("no/such/folder"), lambda: RobustJEM.from_pretrained(path),
+                  lambda: RobustJEM(m, UniformPrior((1, 8, 8)), run.config, images.classes).save_pretrained("new"), lambda: jem.save_pretrained(path / "config.json")),
+        "run": (lambda: Run("nowhere"), lambda: Run(path / "config.json"), lambda: Run("a\0b"), lambda: Run(path).samples("gan"), lambda: Run(path).strip(".."),
+                lambda: Run.create(configure(TrainConfig, "jem", out=str(path))), lambda: Run.create(configure(TrainConfig, out="runs"))),
+        "file": (lambda: read_tensors(Path("nowhere")), lambda: read_tensors(path), lambda: read_tensors(path / "config.json"), lambda: runs.read_json(path / "model.safetensors"), lambda: runs.write_json(path / "config.json/x", {})),
+        "stage": (lambda: fitted(batch_size=5000, buffer_size=5000), lambda: fitted(pad=8), lambda: fitted(dataset="mnist"), lambda: fitted(device="gpu"), lambda: draw(run="nowhere"), lambda: draw(num_samples=30), lambda: draw(name="new", device="gpu"),
+                  lambda: evaluate(run="nowhere"), lambda: evaluate(extractor="missing.pt"), lambda: reporting.collect("nowhere"), lambda: reporting.collect("runs")),
+        "values": [lambda kind=kind, values=values: kind.from_dict(values) for kind, values in hostile.VALUES],
+    }
+    return {f"{name} {i}": (None, call) for name, some in found.items() for i, call in enumerate(some)}
+
+
+def by_command(argv):
+    "A command's one line as an error; else what it did instead."
+    from test_cli import one_line
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), warnings.catch_warnings():
+        warnings.simplefilter("default")                               # what a user sees
+        try: code = cli.main([str(a) for a in argv])
+        except SystemExit as e: code = e.code
+    try: line = one_line(err.getvalue())
+    except AssertionError: return f"said {err.getvalue()!r}"
+    if code != 2 or out.getvalue(): return f"exit code {code} and {out.getvalue()!r}"
+    raise InputError(line)
+
+
+def by_notebook(what):
+    "The error in an executed notebook, as it was raised there."
+    from papermill import PapermillExecutionError, execute_notebook
+    notebook, parameters = what
+    try: execute_notebook(REPO / f"nbs/replication/{notebook}.ipynb", None, parameters, kernel_name="python3", progress_bar=False, extra_arguments=["--log-level=50"])
+    except PapermillExecutionError as e:
+        if e.ename == "InputError": raise InputError(e.evalue) from None
+        raise
+
+
+def refusals(folder, source, cases, attempt, every=1):
+    "Try bad inputs beside copies of trained runs and an image tree: each must be an `InputError` of one line, and every file must stay as it was."
+    found, back, here = SimpleNamespace(inputs=0, clear=0, tracebacks=[], other=[], changed=[]), Path.cwd(), None
+    never = mock.Mock(side_effect=AssertionError("a notebook was started"))      # a replication that isn't refused fails here, not in ten minutes
+    with mock.patch.dict(os.environ, environment(), clear=True), mock.patch.object(stages, "notebook_path", never), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            for name, (prepare, what) in list(cases.items())[::every]:
+                if here is None:
+                    here = Path(tempfile.mkdtemp(dir=folder))
+                    shutil.copytree(source, here / "runs"); make_tree(here / "data"); os.chdir(here)
+                if prepare: prepare(here)
+                before, found.inputs = snapshot(here), found.inputs + 1
+                try: found.other.append(f"{name}: {attempt(what) or 'accepted'}")
+                except InputError as e:
+                    if len(str(e).splitlines()) == 1 and str(e).strip(): found.clear += 1
+                    else: found.other.append(f"{name}: {e}")
+                except Exception as e: found.tracebacks.append(f"{name}: {type(e).__name__}: {str(e).strip().splitlines()[-1:]}")
+                after = snapshot(here)
+                found.changed += [f"{name}: {p}" for p in sorted(before.keys() | after.keys()) if before.get(p) != after.get(p)]
+                if prepare or before != after: here = None             # the next one gets copies of its own
+        finally: os.chdir(back)
+    return found
+
+
+def inputs(folder, source, every=1, notebooks_every=1):
+    "Bad inputs by three routes, beside the runs in `source`."
+    logging.getLogger("papermill").setLevel(logging.ERROR)             # it warns of parameters that a notebook doesn't name
+    return {"command line": refusals(folder, source, commands(), by_command, every), "papermill": refusals(folder, source, notebooks(), by_notebook, notebooks_every),
+            "Python": refusals(folder, source, calls(source), lambda call: call() and None)}
+
+
+SECTIONS = ("kills", "writes", "bytes", "divergence", "inputs")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=30)
     parser.add_argument("--bytes", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", nargs="+", choices=("kills", "writes", "bytes", "divergence"), default=("kills", "writes", "bytes", "divergence"))
+    parser.add_argument("--only", nargs="+", choices=SECTIONS, default=SECTIONS)
     args = parser.parse_args()
     torch.set_num_threads(1)
     failed = False
@@ -373,6 +537,10 @@ def main():
                     print(f"  {name} killed {after} updates after its recovery, and continued: {'different: ' + ', '.join(different) if different else 'equal to the one left alone, events included'}", flush=True)
                     wrong += [f"{name} killed {after} updates after its recovery: {', '.join(different)}"] * bool(different)
             told(wrong)
+        if "inputs" in args.only:
+            for route, r in inputs(folder("inputs"), make_runs(folder("runs"))).items():
+                print(f"inputs, {route}: {r.inputs} bad inputs, {r.clear} clear one-line errors, {len(r.tracebacks)} tracebacks, {len(r.other)} accepted or unclear, {len(r.changed)} changed files", flush=True)
+                told(r.tracebacks + r.other + r.changed)
     return int(failed)
 
 

@@ -291,13 +291,18 @@ EXTRACTORS = [
 ]
 
 
-@pytest.mark.parametrize("spec, says", EXTRACTORS, ids=[spec for spec, _ in EXTRACTORS])
-def test_unusable_extractor_is_refused_before_any_work(refused, runs, here, spec, says):
+def write_extractors(here):
+    "The files and the run that the list names."
     (here / "garbage.pt").write_bytes(b"junk" * 100)
     torch.save({"weight": torch.zeros(2)}, here / "state.pt")
     # a script that takes other images than ours: found out before anything is measured
     torch.jit.trace(torch.nn.Conv2d(5, 2, 3), torch.zeros(1, 5, 8, 8)).save(str(here / "other.pt"))
-    shutil.copytree(runs / "judge", runs / "untrained", ignore=shutil.ignore_patterns("model.safetensors"))
+    shutil.copytree(here / "runs/judge", here / "runs/untrained", ignore=shutil.ignore_patterns("model.safetensors"))
+
+
+@pytest.mark.parametrize("spec, says", EXTRACTORS, ids=[spec for spec, _ in EXTRACTORS])
+def test_unusable_extractor_is_refused_before_any_work(refused, runs, here, spec, says):
+    write_extractors(here)
     refused("evaluate", "--run", "runs/robust_jem", "--extractor", spec, "--num-robust", 10, says=says)
 
 

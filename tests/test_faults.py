@@ -98,6 +98,13 @@ def test_recovered_run_that_runs_out_of_time_keeps_its_events(here, monkeypatch)
     assert undisturbed(here / "run", config=config) == expected and json.loads(expected["events"])
 
 
+@pytest.mark.slow
+def test_bad_inputs_are_one_line_by_every_route(tmp_path, _session_runs):
+    "Every third command line, since the others have tests of their own; three notebooks, and every call."
+    for route, r in faults.inputs(tmp_path, _session_runs, every=3, notebooks_every=9).items():
+        assert r.inputs == r.clear > 0 and not r.tracebacks + r.other + r.changed, route
+
+
 # Signals and locks
 
 @pytest.mark.parametrize("how, code", ((signal.SIGTERM, 143), (signal.SIGINT, 130)), ids=lambda s: getattr(s, "name", ""))
@@ -326,10 +333,13 @@ def test_value_beyond_any_machine(command, here, option, says):
 def test_hostile_name_of_a_sample_set(refused, runs, name): refused("generate", "runs/robust_jem", "--num-samples", 10, "--outer-steps", 1, "--name", name)
 
 
+VALUES = [(TrainConfig, dict(lr="0.1")), (TrainConfig, dict(epochs=True)), (TrainConfig, dict(flip="false")), (TrainConfig, dict(milestones=5)), (TrainConfig, dict(seed=1.0)),
+          (TrainConfig, dict(eps=10**400)), (TrainConfig, dict(dataset=None)), (TrainConfig, dict(norm=["batch"])), (TrainConfig, dict(__class__=1)), (TrainConfig, dict(system=[])),
+          (GenerateConfig, dict(name="..")), (GenerateConfig, dict(run=Path("x"))), (EvaluateConfig, dict(attack_eps=(0.1, None))), (EvaluateConfig, dict(attack_eps=float("nan")))]
+
+
 def test_hostile_values_from_python():
-    for kind, values in ((TrainConfig, dict(lr="0.1")), (TrainConfig, dict(epochs=True)), (TrainConfig, dict(flip="false")), (TrainConfig, dict(milestones=5)), (TrainConfig, dict(seed=1.0)),
-                         (TrainConfig, dict(eps=10**400)), (TrainConfig, dict(dataset=None)), (TrainConfig, dict(norm=["batch"])), (TrainConfig, dict(__class__=1)), (TrainConfig, dict(system=[])),
-                         (GenerateConfig, dict(name="..")), (GenerateConfig, dict(run=Path("x"))), (EvaluateConfig, dict(attack_eps=(0.1, None))), (EvaluateConfig, dict(attack_eps=float("nan")))):
+    for kind, values in VALUES:
         with pytest.raises(InputError) as e: kind.from_dict(values)
         assert "\n" not in str(e.value) and next(iter(values)) in str(e.value)
     for values in (dict(seeds=()), dict(systems="jempp"), dict(jobs=1.5)):
