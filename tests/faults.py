@@ -429,7 +429,7 @@ def calls(folder):
         "network": (lambda: networks.WideResNet(11), lambda: networks.WideResNet(10, 0), lambda: networks.WideResNet(10, 1, norm="layer"), lambda: execution.resolve_device("gpu"), lambda: execution.resolve_device("cuda:99")),
         "generate": (lambda: generate("gan"), lambda: generate(contrast=0), lambda: generate("energy", outer_steps=-1), lambda: generate("attack", eps=-1.0), lambda: generate(attack_statistics="both")),
         "model": (lambda: jem.generate(far), lambda: jem.energy(x, far), lambda: RobustJEM.from_run("nowhere"), lambda: RobustJEM.from_pretrained("no/such/folder"), lambda: RobustJEM.from_pretrained(path),
-                  lambda: RobustJEM(m, UniformPrior((1, 8, 8)), run.config, images.classes).save_pretrained("new"), lambda: jem.save_pretrained(path / "config.json")),
+                  lambda: RobustJEM(m, UniformPrior((1, 8, 8)), run.config, images.classes, (1, 8, 8)).save_pretrained("new"), lambda: jem.save_pretrained(path / "config.json")),
         "run": (lambda: Run("nowhere"), lambda: Run(path / "config.json"), lambda: Run("a\0b"), lambda: Run(path).samples("gan"), lambda: Run(path).strip(".."),
                 lambda: Run.create(configure(TrainConfig, "jem", out=str(path))), lambda: Run.create(configure(TrainConfig, out="runs"))),
         "file": (lambda: read_tensors(Path("nowhere")), lambda: read_tensors(path), lambda: read_tensors(path / "config.json"), lambda: runs.read_json(path / "model.safetensors"), lambda: runs.write_json(path / "config.json/x", {})),
