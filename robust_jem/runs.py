@@ -214,5 +214,4 @@ class Run:
         "Stage names, and ten chains at these stages `[stages,10,C,H,W]`."
         tensors, summary = self._sample_set(name)
         return summary["stages"], tensors["strip"]
-    def save_scores(self, name: str, scores: dict): write_json(self.path / "scores" / f"{name}.json", scores)
     def scores(self) -> dict[str, dict]: return {p.stem: read_json(p) for p in sorted((self.path / "scores").glob("*.json"))}
