@@ -51,7 +51,7 @@ class BenchmarkConfig(Config):
 
     def __post_init__(self):
         super().__post_init__()
-        for p in self.policies: self.policy(p)
+        for p in (*self.policies, f"{self.precision}/{self.compile}"): self.policy(p)
 
     def policy(self, text: str) -> dict:
         "The fields of `choose_policy` that `precision/compile` names; an `InputError` where they aren't accepted."

@@ -202,6 +202,7 @@ def load_images(
     two training images, or an image that is damaged, not square or of another size than the rest.
     """
     root = data_root(root)
+    if not isinstance(name, str) or len(name) > 255: raise InputError(f"dataset: {name if not isinstance(name, str) else name[:20] + '…'!r} is not a name; accepted: {', '.join(DATASETS)}, or a folder below {root}")
     if "@" in name: return _some_classes(load_images(name.partition("@")[0], root, download), name)
     if not name or Path(name).name != name or name.startswith("."): raise InputError(f"dataset: {name!r} is not a name; accepted: {', '.join(DATASETS)}, or a folder below {root}")
     if (root / name / "train").is_dir(): return _cached(name, root, lambda: _folder(name, root, download), root / name)
@@ -256,6 +257,7 @@ class Batches:
         rank: int = 0, # of several processes, this one: it gets every `size`-th image of each batch
         size: int = 1, # how many processes there are
     ):
+        if len(x) != len(y): raise InputError(f"labels: {len(y)} for {len(x)} images")
         if not 1 <= batch_size <= len(x): raise InputError(f"batch_size: {batch_size} is outside 1..{len(x)}, the number of training images")
         self.x, self.y, self.batch_size, self.seed, self.rank, self.size = x.to(device), y.to(device), batch_size, seed, rank, size
 

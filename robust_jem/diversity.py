@@ -60,6 +60,8 @@ def class_frechet(
 ) -> list[float | None]: # K Fréchet distances; None for a class with fewer than two samples or real images
     "The Fréchet distance of each class on its own. With fewer images of a class than dimensions it is biased upwards; a warning says so."
     if len(samples) != len(y) or len(real) != len(y_real): raise InputError(f"class_frechet: {len(samples)} features with {len(y)} labels, {len(real)} with {len(y_real)}; each needs one label an image")
+    for labels in (y, y_real):
+        if len(labels) and (labels.min() < 0 or labels.max() >= num_classes): raise InputError(f"class_frechet: labels {int(labels.min())}..{int(labels.max())} are outside 0..{num_classes - 1}")
     counts = torch.stack([torch.bincount(labels.cpu(), minlength=num_classes) for labels in (y, y_real)]).amin(0)
     if (counts < samples.shape[1]).any(): warnings.warn(f"Fréchet distance by class: as few as {int(counts.min())} images in {samples.shape[1]} dimensions, so biased upwards; compare it only with others of equal numbers")
     return [frechet_distance(*moments(samples[y == k]), *moments(real[y_real == k])) if counts[k] >= 2 else None for k in range(num_classes)]

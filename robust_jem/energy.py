@@ -31,6 +31,7 @@ def joint_energy(
 ) -> Tensor: # [B]
     "E(x, y) = -f(x)[y], the paper's energy for class-conditional sampling. Raises `InputError` for labels outside 0..K-1."
     _check_labels(y, logits.shape[-1])
+    if y.shape != logits.shape[:-1]: raise InputError(f"labels: shape {tuple(y.shape)} for logits {tuple(logits.shape)}; expected one label an image")
     return -_wide(logits).gather(-1, y[..., None]).squeeze(-1)
 
 def marginal_energy(

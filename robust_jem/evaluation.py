@@ -28,6 +28,10 @@ def device_of(model: nn.Module, x: Tensor) -> torch.device:
     "Where a model computes: with its parameters, or where the images are when it has none."
     return next((p.device for p in model.parameters()), x.device)
 
+def _check_set(x: Tensor, y: Tensor, batch_size: int):
+    if len(x) != len(y) or not len(x): raise InputError(f"labels: {len(y)} for {len(x)} images; both must be equal and above zero")
+    if batch_size < 1: raise InputError(f"batch_size: {batch_size} is below 1")
+
 @torch.no_grad()
 def accuracy(
     model: nn.Module, # [B,C,H,W] in [-1,1] -> [B,K]
@@ -35,7 +39,8 @@ def accuracy(
     y: Tensor, # labels [N]
     batch_size: int = 500,
 ) -> float: # share of right answers
-    "Accuracy in evaluation mode. Raises `InputError` for logits of another shape than [B,K]."
+    "Accuracy in evaluation mode. Raises `InputError` for logits of another shape than [B,K], or labels and images of different number."
+    _check_set(x, y, batch_size)
     device, was = device_of(model, x), model.training
     def work(size):
         right = torch.zeros((), dtype=torch.long, device=device)
@@ -61,6 +66,7 @@ def robust_accuracy(
 ) -> float: # share of images that were right before and are still right after every attack
     "Accuracy under PGD with random starts, evaluation mode. An image that is wrong without an attack counts as wrong; one that has fallen isn't attacked again."
     if restarts < 1: raise InputError(f"restarts: {restarts} is below 1")
+    _check_set(x, y, batch_size)
     device, was = device_of(model, x), model.training
     def work(size):
         right, generator = 0, stream(seed, "attack", eps, device=device)
@@ -220,6 +226,10 @@ def evaluate_run(
 def _evaluate(config: EvaluateConfig, run: Run, at: Execution, progress: bool) -> dict[str, dict]:
     device, images, model, parts = at.device, run.images(), at.policy.accelerate(run.model(at.device)), Parts(run.path / "scores", at)
     judge = Judge(replace(config, root=run.config.root), images, at, progress)
+    sets = {name: run.samples(name) for name in run.sample_names()}       # damaged ones are found before anything is measured
+    for name, (_, _, s) in sets.items():
+        if lacking := [k for k in ("config", "batch_size", "weights", "share_outside") if k not in s or k == "config" and not isinstance(s[k], dict)]:
+            raise InputError(f"{run.path / 'samples' / name / 'summary.json'}: lacks {', '.join(lacking)}; remove its folder, and draw the samples again")
     n = min(config.num_robust, len(images.test_x))
     same = {"n attacked": n} | dict(weights=run.weights, fingerprint=images.fingerprint, threat_model=f"PGD-{config.attack_steps}, {config.attack_norm}, untargeted, one random start, [-1,1] scale", seed=config.seed, precision=at.policy.precision)
     def classification():
@@ -231,7 +241,6 @@ def _evaluate(config: EvaluateConfig, run: Run, at: Execution, progress: bool) -
 
     settings = judge.settings()
     parts("held-out", settings, lambda: judge("held-out", None, images.test_y))
-    sets = {name: run.samples(name) for name in run.sample_names()}
     n = max([len(x) for x, _, _ in sets.values()], default=len(images.test_x))
     def prior():
         p, g, y = run.prior(device), stream(config.seed, "prior", device=device), torch.arange(n) % images.num_classes

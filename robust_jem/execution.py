@@ -58,6 +58,8 @@ def choose_policy(
     compile: str = "auto", # auto: "default" on a GPU, "off" on a CPU
 ) -> Policy:
     "The policy for a device, with what the configuration overrides."
+    for name, value, known in (("precision", precision, ("auto", "float32", "bfloat16", "float16")), ("compile", compile, ("auto", "off", "default", "reduce-overhead", "max-autotune"))):
+        if value not in known: raise InputError(f"{name}: {value!r} is not accepted; accepted: {', '.join(known)}")
     if precision == "auto": precision = "bfloat16" if fast_bfloat16(device) else "float32"
     if compile == "auto": compile = "default" if device.type == "cuda" else "off"
     return Policy(str(device), precision, "bfloat16" if precision == "float16" else precision, compile, channels_last=True)

@@ -80,6 +80,7 @@ def generate_samples(
     if (folder / "summary.json").exists():
         summary = read_json(folder / "summary.json")
         there = summary.get("config", {})
+        if not isinstance(there, dict): raise InputError(f"{folder / 'summary.json'}: its config is no object; remove {folder}, and the samples are drawn again")
         if other := [k for k in asked if json.dumps(asked[k]) != json.dumps(there.get(k)) and k not in HOW]:
             raise InputError(f"name: {folder} holds samples with other settings ({', '.join(f'{k}: {there.get(k)} there, {asked[k]} given' for k in other[:3])}); give another name or remove it")
         if summary.get("weights") == run.weights: return folder                      # else they are of an earlier training: draw anew
@@ -124,7 +125,7 @@ def _draw(config: GenerateConfig, run: Run, folder: Path, at: Execution, size: i
     kept = [read_tensors(file(i)) for i in range(batches)]
     seconds = sum(meta["seconds"] for _, meta in kept)
     run.save_samples(config.label, dict(x=torch.cat([t["x"] for t, _ in kept])[:config.num_samples], y=y[:config.num_samples], strip=kept[0][0]["strip"]), dict(config=config.to_dict(), stages=kept[0][1]["stages"], weights=run.weights,
-        share_outside=sum(meta["outside"] for _, meta in kept) / batches, batch_size=size, seconds=round(seconds, 2), images_per_second=round(batches * size / seconds, 1), processes=world.size, fingerprint=run.summary["fingerprint"], **provenance(device, at.policy)))
+        share_outside=sum(meta["outside"] for _, meta in kept) / batches, batch_size=size, seconds=round(seconds, 2), images_per_second=round(batches * size / seconds, 1), processes=world.size, fingerprint=run.images().fingerprint, **provenance(device, at.policy)))
     for old in folder.glob("parts-*"): shutil.rmtree(old)
 
 # %% ../nbs/09_generation.ipynb #9bd7ee73
@@ -176,14 +177,17 @@ class RobustJEM:
         if prior: write_tensors(folder / "prior.safetensors", {"mean": self.prior.mean, "factor": self.prior.factor, "weights": self.prior.weights})
         write_json(folder / "config.json", {"train": self.config.to_dict() | dict(root="", out=""), "classes": list(self.classes), "shape": list(self.shape)})
 
+    def _logits(self, x: Tensor) -> Tensor:
+        if not x.is_floating_point() or x.shape[1:] != self.shape: raise InputError(f"images: {x.dtype} {tuple(x.shape)}; expected floats in [-1, 1] of shape {('B', *self.shape)}, see `to_unit`".replace("'", ""))
+        return self.model(x)
     @torch.no_grad()
     def classify(self, x: Tensor) -> Tensor:
         "Labels `[B]` of images `[B,C,H,W]` in [-1, 1]."
-        return predict(self.model(x))
+        return predict(self._logits(x))
     @torch.no_grad()
     def energy(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         "E(x) or E(x, y), `[B]`."
-        return energy(self.model, x, y)
+        return energy(self._logits, x, y)
     def generate(self, y: Tensor, method: str = "combined", **kw) -> Tensor:
         "Images `[B,C,H,W]` of the wanted classes; keywords as for `generate`, defaults those of the model's data set and preset."
         c = configure(GenerateConfig, self.config.system, self.config.dataset, self.config.preset, method=method, **({"conditional": False} if kw.get("conditional") is False else {}))

@@ -44,7 +44,10 @@ def kernel_distance(
     subsets: int = 100, # random subsets averaged over
     subset_size: int = 1000, # images a subset; fewer where there are fewer
 ) -> tuple[float, float]: # mean and standard deviation over the subsets
-    "Kernel distance, unbiased (Bińkowski et al. 2018)."
+    "Kernel distance, unbiased (Bińkowski et al. 2018). Raises `InputError` for other shapes, fewer than two images, no subsets, or features that aren't finite."
+    if f1.ndim != 2 or f2.ndim != 2 or f1.shape[1] != f2.shape[1]: raise InputError(f"kernel_distance: features {tuple(f1.shape)} and {tuple(f2.shape)}; both must be [N,D] of one extractor")
+    if min(len(f1), len(f2), subset_size) < 2 or subsets < 1: raise InputError(f"kernel_distance: {subsets} subsets of {subset_size} out of {len(f1)} and {len(f2)} images; accepted: at least one subset, of at least two images")
+    if not (f1.isfinite().all() and f2.isfinite().all()): raise InputError("kernel_distance: features aren't finite")
     from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, kid_features_to_metric
     out = kid_features_to_metric(f1.double().cpu(), f2.double().cpu(), kid_subsets=subsets, kid_subset_size=min(subset_size, len(f1), len(f2)), verbose=False)
     return out[KEY_METRIC_KID_MEAN], out[KEY_METRIC_KID_STD]
@@ -56,6 +59,7 @@ def inception_score(
     "Inception Score (Salimans et al. 2016): between 1 and the number of classes."
     from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, KEY_METRIC_ISC_STD, isc_features_to_metric
     if not 1 <= splits <= len(probs): raise InputError(f"splits: {splits} is outside 1..{len(probs)}, the number of images")
+    if probs.ndim != 2 or not (probs >= 0).all() or not probs.isfinite().all(): raise InputError(f"inception_score: expected probabilities [N,K], all finite and none below 0; got {tuple(probs.shape)}")
     out = isc_features_to_metric(probs.double().cpu().clamp_min(1e-300).log(), splits)
     return out[KEY_METRIC_ISC_MEAN], out[KEY_METRIC_ISC_STD]
 

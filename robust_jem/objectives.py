@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .data import InputError
-from .energy import _wide, energy, frozen_statistics
+from .energy import _check_labels, _wide, energy, frozen_statistics
 
 # %% ../nbs/06_objectives.ipynb #e933d65b
 def classification_loss(
@@ -24,6 +24,8 @@ def classification_loss(
 ) -> tuple[Tensor, Tensor]: # the loss, and the share of right answers
     "Mean cross-entropy -log p(y | x), and the batch's accuracy."
     logits = _wide(model(x))
+    if len(y) != len(x): raise InputError(f"labels: {len(y)} for {len(x)} images")
+    _check_labels(y, logits.shape[-1])
     return F.cross_entropy(logits, y), (logits.detach().argmax(1) == y).float().mean()
 
 def likelihood_loss(

@@ -34,7 +34,8 @@ class GaussianMixturePrior:
 
         Raises `InputError` for labels outside 0..K-1, a class with fewer than two images, or jitter <= 0.
         """
-        if jitter <= 0: raise InputError(f"jitter: {jitter} must be above 0, or covariances may be singular")
+        if len(x) != len(y) or not len(y) or y.is_floating_point(): raise InputError(f"labels: {len(y)} of {y.dtype} for {len(x)} images; expected one whole number each, at least one")
+        if not jitter > 0: raise InputError(f"jitter: {jitter} must be above 0, or covariances may be singular")
         if y.min() < 0 or y.max() >= num_classes: raise InputError(f"labels: {int(y.min())}..{int(y.max())} are outside 0..{num_classes - 1}")
         counts = torch.bincount(y, minlength=num_classes)
         if counts.min() < 2: raise InputError(f"class {int(counts.argmin())} has {int(counts.min())} images; a covariance needs at least two")
@@ -44,6 +45,7 @@ class GaussianMixturePrior:
         for k in range(num_classes):
             d = flat[y == k].double()
             mean[k], d = d.mean(0), d - d.mean(0)
+            if not mean[k].isfinite().all(): raise InputError(f"class {k}: some pixels aren't finite")
             factor[k] = torch.linalg.cholesky(d.T @ d / (len(d) - 1) + jitter * eye)
         return cls(mean, factor, counts.double() / len(y), x.shape[1:])
 
@@ -61,6 +63,7 @@ class GaussianMixturePrior:
     ) -> Tensor: # [B,C,H,W] in [-1,1]
         "Draw x ~ N(mean_y, covariance_y), clipped to [-1, 1]: all images of a class in one product that skips the factor's zeros."
         device, (classes, dim), labels = self.mean.device, self.mean.shape, y.cpu()
+        if y.ndim != 1 or y.is_floating_point(): raise InputError(f"labels: {y.dtype} {tuple(y.shape)}; expected whole numbers [B]")
         if len(y) and (labels.min() < 0 or labels.max() >= classes): raise InputError(f"labels: {int(labels.min())}..{int(labels.max())} are outside 0..{classes - 1}")
         z, x = torch.randn(len(y), dim, device=device, generator=generator).to(self.factor.dtype), torch.empty(len(y), dim, device=device)
         order, counts, block = labels.argsort(stable=True).to(device, non_blocking=True), torch.bincount(labels, minlength=classes).tolist(), max(256, -(-dim // 8))

@@ -206,7 +206,9 @@ def write_report(
 ) -> dict: # the table
     "Write table1.{md,csv,json}, where JEM's other rows were trained hybrids.{md,json}, figure1–3, curves, robustness and chain strip as PNG, each with its provenance inside."
     groups, out = collect(config.runs), Path(config.figures)
-    table = table1(groups)
+    try: table, drawn = table1(groups), {"curves": curves(groups), "robustness": robustness(groups)}      # all that can be wrong with scores shows before anything is written
+    except (KeyError, TypeError, ValueError, AttributeError) as e:
+        raise InputError(f"runs: a summary.json or a file in scores/ below {config.runs} lacks something, or holds something else ({type(e).__name__}: {e}); remove the scores and evaluate again") from e
     write_json(out / "table1.json", table)
     write_bytes(out / "table1.md", markdown(table).encode()); write_bytes(out / "table1.csv", as_csv(table).encode())
     def save(name: str, fig: Figure, source: Run):
@@ -221,6 +223,5 @@ def write_report(
     if groups.keys() & {r.system for r in HYBRIDS} - {"wide_resnet"}:
         other = table1(groups, HYBRIDS)
         write_json(out / "hybrids.json", other); write_bytes(out / "hybrids.md", markdown(other).encode())
-    some = next(iter(groups.values()))[0]
-    save("curves", curves(groups), some); save("robustness", robustness(groups), some)
+    for name, fig in drawn.items(): save(name, fig, next(iter(groups.values()))[0])
     return table

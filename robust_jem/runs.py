@@ -140,8 +140,9 @@ class Run:
     "A run folder. `Run(path)` opens one; `Run.create(config)` makes it, or reopens it when it holds the same configuration."
 
     def __init__(self, path: str | Path):
+        if not isinstance(path, (str, Path)): raise InputError(f"run: {path!r} is not accepted; accepted: the path of a run folder")
         self.path = Path(path)
-        if not (self.path / "config.json").is_file(): raise InputError(f"run: {str(path)!r} is no run folder (it has no config.json); accepted: a folder that `robust-jem train` made")
+        if not os.path.isfile(self.path / "config.json"): raise InputError(f"run: {str(path)!r} is no run folder (it has no config.json); accepted: a folder that `robust-jem train` made")
         self.config = TrainConfig.from_dict(read_json(self.path / "config.json"))
 
     @classmethod
@@ -205,7 +206,9 @@ class Run:
     def _sample_set(self, name: str) -> tuple[dict[str, Tensor], dict]:
         folder = self.path / "samples" / name
         if not (folder / "summary.json").exists(): raise InputError(f"samples: {name!r} isn't in {self.path}; it has: {', '.join(self.sample_names()) or 'none'}")
-        return read_tensors(folder / "images.safetensors")[0], read_json(folder / "summary.json")
+        tensors, summary = read_tensors(folder / "images.safetensors")[0], read_json(folder / "summary.json")
+        if lacking := [k for k in ("x", "y") if k not in tensors]: raise InputError(f"{folder / 'images.safetensors'}: lacks {', '.join(lacking)}; remove {folder}, and draw the samples again")
+        return tensors, summary
     def samples(self, name: str) -> tuple[Tensor, Tensor, dict]:
         "uint8 images, labels, and the summary of a sample set."
         tensors, summary = self._sample_set(name)

@@ -20,7 +20,7 @@ def _log_density(y: Tensor | None) -> Callable[[Tensor], Tensor]:
 
 def _check_chain(**values):
     for name, value in values.items():
-        if value < 0: raise InputError(f"{name}: {value} is below 0")
+        if not 0 <= value < float("inf"): raise InputError(f"{name}: {value} is below 0, or not finite")
 
 def sgld(
     model: nn.Module, # any module [B,C,H,W] -> [B,K]; left as it was found
@@ -66,7 +66,7 @@ def proximal_sgld(
     Raises `InputError` for negative steps, step size or noise, or clip <= 0.
     """
     _check_chain(outer_steps=outer_steps, inner_steps=inner_steps, step_size=step_size, noise_std=noise_std)
-    if clip <= 0: raise InputError(f"clip: {clip} must be above 0")
+    if not clip > 0: raise InputError(f"clip: {clip} must be above 0")
     x, log_density = x.detach(), _log_density(y)
     with untouched(model):
         for i in range(outer_steps if inner_steps else 0):

@@ -262,7 +262,8 @@ def configure(
     Raises `InputError` for an unknown system, preset or field, or a value of the wrong type or out of range.
     """
     for name, value, table in (("system", system, SYSTEMS), ("preset", preset, PRESETS)):
-        if value not in table: raise InputError(f"{name}: {value!r} is unknown; accepted: {', '.join(table)}")
+        if not isinstance(value, str) or value not in table: raise InputError(f"{name}: {value!r} is unknown; accepted: {', '.join(table)}")
+    if not isinstance(dataset, str): raise InputError(f"dataset: {dataset!r} is not accepted; accepted: text")
     stage = kind.__name__.removesuffix("Config").lower()
     budget = PRESETS[preset].get(dataset.partition("@")[0], PRESETS[preset].get("*", {})).get(stage, {})
     base = dict(system=system, dataset=dataset, preset=preset) | SYSTEMS[system].train if kind is TrainConfig else {}
@@ -274,6 +275,7 @@ def sample_plan(
     **changes, # any field of `GenerateConfig`
 ) -> list[GenerateConfig]: # one a sample set
     "Every way a system is sampled: its rows of Table 1, and where it has energy chains, unconditional ones too."
+    configure(GenerateConfig, system, dataset, preset)                    # unknown names fail here
     methods = SYSTEMS[system].methods
     plan = [configure(GenerateConfig, system, dataset, preset, method=m, **changes) for m in methods]
     return plan + [configure(GenerateConfig, system, dataset, preset, method="energy", conditional=False, **changes) for m in methods if m == "energy"]

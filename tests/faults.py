@@ -29,7 +29,7 @@ from robust_jem.generation import RobustJEM
 from robust_jem.priors import GaussianMixturePrior, UniformPrior
 from robust_jem.recovery import Diverged
 from robust_jem.runs import Run, read_tensors
-from robust_jem.systems import EvaluateConfig, GenerateConfig, TrainConfig, configure
+from robust_jem.systems import EvaluateConfig, GenerateConfig, TrainConfig, configure, sample_plan
 from robust_jem.training import train
 
 REPO = Path(__file__).resolve().parent.parent
@@ -365,12 +365,13 @@ def commands():
     evaluate = lambda spec: ["evaluate", "runs/robust_jem", "--extractor", spec, "--num-robust", "10", "--attack-steps", "1"]
     for spec, _ in usual.EXTRACTORS: found[f"extractor: {spec}"] = usual.write_extractors, evaluate(spec)
     for name, write in hostile.EXTRACTORS.items(): found[f"extractor: {name}"] = lambda here, write=write: write(here / "net.pt"), evaluate("net.pt")
+    found["samples: no settings"] = lambda _: Path("runs/robust_jem/samples/energy/summary.json").write_text("{}"), evaluate("classifier:runs/judge")
     return found
 
 
 RUN = dict(run="runs/robust_jem")
 PARAMETERS = [
-    ("train", dict(system="jem2")), ("train", dict(eps=-0.1)), ("train", dict(lr="0.1")), ("train", dict(dataset="../digits")), ("train", dict(milestones=["soon"])), ("train", dict(seed=2**63)),
+    ("train", dict(system="jem2")), ("train", dict(system=["jem"])), ("generate", dict(run=5)), ("train", dict(eps=-0.1)), ("train", dict(lr="0.1")), ("train", dict(dataset="../digits")), ("train", dict(milestones=["soon"])), ("train", dict(seed=2**63)),
     ("train", dict(out="runs/robust_jem", eps=0.3)), ("train", dict(out="runs")), ("train", dict(device="gpu", out="new")), ("train", dict(pad=8, out="new")),
     ("generate", dict(run="runs")), ("generate", RUN | dict(method="gan")), ("generate", RUN | dict(num_samples=30)), ("generate", RUN | dict(method="combined", contrast=1.5)), ("generate", RUN | dict(name="a/../../b")),
     ("evaluate", RUN | dict(extractor="missing.pt")), ("evaluate", RUN | dict(extractor="classifier:nowhere")), ("evaluate", RUN | dict(attack_eps=[0.1, None])), ("evaluate", RUN | dict(atack_eps=[0.1])),
@@ -408,32 +409,42 @@ def calls(folder):
     draw = lambda **kw: generation.generate_samples(configure(GenerateConfig, **RUN | kw), progress=False)
     evaluate = lambda **kw: evaluation.evaluate_run(configure(EvaluateConfig, **RUN | kw), progress=False)
     found = {
-        "data": (lambda: load("../digits"), lambda: load("mnist"), lambda: load(""), lambda: load("a\0b"), lambda: load("digits@8-12"), lambda: load("cifar10", download=False)),
-        "images": (lambda: data.to_unit(x), lambda: data.augment(x, pad=8), lambda: data.augment(x, pad=-1), lambda: data.Batches(x8, y, 0, 0), lambda: data.Batches(x8, y, 5, 0)),
+        "data": (lambda: load("../digits"), lambda: load("mnist"), lambda: load(""), lambda: load("a\0b"), lambda: load("digits@8-12"), lambda: load("cifar10", download=False), lambda: load(None), lambda: load("x" * 300)),
+        "images": (lambda: data.to_unit(x), lambda: data.augment(x, pad=8), lambda: data.augment(x, pad=-1), lambda: data.Batches(x8, y, 0, 0), lambda: data.Batches(x8, y, 5, 0), lambda: data.Batches(x8, y[:3], 2, 0)),
         "configuration": (lambda: configure(TrainConfig, "jem2"), lambda: configure(TrainConfig, preset="tpu"), lambda: configure(TrainConfig, epocs=1), lambda: stages.ReplicateConfig(seeds=(0, 0)),
-                          lambda: stages.ReplicateConfig(systems="jempp"), lambda: reporting.ReportConfig(runs=5), lambda: BenchmarkConfig(policies=("float64/off",)), lambda: BenchmarkConfig(batches=(1,))),
+                          lambda: stages.ReplicateConfig(systems="jempp"), lambda: reporting.ReportConfig(runs=5), lambda: BenchmarkConfig(policies=("float64/off",)), lambda: BenchmarkConfig(batches=(1,)),
+                          lambda: configure(TrainConfig, ["jem"]), lambda: configure(TrainConfig, dataset=["digits"]), lambda: sample_plan("jem2", "digits", "cpu"), lambda: BenchmarkConfig(precision="float64")),
         "pgd": (lambda: pgd(-0.1), lambda: pgd(nan), lambda: pgd(steps=-1), lambda: pgd(step_size=0), lambda: pgd(norm="l1"), lambda: pgd(y=far), lambda: pgd(y=below), lambda: pgd(y=real), lambda: pgd(y=y[:3])),
-        "sgld": (lambda: sgld(-1), lambda: sgld(step_size=-1.0), lambda: sgld(noise_std=-1.0), lambda: sgld(y=far), lambda: sgld(y=real)),
-        "proximal sgld": (lambda: proximal(-1), lambda: proximal(1, -1), lambda: proximal(step_size=-0.1), lambda: proximal(noise_std=-1.0), lambda: proximal(clip=0), lambda: proximal(y=below)),
+        "sgld": (lambda: sgld(-1), lambda: sgld(step_size=-1.0), lambda: sgld(noise_std=-1.0), lambda: sgld(y=far), lambda: sgld(y=real), lambda: sgld(step_size=nan), lambda: sgld(noise_std=nan), lambda: sgld(y=y[:3])),
+        "proximal sgld": (lambda: proximal(-1), lambda: proximal(1, -1), lambda: proximal(step_size=-0.1), lambda: proximal(noise_std=-1.0), lambda: proximal(clip=0), lambda: proximal(y=below), lambda: proximal(step_size=nan),
+                          lambda: proximal(clip=nan), lambda: proximal(y=y[:3])),
         "buffer": (lambda: buffer(0), lambda: buffer(reinit_prob=1.1), lambda: buffer(reinit_prob=nan), lambda: buffer().draw(5), lambda: buffer().draw(0)),
-        "prior": (lambda: fit(jitter=0.0), lambda: fit(tensor([0, 0, 1, 2])), lambda: fit(tensor([0, 0, 0, 1])), lambda: prior.sample(far), lambda: prior.sample(below)),
-        "metrics": (lambda: frechet(mean[:2], covariance[:2, :2]), lambda: frechet(mean * nan, covariance), lambda: metrics.inception_score(f.softmax(1), 0), lambda: metrics.inception_score(f.softmax(1), 21)),
+        "prior": (lambda: fit(jitter=0.0), lambda: fit(tensor([0, 0, 1, 2])), lambda: fit(tensor([0, 0, 0, 1])), lambda: prior.sample(far), lambda: prior.sample(below), lambda: fit(jitter=nan), lambda: fit(y[:3]),
+                  lambda: fit(real), lambda: GaussianMixturePrior.fit(x * nan, tensor([0, 0, 1, 1]), 2), lambda: prior.sample(real)),
+        "metrics": (lambda: frechet(mean[:2], covariance[:2, :2]), lambda: frechet(mean * nan, covariance), lambda: metrics.inception_score(f.softmax(1), 0), lambda: metrics.inception_score(f.softmax(1), 21),
+                    lambda: metrics.inception_score(f, 1), lambda: metrics.kernel_distance(f, f[:, :2]), lambda: metrics.kernel_distance(f * nan, f), lambda: metrics.kernel_distance(f, f, subsets=0), lambda: metrics.kernel_distance(f[:1], f)),
         "extractor": (lambda: metrics.feature_extractor("missing.pt"), lambda: metrics.feature_extractor("classifier:nowhere"), lambda: metrics.feature_extractor("runs")),
-        "accuracy": (lambda: evaluation.accuracy(m, x, y), lambda: evaluation.accuracy(broken, x8, y), lambda: robust(-1.0), lambda: robust(norm="l1"), lambda: robust(steps=-1), lambda: robust(restarts=0)),
-        "energy": (lambda: energy.joint_energy(logits, far), lambda: energy.energy(m, x, below), lambda: energy.joint_energy(logits, real), lambda: energy.score(m, x, far), lambda: energy.untouched(m, "both").__enter__()),
-        "loss": (lambda: objectives.likelihood_loss(m, x, x, y), lambda: objectives.hybrid_loss(m, objectives.Terms(clean=1.0), y), lambda: objectives.hybrid_loss(m, objectives.Terms(likelihood=1.0), y, x_real=x)),
+        "accuracy": (lambda: evaluation.accuracy(m, x, y), lambda: evaluation.accuracy(broken, x8, y), lambda: robust(-1.0), lambda: robust(norm="l1"), lambda: robust(steps=-1), lambda: robust(restarts=0),
+                     lambda: evaluation.accuracy(m, x8, y[:3]), lambda: evaluation.accuracy(m, x8[:0], y[:0]), lambda: robust(batch_size=0)),
+        "energy": (lambda: energy.joint_energy(logits, far), lambda: energy.energy(m, x, below), lambda: energy.joint_energy(logits, real), lambda: energy.score(m, x, far), lambda: energy.untouched(m, "both").__enter__(),
+                   lambda: energy.joint_energy(logits, y[:3])),
+        "loss": (lambda: objectives.likelihood_loss(m, x, x, y), lambda: objectives.hybrid_loss(m, objectives.Terms(clean=1.0), y), lambda: objectives.hybrid_loss(m, objectives.Terms(likelihood=1.0), y, x_real=x),
+                 lambda: objectives.classification_loss(m, x, far)),
         "calibration": (lambda: calibrate(y=y[:3]), lambda: calibrate(y=far), lambda: calibrate(logits * nan), lambda: calibrate(bins=0)),
         "detection": (lambda: detection.familiarity(broken, x8), lambda: detection.auroc(f[0], f[0, :0]), lambda: detection.auroc(f[0] * nan, f[0]), lambda: detection.strangers("mnist", x8, 4)),
         "diversity": (lambda: diversity.precision_recall(f, f, 20), lambda: diversity.precision_recall(f, f[:, :2]), lambda: diversity.density_coverage(f, f / 0), lambda: diversity.density_coverage(x, x),
-                      lambda: diversity.class_frechet(f, y, f, y, 10), lambda: diversity.nearest(f, f, 21), lambda: diversity.memorisation(f, f[:, :2], f)),
-        "network": (lambda: networks.WideResNet(11), lambda: networks.WideResNet(10, 0), lambda: networks.WideResNet(10, 1, norm="layer"), lambda: execution.resolve_device("gpu"), lambda: execution.resolve_device("cuda:99")),
+                      lambda: diversity.class_frechet(f, y, f, y, 10), lambda: diversity.nearest(f, f, 21), lambda: diversity.memorisation(f, f[:, :2], f), lambda: diversity.class_frechet(f[:4], far, f[:4], y, 10)),
+        "network": (lambda: networks.WideResNet(11), lambda: networks.WideResNet(10, 0), lambda: networks.WideResNet(10, 1, norm="layer"), lambda: execution.resolve_device("gpu"), lambda: execution.resolve_device("cuda:99"),
+                    lambda: execution.choose_policy(torch.device("cpu"), "float64")),
         "generate": (lambda: generate("gan"), lambda: generate(contrast=0), lambda: generate("energy", outer_steps=-1), lambda: generate("attack", eps=-1.0), lambda: generate(attack_statistics="both")),
         "model": (lambda: jem.generate(far), lambda: jem.energy(x, far), lambda: RobustJEM.from_run("nowhere"), lambda: RobustJEM.from_pretrained("no/such/folder"), lambda: RobustJEM.from_pretrained(path),
-                  lambda: RobustJEM(m, UniformPrior((1, 8, 8)), run.config, images.classes, (1, 8, 8)).save_pretrained("new"), lambda: jem.save_pretrained(path / "config.json")),
+                  lambda: RobustJEM(m, UniformPrior((1, 8, 8)), run.config, images.classes, (1, 8, 8)).save_pretrained("new"), lambda: jem.save_pretrained(path / "config.json"), lambda: jem.classify(x8),
+                  lambda: jem.classify(x.expand(-1, 3, -1, -1)), lambda: jem.energy(x8)),
         "run": (lambda: Run("nowhere"), lambda: Run(path / "config.json"), lambda: Run("a\0b"), lambda: Run(path).samples("gan"), lambda: Run(path).strip(".."),
-                lambda: Run.create(configure(TrainConfig, "jem", out=str(path))), lambda: Run.create(configure(TrainConfig, out="runs"))),
+                lambda: Run.create(configure(TrainConfig, "jem", out=str(path))), lambda: Run.create(configure(TrainConfig, out="runs")), lambda: Run(5), lambda: Run("x" * 5000)),
         "file": (lambda: read_tensors(Path("nowhere")), lambda: read_tensors(path), lambda: read_tensors(path / "config.json"), lambda: runs.read_json(path / "model.safetensors"), lambda: runs.write_json(path / "config.json/x", {})),
-        "stage": (lambda: fitted(batch_size=5000, buffer_size=5000), lambda: fitted(pad=8), lambda: fitted(dataset="mnist"), lambda: fitted(device="gpu"), lambda: draw(run="nowhere"), lambda: draw(num_samples=30), lambda: draw(name="new", device="gpu"),
+        "stage": (lambda: fitted(batch_size=5000, buffer_size=5000), lambda: fitted(pad=8), lambda: fitted(dataset="mnist"), lambda: fitted(device="gpu"), lambda: draw(run="nowhere"), lambda: draw(num_samples=30),
+                  lambda: draw(name="new", device="gpu"),
                   lambda: evaluate(run="nowhere"), lambda: evaluate(extractor="missing.pt"), lambda: reporting.collect("nowhere"), lambda: reporting.collect("runs")),
         "values": [lambda kind=kind, values=values: kind.from_dict(values) for kind, values in hostile.VALUES],
     }

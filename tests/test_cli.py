@@ -329,9 +329,18 @@ def test_report_of_an_evaluation_that_was_interrupted(refused, evaluated):
     refused("report", "--runs", "runs", "--figures", "figures", says=["runs", "robust-jem evaluate"])
 
 
-def test_report_of_damaged_scores(refused, evaluated):
-    (evaluated / "scores/held-out.json").write_text('{"n": 36')
-    refused("report", "--runs", "runs", "--figures", "figures", says=["scores/held-out.json", "not valid JSON"])
+@pytest.mark.parametrize("file, content, says", [
+    ("scores/held-out.json", '{"n": 36', ["scores/held-out.json", "not valid JSON"]),
+    ("scores/held-out.json", "{}", ["runs", "scores", "KeyError"]),
+    ("scores/energy.json", '{"n": "many"}', ["runs", "scores"]),
+    ("scores/classification.json", '{"accuracy": "high", "robust accuracy": {"0": 1}}', ["runs", "scores"]),
+    ("scores/classification.json", '{"accuracy": 1, "robust accuracy": {"a": 1}}', ["runs", "scores"]),
+    ("summary.json", "{}", ["runs", "summary.json", "KeyError"]),
+], ids=lambda v: v if isinstance(v, str) else "")
+def test_report_of_damaged_scores(refused, evaluated, file, content, says):
+    "Cut off, or JSON that holds something else: refused before anything is written."
+    (evaluated / file).write_text(content)
+    refused("report", "--runs", "runs", "--figures", "figures", says=says)
 
 
 def test_commands_in_order(cli, evaluated):
