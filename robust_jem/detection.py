@@ -80,7 +80,7 @@ def strangers(
         i = pick(); j = (i + torch.randint(1, len(x), (n,), generator=generator)) % len(x)
         return ((x[i].int() + x[j].int() + 1) // 2).to(torch.uint8)
     folder = next((f for f in (Path(name), data_root(root) / name) if f.is_dir() and not (f / "train").is_dir()), None)
-    if folder and name not in DATASETS: return _brought_to(_below(folder, n, x.shape[-1], generator), x)
+    if folder and (name not in DATASETS or (folder / "test").is_dir()): return _brought_to(_below(folder, n, x.shape[-1], generator), x)
     other = load_images(name, root).test_x
     return _brought_to(other[torch.randperm(len(other), generator=generator)[:n]], x)
 

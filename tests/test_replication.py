@@ -241,7 +241,8 @@ def test_failed_stage_is_one_line_and_nothing_depends_on_it(small_plan, here, cl
 @pytest.mark.parametrize("whole_group", (False, True), ids=("this process", "Ctrl-C to the whole group"))
 def test_interrupted_replication_leaves_no_process_and_nothing_that_looks_finished(command, here, whole_group):
     argv = [*command.argv, "replicate", "--seeds", "0", "--systems", "jempp", "--runs", "runs", "--figures", "figures", "--device", "cpu"]
-    process = subprocess.Popen(argv, cwd=here, env=command.env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    heard = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)              # tests that run in the background inherit that it is ignored
+    process = subprocess.Popen(argv, cwd=here, env=command.env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=heard)
     try:
         began, end = here / "runs/extractor/metrics.jsonl", time.monotonic() + 120
         while not (began.exists() and began.stat().st_size):

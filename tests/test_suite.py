@@ -1,6 +1,7 @@
 """The whole picture through the command line: files, resumption, time limits, classifiers from elsewhere, bad input."""
 import json
 import re
+import shutil
 import warnings
 from pathlib import Path
 
@@ -147,9 +148,10 @@ def test_unusable_options_are_one_line(models, runs, here, cli, line, says):
 
 def test_strangers_from_a_folder(runs, here, cli, image_tree):
     image_tree("pets", size=20)
-    done = suite(cli, "runs/robust_jem", "--suite", "detection", "--strangers", "data/pets/test", "pets", "nobody", "--num-strangers", 5)
+    shutil.rmtree(image_tree("cifar100", size=32) / "train")                  # a known name, of which only a tree of test images is there
+    done = suite(cli, "runs/robust_jem", "--suite", "detection", "--strangers", "data/pets/test", "pets", "cifar100", "nobody", "--num-strangers", 5)
     part = json.loads((here / "runs/robust_jem/suite/detection.json").read_text())
-    assert done.code == 0 and part["n"]["data/pets/test"] == 2 and part["n"]["pets"] == 2 and list(part["not measured"]) == ["nobody"]
+    assert done.code == 0 and part["n"]["data/pets/test"] == 2 and part["n"]["pets"] == 2 and part["n"]["cifar100"] == 2 and list(part["not measured"]) == ["nobody"]
     (here / "data/pets/test/cat/0.png").write_bytes(b"not an image")
     done = suite(cli, "runs/robust_jem", "--suite", "detection", "--strangers", "data/pets/test", "--out", "again")
     assert "not a readable image" in json.loads((here / "again/detection.json").read_text())["not measured"]["data/pets/test"]
