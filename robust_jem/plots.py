@@ -161,7 +161,7 @@ def neighbours(f: Findings) -> Figure:
         strips = torch.cat([x[:, :1], torch.full_like(x[:, :1], 255), x[:, 1:]], 1)                   # a gap between a sample and the training images
         ax.imshow(make_grid(strips.flatten(0, 1), strips.shape[1], 1, pad_value=255).permute(1, 2, 0).numpy(), interpolation="nearest"); ax.axis("off")
         ax.set_title(f"{name}\nmedian distance {part['median distance to the nearest'][name]:.2f}", fontsize=6.5)
-    fig.suptitle(f"{f.title}: samples, and the nearest of {part['among']} training images", fontsize=8)
+    fig.suptitle(f"{f.title}\nsamples, and the nearest of {part['among']} training images", fontsize=8)
     return fig
 
 def sample_sheets(f: Findings, columns: int = 10) -> dict[str, Figure]:
