@@ -15,7 +15,7 @@ from robust_jem.runs import Run, read_tensors
 OPTIONS = "--system robust_jem --epochs 2 --attack-steps 2 --outer-steps 2 --buffer-size 200 --warmup-steps 0 --ema-decay 0.9 --threads 1 --device cpu --log-every 5".split()
 
 GRADIENT = '''
-import sys, torch
+import gc, sys, torch
 import robust_jem.state as state
 from robust_jem.data import load_images, to_unit
 from robust_jem.execution import executing
@@ -39,6 +39,8 @@ with executing(config, 1) as at:
     s._average_statistics()
     buffers = torch.cat([b.flatten().double() for b in s.model.buffers()]) if norm == "batch" else torch.zeros(1)
     torch.save({"gradient": gradient, "buffers": buffers, "y": y[mine]}, f"{out}-{at.world.rank}of{at.world.size}.pt")
+    at.world.wait()
+    del s, loss; gc.collect()          # nothing holds the process group when it is destroyed
 '''
 
 
