@@ -59,7 +59,7 @@ P
     bring_back; tail -n 1 "$run/metrics.jsonl"
     [ $code -eq 0 ] && echo "trained" || { [ $code -eq 3 ] && echo "not finished: run the same command again"; exit $([ $code -eq 3 ] && echo 0 || echo $code); } ;;
   sample)
-    case $system in robust_classifier) methods=(attack) ;; jempp) methods=(energy) ;; *) methods=(energy combined) ;; esac
+    case $system in robust_classifier) methods=(attack) ;; jempp) methods=(energy) ;; *) methods=(energy combined attack) ;; esac
     for s in ${SAMPLING_SEEDS:-0 1 2}; do for m in "${methods[@]}"; do
       jem generate "$run" --method "$m" --seed "$s" --name "$([ "$s" = 0 ] && echo "$m" || echo "$m-seed$s")" --device "$device" --max-minutes "$minutes" ${SAMPLES:-}
     done; done ;;
