@@ -104,6 +104,9 @@ def _notes(groups, runs, quality, fd) -> list[str]:
     for system, mine in groups.items():
         for name in (n for n in mine[0].sample_names() if n in mine[0].scores() and n == _drawn_as(n)):
             seeds = [mine[0].scores()[n]["samples"]["seed"] for n in mine[0].scores() if _drawn_as(n) == name]
+            for s in (r.scores()[n]["samples"] for r in mine for n in r.scores() if _drawn_as(n) == name):
+                if other := [k for k, v in s.items() if k not in HOW | {"seed", "name"} and v != mine[0].scores()[name]["samples"][k]]:
+                    raise InputError(f"runs: sample sets called {name} of {SYSTEMS[system].title} differ in {other[0]} ({s[other[0]]} and {mine[0].scores()[name]['samples'][other[0]]}), so they can't share a row; name one otherwise")
             g, c = mine[0].scores()[name]["samples"], mine[0].config
             step, inner = c.sampler_step_size if g["sampler_step_size"] is None else g["sampler_step_size"], f" × {g['inner_steps']} inner" if c.sampler == "proximal" else ""
             attack = f"; targeted PGD ε = {g['eps']}, {g['target_steps']} steps, batch norm by {g['attack_statistics']} statistics" if g["method"] != "energy" else ""
