@@ -19,7 +19,7 @@ from .attacks import pgd
 from .data import Images, InputError, data_root, progress_bar, stream, to_uint8, to_unit
 from .execution import Execution, OutOfTime, at_a_size_that_fits, executing
 from .diversity import class_frechet, density_coverage, memorisation, precision_recall
-from .metrics import extract, feature_extractor, reference_choice, reference_statistics, score
+from .metrics import extract, extract_once, feature_extractor, reference_choice, reference_statistics, score
 from .runs import Run, exclusive, provenance, read_json, read_tensors, write_json, write_tensors
 from .systems import EvaluateConfig
 
@@ -194,7 +194,9 @@ class Judge:
         n = len(self.images.train_x)
         return dict(extractor=self.config.extractor, extractor_key=self.extractor.key, reference=f"{n} training images of {self.images.name}", fingerprint=self.images.fingerprint, splits=self.config.splits, precision=self.at.policy.precision)
 
-    def features(self, x: Tensor, name: str = ""): return extract(self.extractor, x, self.config.batch_size, self.at.device, name if self.progress else "")
+    def features(self, x: Tensor, name: str = ""):
+        how = (self.config.batch_size, self.at.device, name if self.progress else "")
+        return extract_once(self.extractor, x, self.cache, *how) if name in ("held-out", "prior") else extract(self.extractor, x, *how)
     @cached_property
     def reference(self): return reference_statistics(self.extractor, self.images, self.cache, self.config.batch_size, self.at.device, self.progress)
     @cached_property

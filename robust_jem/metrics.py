@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['moments', 'frechet_distance', 'kernel_distance', 'inception_score', 'Extractor', 'ClassifierExtractor',
            'ScriptExtractor', 'InceptionExtractor', 'EffNetExtractor', 'PairExtractor', 'feature_extractor', 'extract',
-           'reference_choice', 'reference_statistics', 'quality', 'score']
+           'reference_choice', 'extract_once', 'reference_statistics', 'quality', 'score']
 
 # %% ../nbs/10_metrics.ipynb #d6478022
 import hashlib, re, warnings
@@ -194,6 +194,29 @@ def reference_choice(n: int) -> Tensor:
     "Which of `n` training images (their positions) `reference_statistics` keeps the features of: at most 10,000."
     return torch.randperm(n, generator=torch.Generator().manual_seed(0))[:10_000]
 
+def _through(file: Path | None, measure) -> dict[str, Tensor]:
+    "`measure()`, or what an earlier call left in the file."
+    if file and file.exists(): return read_tensors(file)[0]
+    found = measure()
+    if file:
+        try: write_tensors(file, found)
+        except InputError as e: warnings.warn(f"features aren't kept: {e}")
+    return found
+
+def extract_once(
+    extractor: Extractor,
+    x: Tensor, # uint8 images [N,C,H,W]
+    cache: Path, # folder to keep the result in
+    *args, # as for `extract`
+) -> tuple[Tensor, Tensor | None]: # features [N,D] and probabilities [N,K], on the CPU
+    "`extract` through a file named after images and extractor: for test images and prior samples, which are the same for every run."
+    def measure():
+        features, probs = extract(extractor, x, *args)
+        return {"features": features} | ({} if probs is None else {"probabilities": probs})
+    name = hashlib.sha256(str(tuple(x.shape)).encode() + x.cpu().numpy().tobytes()).hexdigest()[:16]
+    kept = _through(Path(cache) / f"features-{name}-{extractor.key}.safetensors", measure)
+    return kept["features"], kept.get("probabilities")
+
 def reference_statistics(
     extractor: Extractor,
     images: Images, # the training split is the reference
@@ -203,17 +226,12 @@ def reference_statistics(
     progress: bool = False,
 ) -> dict[str, np.ndarray | Tensor]: # mu, sigma, and up to 10,000 features
     "Mean, covariance and some features of the training images, cached by fingerprint and extractor."
-    file = cache and Path(cache) / f"reference-{images.fingerprint}-{extractor.key}.safetensors"
-    if file and file.exists():
-        kept = read_tensors(file)[0]
-        return {"mu": kept["mu"].numpy(), "sigma": kept["sigma"].numpy(), "features": kept["features"]}
-    features, _ = extract(extractor, images.train_x, batch_size, device, "reference" if progress else "", probabilities=False)
-    mu, sigma = moments(features)
-    some = features[reference_choice(len(features))]
-    if file:
-        try: write_tensors(file, {"mu": torch.from_numpy(mu), "sigma": torch.from_numpy(sigma), "features": some})
-        except InputError as e: warnings.warn(f"reference statistics aren't kept: {e}")
-    return {"mu": mu, "sigma": sigma, "features": some}
+    def measure():
+        features, _ = extract(extractor, images.train_x, batch_size, device, "reference" if progress else "", probabilities=False)
+        mu, sigma = moments(features)
+        return {"mu": torch.from_numpy(mu), "sigma": torch.from_numpy(sigma), "features": features[reference_choice(len(features))]}
+    kept = _through(cache and Path(cache) / f"reference-{images.fingerprint}-{extractor.key}.safetensors", measure)
+    return {"mu": kept["mu"].numpy(), "sigma": kept["sigma"].numpy(), "features": kept["features"]}
 
 def quality(
     extractor: Extractor,
