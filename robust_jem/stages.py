@@ -10,6 +10,7 @@ import contextlib, json, os, re, signal, subprocess, sys, threading, time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from tqdm import tqdm
 
@@ -25,11 +26,13 @@ from .systems import HOW, EvaluateConfig, GenerateConfig, Suite, TrainConfig, co
 class ReplicateConfig(Config):
     "What to replicate, from training to Table 1 and Figures 1–3."
     dataset: str = "digits"                  # digits, cifar10, cifar100, svhn or a folder of images
-    preset: str = "cpu"                      # cpu, or paper
+    preset: str = "cpu"                      # see PRESETS: cpu, cifar10-cpu, h100 or paper
     systems: tuple[str, ...] = option(("robust_classifier", "jempp", "robust_jem"))    # rows to train
     seeds: tuple[int, ...] = option((0, 1, 2), 0, 2**63 - 1)    # training seeds of each row
+    sampling_seeds: tuple[int, ...] = option((0,), 0, 2**63 - 1)    # of each row's samples; unconditional chains have the first only
     suite: Suite = "full"                    # how the first seed of each row is judged, see evaluate; the others: table
     extractor: str = ""                      # see evaluate; empty: a classifier trained for it where data is digits, else inception
+    extractor_precision: Literal["float32", "bfloat16"] = "float32"     # of its products
     runs: str = ""                           # folder of the run folders; empty: runs/<dataset>-<preset>
     figures: str = ""                        # folder of the results; empty: figures, or figures/<dataset>-<preset> when not digits-cpu
     root: str = ""                           # folder of the data sets; empty: $ROBUST_JEM_DATA, else ./data
@@ -39,7 +42,7 @@ class ReplicateConfig(Config):
     def __post_init__(self):
         super().__post_init__()
         for s in self.systems: configure(TrainConfig, s, self.dataset, self.preset)      # unknown names fail here
-        for name in ("systems", "seeds"):
+        for name in ("systems", "seeds", "sampling_seeds"):
             values = getattr(self, name)
             if not values or len(set(values)) < len(values): raise InputError(f"{name}: {' '.join(map(str, values)) or 'nothing'} was given; accepted: at least one, each once")
 
@@ -79,6 +82,7 @@ def plan(config: ReplicateConfig) -> tuple[list[list[Stage]], list[list[Stage]],
         per_step = 3 + 2 * bool(c.adversarial_weight) * c.attack_steps + 2 * bool(c.likelihood_weight) * c.outer_steps
         return Stage("train", dict(system=system, seed=seed, out=str(folder), **common), folder / "notebooks/train.ipynb", [(folder / "config.json", c)], weight=c.epochs * per_step / 40)
     extractor, first = config.extractor, []
+    precision = {"extractor_precision": config.extractor_precision} if config.extractor_precision != "float32" else {}      # defaults aren't handed on: what was made before they could be set stays finished
     if not extractor and config.dataset == "digits":
         extractor = f"classifier:{runs / 'extractor'}"
         first = [[training("wide_resnet", 1000, runs / "extractor")]]      # a seed of its own: it judges the others
@@ -87,10 +91,11 @@ def plan(config: ReplicateConfig) -> tuple[list[list[Stage]], list[list[Stage]],
         for system in config.systems:
             folder = runs / f"{system}-s{seed}"
             here = dict(run=str(folder), device=config.device)
-            sets = sample_plan(system, config.dataset, config.preset, **here)
+            drawn = here | ({"seeds": list(config.sampling_seeds)} if config.sampling_seeds != (0,) else {})
+            sets = sample_plan(system, config.dataset, config.preset, **drawn)
             chains.append([training(system, seed, folder),
-                Stage("generate", here, folder / "notebooks/generate.ipynb", [(folder / "samples" / c.label / "summary.json", c) for c in sets]),
-                Stage("evaluate", here | dict(extractor=extractor or "inception", suite=config.suite if seed == config.seeds[0] else "table"), folder / "notebooks/evaluate.ipynb", [], weight=1.0 + 3.0 * (seed == config.seeds[0]))])
+                Stage("generate", drawn, folder / "notebooks/generate.ipynb", [(folder / "samples" / c.label / "summary.json", c) for c in sets]),
+                Stage("evaluate", here | precision | dict(extractor=extractor or "inception", suite=config.suite if seed == config.seeds[0] else "table"), folder / "notebooks/evaluate.ipynb", [], weight=1.0 + 3.0 * (seed == config.seeds[0]))])
             if (system, seed, config.dataset) == ("robust_jem", config.seeds[0], "digits"):      # the study of chains, once
                 chains[-1].append(Stage("chains", dict(run=str(folder), extractor=extractor), folder / "notebooks/chains.ipynb", [], weight=4.0))
     if config.dataset == "digits" and config.suite in ("full", "detection") and "robust_jem" in config.systems:      # does a model know what it has never seen? two digits are held out

@@ -273,10 +273,13 @@ def configure(
 
 def sample_plan(
     system: str, dataset: str, preset: str, # as in `configure`
-    **changes, # any field of `GenerateConfig`
+    seeds: tuple[int, ...] = (0,), # sampling seeds of each row of Table 1; the first one's sets are named after the method, the others' `energy-seed1` and so on
+    method: str = "all", # or one way alone
+    **changes, # any other field of `GenerateConfig`
 ) -> list[GenerateConfig]: # one a sample set
-    "Every way a system is sampled: its rows of Table 1, and where it has energy chains, unconditional ones too."
-    configure(GenerateConfig, system, dataset, preset)                    # unknown names fail here
-    methods = SYSTEMS[system].methods
-    plan = [configure(GenerateConfig, system, dataset, preset, method=m, **changes) for m in methods]
-    return plan + [configure(GenerateConfig, system, dataset, preset, method="energy", conditional=False, **changes) for m in methods if m == "energy"]
+    "Every way a system is sampled: its rows of Table 1, and where it has energy chains, unconditional ones too, by the first seed."
+    made = lambda **how: configure(GenerateConfig, system, dataset, preset, **(how | changes))
+    made()                                                                # unknown names fail here
+    methods = SYSTEMS[system].methods if method == "all" else (method,)
+    plan = [made(method=m, seed=s, name=f"{m}-seed{s}" if i else "") for i, s in enumerate(seeds) for m in methods]
+    return plan + [made(method="energy", conditional=False, seed=seeds[0]) for m in methods if (method, m) == ("all", "energy")]

@@ -64,7 +64,7 @@ P
       jem generate "$run" --method "$m" --seed "$s" --name "$([ "$s" = 0 ] && echo "$m" || echo "$m-seed$s")" --device "$device" --max-minutes "$minutes" ${SAMPLES:-}
     done; done ;;
   judge)
-    jem evaluate "$run" --extractor "${EXTRACTOR:?a path to a TorchScript file, or inception; +efficientnet-lite0 for the score}" --attack-eps 0.0627 0.1 --device "$device" --max-minutes "$minutes" ${JUDGE:-} || [ $? -eq 3 ]
+    jem evaluate "$run" --extractor "${EXTRACTOR:?a path to a TorchScript file, or inception; +efficientnet-lite0 for the score}" --device "$device" --max-minutes "$minutes" ${JUDGE:-} || [ $? -eq 3 ]
     bring_back ;;
   table) jem report --runs "$runs" --figures "$out/figures" ;;
   *) echo "gpu.sh: $stage is unknown; accepted: measure, pace, train, sample, judge, table" >&2; exit 2 ;;
