@@ -237,8 +237,9 @@ def write_record(links: Links) -> list[str]:
 def write_source(notebooks: list[Path], processed: Path) -> None:
     shutil.rmtree(SOURCE, ignore_errors=True)
     SOURCE.mkdir(parents=True)
-    (SOURCE / "figures").mkdir()
-    for image in (ROOT / "figures").glob("*.[ps][nv]g"): shutil.copy(image, SOURCE / "figures")
+    for image in (ROOT / "figures").rglob("*.[ps][nv]g"):
+        copy = SOURCE / image.relative_to(ROOT)
+        copy.parent.mkdir(parents=True, exist_ok=True); shutil.copy(image, copy)
     pages = {page_name(p) for p in notebooks}
     have = lambda *names: [n for n in names if n in pages]
     modules = [page_name(p) for p in notebooks if re.match(r"\d+_", p.name)]
@@ -253,7 +254,7 @@ def write_source(notebooks: list[Path], processed: Path) -> None:
     contributing = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     (SOURCE / "contributing.md").write_text(links(re.sub(r"\]\((?![a-z]+:|#)", "](../", contributing)), encoding="utf-8")      # as if it lay in nbs/
     navigation = [toctree("Start", ["Home <self>", "contributing"]), toctree("Method", have("method", "open_choices")),
-                  toctree("Modules", modules), toctree("Replication", have("gallery", "judging", "speed") + write_record(links))]
+                  toctree("Modules", modules), toctree("Replication", have("gallery", "cifar10", "judging", "speed") + write_record(links))]
     for path in notebooks:
         nb = adapt(documents[path.name], links, module=page_name(path))
         if path.name == "index.ipynb": nb.cells.append(nbformat.v4.new_markdown_cell("\n\n".join(filter(None, navigation))))
