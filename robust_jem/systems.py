@@ -231,7 +231,7 @@ PRESETS: dict[str, dict[str, dict[str, dict[str, Any]]]] = {
         "evaluate": {"*": dict(num_restarts=1000, num_strangers=2000)},
     }},
     "cifar10-cpu": {"*": {
-        "train": {"*": dict(depth=10, width=2, lr=0.05, eps=0.0627, attack_steps=3, outer_steps=5, batch_size=64, epochs=12, schedule="cosine", warmup_steps=400, eps_warmup=3000, track_sampled=False),
+        "train": {"*": dict(depth=10, width=2, lr=0.05, eps=0.0627, attack_steps=3, outer_steps=5, batch_size=64, epochs=8, schedule="cosine", warmup_steps=400, eps_warmup=2500, track_sampled=False),
                   **{name: dict(lr=1e-4) for name in ("jem", "jem_factored", "igebm")}},     # Adam's, as in JEM
         "generate": {"*": dict(num_samples=10_000, batch_size=250)},     # with the paper's 50 steps, the default
         "evaluate": {"*": dict(num_robust=1000, num_restarts=200, num_strangers=1000, num_autoattack=100)},

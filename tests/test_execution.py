@@ -11,6 +11,7 @@ from robust_jem.attacks import pgd
 from robust_jem.data import InputError, load_images, to_unit
 from robust_jem.energy import input_gradient, marginal_energy, untouched
 from robust_jem.evaluation import accuracy, robust_accuracy
+from robust_jem import execution
 from robust_jem.execution import Accelerated, at_a_size_that_fits, choose_policy, resolve_device
 from robust_jem.networks import WideResNet
 from robust_jem.runs import Run
@@ -103,11 +104,12 @@ def test_policy_is_recorded(here, device, precision, compile, monkeypatch):
     assert summary["precision"] == precision and summary["compile"] == compile
 
 
-def test_auto_follows_the_device(monkeypatch):
-    for fast, precision in ((True, "bfloat16"), (False, "float32")):
-        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: fast)
-        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-        assert choose_policy(CPU).precision == precision and choose_policy(CPU).compile == "off"
+@pytest.mark.parametrize("amx, avx512, seconds, precision", ((True, True, None, "bfloat16"), (False, False, None, "float32"), (False, True, (1.0, 2.0), "bfloat16"), (False, True, (2.0, 1.0), "float32")))
+def test_auto_follows_the_device(monkeypatch, amx, avx512, seconds, precision):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(execution, "_convolution_seconds", lambda dtype: seconds[dtype == torch.float32])      # None: nothing to measure
+    assert choose_policy(CPU).precision == precision and choose_policy(CPU).compile == "off"
 
 
 @pytest.mark.parametrize("change, says", (({"precision": "float8"}, "precision: 'float8' is not accepted; accepted: auto, float32, bfloat16, float16"),
