@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['resolve_device', 'fast_bfloat16', 'Policy', 'choose_policy', 'Accelerated', 'out_of_memory', 'at_a_size_that_fits',
-           'OutOfTime', 'Deadline', 'Interrupted', 'StopRequest', 'Execution', 'executing']
+           'OutOfTime', 'Deadline', 'Interrupted', 'StopRequest', 'Execution', 'keep_freed_memory', 'executing']
 
 # %% ../nbs/08_execution.ipynb #9a9cfd7a
-import copy, functools, signal, sys, threading, time, timeit, warnings
+import copy, ctypes, functools, signal, sys, threading, time, timeit, warnings
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 
 import torch
@@ -201,6 +201,12 @@ class Execution:
     policy: Policy
     deadline: Deadline
 
+def keep_freed_memory():
+    "Let what one layer has freed serve the next: glibc would hand every large block back to the system, and fault it in again page by page. Other C libraries are left alone."
+    with suppress(OSError, TypeError, AttributeError):           # no such function
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-3, 2**30); mallopt(-1, 2**31 - 1)               # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, bytes
+
 @contextmanager
 def executing(
     config, # has device, precision, compile and max_minutes
@@ -213,6 +219,7 @@ def executing(
     try:
         with join_world("cuda" if cuda else "cpu") as world:
             device = resolve_device(config.device, world)
+            if device.type == "cpu": keep_freed_memory()
             with torch.backends.cudnn.flags(enabled=True, benchmark=True, deterministic=False, allow_tf32=False):
                 yield Execution(world, device, choose_policy(device, config.precision, config.compile), Deadline(config.max_minutes))
     finally: torch.set_num_threads(before)

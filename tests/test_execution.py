@@ -1,5 +1,7 @@
 """Precision, compilation, memory and time limits: what they may change, and what not."""
 import copy
+import subprocess
+import sys
 import time
 import warnings
 
@@ -110,6 +112,23 @@ def test_auto_follows_the_device(monkeypatch, amx, avx512, seconds, precision):
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
     monkeypatch.setattr(execution, "_convolution_seconds", lambda dtype: seconds[dtype == torch.float32])      # None: nothing to measure
     assert choose_policy(CPU).precision == precision and choose_policy(CPU).compile == "off"
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="counts Linux's page faults")
+def test_freed_memory_serves_again():
+    count = """
+import resource, torch
+from robust_jem.execution import keep_freed_memory
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(4): torch.ones(2**24)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+given_back = faults(); keep_freed_memory(); faults(); print(given_back, faults())
+"""
+    done = subprocess.run([sys.executable, "-c", count], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    given_back, kept = map(int, done.stdout.split())
+    assert kept * 10 < given_back
 
 
 @pytest.mark.parametrize("change, says", (({"precision": "float8"}, "precision: 'float8' is not accepted; accepted: auto, float32, bfloat16, float16"),
