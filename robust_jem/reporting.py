@@ -7,7 +7,7 @@ __all__ = ['INK', 'FIGURES', 'ReportConfig', 'collect', 'table1', 'grid_markdown
            'as_csv', 'sheet', 'chain_strip', 'curves', 'robustness', 'write_report']
 
 # %% ../nbs/12_reporting.ipynb #0e954997
-import csv, io, re, statistics
+import csv, io, math, re, statistics
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -126,9 +126,12 @@ def _mean_curve(runs: list[Run]) -> dict[str, float]:
 
 # %% ../nbs/12_reporting.ipynb #b662df0c
 def _cell(v, percent=False) -> str:
+    "A score to three significant digits, two to five of them decimals; percent to one decimal. The deviation has the mean's decimals."
     if v is None: return "–"
-    f = (lambda x: f"{100 * x:.1f}") if percent else (lambda x: f"{x:.2f}")
-    return f(v) if not isinstance(v, dict) else f(v["mean"]) + (f"\u00a0±\u00a0{f(v['std'])}" if v["std"] else "")       # no ± for one number in all runs
+    mean, std = (v["mean"], v["std"]) if isinstance(v, dict) else (v, None)
+    scale, decimals = (100, 1) if percent else (1, min(5, max(2, 2 - math.floor(math.log10(abs(mean))))) if mean else 2)
+    text = f"{round(scale * mean, decimals) + 0.0:.{decimals}f}"                                           # + 0.0: no minus before a zero
+    return text + (f"\u00a0±\u00a0{scale * std:.{decimals}f}" if std else "")                              # no ± for one number in all runs
 
 def _grid(table: dict) -> list[list[str]]:
     is_, fd = table["columns"]
@@ -150,8 +153,7 @@ def scores_markdown(table: dict) -> str:
     "Every score of every sample set as Markdown: kernel distance, precision and recall, density and coverage besides Table 1's."
     rows = [r for r in table["rows"] if "n" in r]
     names = [k for k in dict.fromkeys(k for r in rows for k in r) if k.split("-")[0] in _SCORES or k in ("precision", "recall", "density", "coverage")]
-    text = lambda v: "–" if v is None else f"{v['mean']:.3f}" + (f"\u00a0±\u00a0{v['std']:.3f}" if v["std"] else "")
-    return grid_markdown([["samples", *names, "n", "sets"], *[[r["model"], *[text(r.get(k)) for k in names], str(r["n"]), str(r["sets"])] for r in rows]]) + "\n"
+    return grid_markdown([["samples", *names, "n", "sets"], *[[r["model"], *[_cell(r.get(k)) for k in names], str(r["n"]), str(r["sets"])] for r in rows]]) + "\n"
 
 def cost_markdown(table: dict) -> str:
     "What every run cost, on what, as Markdown."
