@@ -126,10 +126,11 @@ def _mean_curve(runs: list[Run]) -> dict[str, float]:
 
 # %% ../nbs/12_reporting.ipynb #b662df0c
 def _cell(v, percent=False) -> str:
-    "A score to three significant digits, two to five of them decimals; percent to one decimal. The deviation has the mean's decimals."
+    "A score to three significant digits, more where its deviation has none otherwise, two to six decimals; percent to one decimal."
     if v is None: return "–"
     mean, std = (v["mean"], v["std"]) if isinstance(v, dict) else (v, None)
-    scale, decimals = (100, 1) if percent else (1, min(5, max(2, 2 - math.floor(math.log10(abs(mean))))) if mean else 2)
+    place = lambda x, digits: digits - 1 - math.floor(math.log10(abs(x))) if x else 0
+    scale, decimals = (100, 1) if percent else (1, min(6 if std else 5, max(2, place(mean, 3), place(std, 1))))
     text = f"{round(scale * mean, decimals) + 0.0:.{decimals}f}"                                           # + 0.0: no minus before a zero
     return text + (f"\u00a0±\u00a0{scale * std:.{decimals}f}" if std else "")                              # no ± for one number in all runs
 
