@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import matplotlib.pyplot as plt
 import torch
 
+from .data import InputError
 from .detection import SCORES
 from .generation import RobustJEM
 from .plots import Findings, detection_histograms, distal_sheet, draw, reliability, robustness_curves, save_figure
@@ -164,15 +165,16 @@ def write_pretrained(
 ) -> Path: # the folder
     """Weights and their card, to be committed or uploaded: model.safetensors, config.json, README.md. What was measured is on the card: evaluate first.
 
-    Besides, `run/` has the run's settings, log and scores: with float32 weights moved in, it is the run again, without checkpoints and samples.
+    Besides, `run/` has the run's settings, log and scores: with float32 weights moved in, it is the run again, without checkpoints and samples. Raises `InputError` while its accuracies are half measured.
     """
     jem, r = RobustJEM.from_run(run), Run(run)
+    if (c := r.scores().get("classification")) and "accuracy" not in c: raise InputError(f"{r.path / 'scores/classification.json'}: isn't finished; run the interrupted evaluation to its end first")
     jem.save_pretrained(folder, dtype, prior=False)
     if dtype == torch.float32: write_bytes(Path(folder) / "model.safetensors", (r.path / "model.safetensors").read_bytes())       # to the byte: scores name the file's hash
-    title, scores = SYSTEMS[r.config.system].title, r.scores()
+    title = SYSTEMS[r.config.system].title
     out = [f"# {title} on {r.config.dataset}", "> A classifier whose logits define an energy. Weights as " + str(dtype).removeprefix("torch.") + "; where its chains start, the class-conditional Gaussian prior, is fitted again to the data set when first used.",
            _the_model(r, jem.shape, len(jem.classes), f'from_pretrained("{folder}")'), LIMITS]
-    if c := scores.get("classification"): out.append("## Accuracy, %\n\n" + grid_markdown([["images", *[f"ε = {e}" if float(e) else "not attacked" for e in c["robust accuracy"]]], [str(c["n attacked"]), *map(_percent, c["robust accuracy"].values())]]) + f"\n\n{_percent(c['accuracy'])} % of all {c['n']:,} test images. Attacks: {c['threat_model']}, seed {c['seed']}. Measured with the run's own weights.")
+    if c: out.append("## Accuracy, %\n\n" + grid_markdown([["images", *[f"ε = {e}" if float(e) else "not attacked" for e in c["robust accuracy"]]], [str(c["n attacked"]), *map(_percent, c["robust accuracy"].values())]]) + f"\n\n{_percent(c['accuracy'])} % of all {c['n']:,} test images. Attacks: {c['threat_model']}, seed {c['seed']}. Measured with the run's own weights.")
     if table := samples_table([SimpleNamespace(subject={"run": str(run)}, title=title)]): out.append(f"## Samples\n\n{table}")
     write_bytes(Path(folder) / "README.md", ("\n\n".join(out) + "\n").encode())
     for file in (*(r.path / f for f in ("config.json", "summary.json", "metrics.jsonl")), *sorted((r.path / "scores").glob("*.json"))): write_bytes(Path(folder) / "run" / file.relative_to(r.path), file.read_bytes())

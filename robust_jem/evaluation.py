@@ -187,7 +187,7 @@ class Judge:
     def __init__(self, config: EvaluateConfig, images: Images, at: Execution, progress: bool = True):
         self.config, self.images, self.at, self.progress, self.cache = config, images, at, progress, data_root(config.root) / ".cache"
         self.extractor = feature_extractor(config.extractor, self.cache, config.extractor_precision).to(at.device)
-        try: extract(self.extractor, images.test_x[:2], device=at.device)               # what can't work fails before anything is measured
+        try: self.scores = extract(self.extractor, images.test_x[:2], device=at.device)[1] is not None        # what can't work fails before anything is measured
         except RuntimeError as e: raise InputError(f"extractor: {config.extractor} doesn't take {'x'.join(map(str, images.shape))} images ({str(e).splitlines()[-1][:80]})") from e
 
     def settings(self) -> dict:
@@ -232,6 +232,8 @@ def _evaluate(config: EvaluateConfig, run: Run, at: Execution, progress: bool) -
     for name, (_, _, s) in sets.items():
         if lacking := [k for k in ("config", "batch_size", "weights", "share_outside") if k not in s or k == "config" and not isinstance(s[k], dict)]:
             raise InputError(f"{run.path / 'samples' / name / 'summary.json'}: lacks {', '.join(lacking)}; remove its folder, and draw the samples again")
+    if judge.scores and config.splits > (fewest := min([len(images.test_x), *(len(x) for x, _, _ in sets.values())])):
+        raise InputError(f"splits: {config.splits} is outside 1..{fewest}, the number of images in the smallest of the held-out images and the sample sets")
     n = min(config.num_robust, len(images.test_x))
     same = {"n attacked": n} | dict(weights=run.weights, fingerprint=images.fingerprint, threat_model=f"PGD-{config.attack_steps}, {config.attack_norm}, untargeted, one random start, [-1,1] scale", seed=config.seed, precision=at.policy.precision)
     def classification():

@@ -306,6 +306,10 @@ def test_unusable_extractor_is_refused_before_any_work(refused, runs, here, spec
     refused("evaluate", "--run", "runs/robust_jem", "--extractor", spec, "--num-robust", 10, says=says)
 
 
+def test_more_splits_than_images_are_refused_before_any_work(refused, runs):
+    refused("evaluate", "--run", "runs/robust_jem", "--extractor", "classifier:runs/judge", "--num-robust", 10, "--splits", 41, says=["splits", "41", "1..40"])
+
+
 @pytest.mark.parametrize("root", ("", "elsewhere"))
 def test_inception_without_a_network(refused, runs, monkeypatch, root):
     def offline(*_, **__): raise URLError("no network")

@@ -4,19 +4,21 @@ import subprocess
 import sys
 import time
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from robust_jem.attacks import pgd
+from robust_jem.card import write_pretrained
 from robust_jem.data import InputError, load_images, to_unit
 from robust_jem.energy import input_gradient, marginal_energy, untouched
 from robust_jem.evaluation import accuracy, robust_accuracy
 from robust_jem import execution
 from robust_jem.execution import Accelerated, at_a_size_that_fits, choose_policy, resolve_device
 from robust_jem.networks import WideResNet
-from robust_jem.runs import Run
+from robust_jem.runs import Run, read_json, write_json
 from robust_jem.samplers import proximal_sgld
 from robust_jem.systems import TrainConfig, configure
 from robust_jem.training import train
@@ -203,6 +205,12 @@ def test_time_limit_of_evaluation_goes_on_to_the_same_scores(runs, cli, monkeypa
         codes.append(cli("evaluate", runs / "robust_jem", *options, "--max-minutes", 0.02).code)
         assert codes[-1] in (0, 3) and len(codes) < 20
     assert len(codes) > 1
+    classification = run.path / "scores/classification.json"
+    finished = classification.read_bytes()
+    write_json(classification, {k: v for k, v in read_json(classification).items() if k != "accuracy"})       # what an interrupted one leaves
+    with pytest.raises(InputError, match="classification.json: isn't finished"): write_pretrained(run.path, "card")
+    assert not Path("card").exists()
+    classification.write_bytes(finished)
     same = lambda s: {n: {k: v for k, v in part.items() if k not in ("seconds", "finished")} for n, part in s.items()}
     assert same(run.scores()) == same(whole)
 
