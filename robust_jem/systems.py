@@ -225,7 +225,7 @@ _DIGITS = dict(depth=10, width=1, eps=0.2, attack_steps=5, sampler_step_size=0.0
 _DIGITS_JEM = dict(sampler_step_size=0.2, lr=1e-3)
 PRESETS: dict[str, dict[str, dict[str, dict[str, Any]]]] = {
     "paper": {"*": {"generate": {"energy-unconditional": dict(outer_steps=300)}}},
-    "h100": {"*": {     # for the minutes of gpu.sh, which also finds the epochs that fit; not tried on a GPU yet
+    "h100": {"*": {     # for the minutes of gpu.sh, which also finds the epochs that fit; its settings are untried, its network isn't
         "train": {"*": dict(width=4, attack_steps=7, outer_steps=5, batch_size=256, epochs=30, schedule="cosine", warmup_steps=300, eps_warmup=1200, track_sampled=False)},
         "generate": {"*": dict(num_samples=10_000, batch_size=500, outer_steps=30)},
         "evaluate": {"*": dict(num_restarts=1000, num_strangers=2000)},
