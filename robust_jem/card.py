@@ -19,7 +19,7 @@ from .detection import SCORES
 from .generation import RobustJEM
 from .plots import Findings, detection_histograms, distal_sheet, draw, reliability, robustness_curves, save_figure
 from .reporting import grid_markdown
-from .runs import Run, write_bytes, write_json
+from .runs import Run, read_tensors, write_bytes, write_json
 from .systems import SYSTEMS
 
 # %% ../nbs/12_card.ipynb #2a75dd3c
@@ -170,7 +170,8 @@ def write_pretrained(
     jem, r = RobustJEM.from_run(run), Run(run)
     if (c := r.scores().get("classification")) and "accuracy" not in c: raise InputError(f"{r.path / 'scores/classification.json'}: isn't finished; run the interrupted evaluation to its end first")
     jem.save_pretrained(folder, dtype, prior=False)
-    if dtype == torch.float32: write_bytes(Path(folder) / "model.safetensors", (r.path / "model.safetensors").read_bytes())       # to the byte: scores name the file's hash
+    if {t.dtype for t in read_tensors(r.path / "model.safetensors")[0].values() if t.is_floating_point()} == {dtype}:
+        write_bytes(Path(folder) / "model.safetensors", (r.path / "model.safetensors").read_bytes())       # to the byte: scores name the file's hash
     title = SYSTEMS[r.config.system].title
     out = [f"# {title} on {r.config.dataset}", "> A classifier whose logits define an energy. Weights as " + str(dtype).removeprefix("torch.") + "; where its chains start, the class-conditional Gaussian prior, is fitted again to the data set when first used.",
            _the_model(r, jem.shape, len(jem.classes), f'from_pretrained("{folder}")'), LIMITS]
