@@ -96,7 +96,10 @@ class ScriptExtractor(Extractor):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", FutureWarning)                       # newer PyTorch would rather have exported programs; Inception's files are scripts
                 self.net = torch.jit.load(path, map_location="cpu").eval().to(memory_format=torch.channels_last)      # a third faster on a CPU
-        except RuntimeError as e: raise InputError(f"extractor: {path} is not a TorchScript file ({' '.join(str(e).split())[:120]})") from e
+        except RuntimeError as e:
+            newer = re.search(r"Unknown builtin op: (\w+::\w+)", text := " ".join(str(e).split()))
+            why = f"was saved by a newer PyTorch than this {torch.__version__}, which has no {newer[1]}: update PyTorch" if newer else f"is not a TorchScript file ({text[:120]})"
+            raise InputError(f"extractor: {path} {why}") from e
         trunk = re.fullmatch(r"inception-2015-12-05-(\d+)", Path(path).stem)
         self.suffix, self.key = trunk[1] if trunk else Path(path).stem, hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
     def forward(self, x): return self.net(_rgb(x).contiguous(memory_format=torch.channels_last))

@@ -6,6 +6,7 @@ import re
 import shlex
 import shutil
 import urllib.request
+import zipfile
 from urllib.error import URLError
 
 import pytest
@@ -284,6 +285,7 @@ EXTRACTORS = [
     ("runs", ["extractor", "runs"]),
     ("garbage.pt", ["extractor", "garbage.pt", "TorchScript"]),
     ("state.pt", ["extractor", "state.pt", "TorchScript"]),
+    ("newer.pt", ["extractor", "newer.pt", torch.__version__, "aten::softmix", "update PyTorch"]),
     ("other.pt", ["extractor", "other.pt"]),
     ("classifier:", ["run", "config.json"]),
     ("classifier:nowhere", ["run", "nowhere", "config.json"]),
@@ -295,6 +297,10 @@ def write_extractors(here):
     "The files and the run that the list names."
     (here / "garbage.pt").write_bytes(b"junk" * 100)
     torch.save({"weight": torch.zeros(2)}, here / "state.pt")
+    # a script by a PyTorch that has operators which this one lacks
+    torch.jit.script(torch.nn.Softmax(1)).save(str(here / "known.pt"))
+    with zipfile.ZipFile(here / "known.pt") as known, zipfile.ZipFile(here / "newer.pt", "w") as newer:
+        for name in known.namelist(): newer.writestr(name, known.read(name).replace(b"torch.softmax", b"torch.softmix"))
     # a script that takes other images than ours: found out before anything is measured
     torch.jit.trace(torch.nn.Conv2d(5, 2, 3), torch.zeros(1, 5, 8, 8)).save(str(here / "other.pt"))
     shutil.copytree(here / "runs/judge", here / "runs/untrained", ignore=shutil.ignore_patterns("model.safetensors"))
