@@ -46,7 +46,7 @@ class BenchmarkConfig(Config):
     device: str = "auto"                     # auto, cpu, cuda, cuda:1, …
     precision: str = "auto"                  # of the growth curves
     compile: str = "off"                     # of the growth curves
-    threads: int = option(0, 0)              # CPU threads; 0: PyTorch's choice
+    threads: int = option(0, 0)              # CPU threads, at most one a core; 0: PyTorch's choice
     max_minutes: float = option(0.0, 0)      # leave out what would start after this time; 0: no limit
 
     def __post_init__(self):
@@ -207,7 +207,10 @@ def markdown(out: dict) -> str:
 def figure(out: dict):
     "Speed against the reference's, and how the cost grows with batch, width and processes."
     import matplotlib.pyplot as plt
-    fig, axes = plt.subplots(1, 4, figsize=(12, 3), layout="constrained", width_ratios=(1.5, 1, 1, 1.2))
+    from matplotlib.ticker import FormatStrFormatter, LogLocator, NullLocator
+    grown = out.get("growth", {})
+    curves = [(k, label) for k, label in (("batch", "images in the batch"), ("width", "width of the network")) if k in grown]
+    fig, axes = plt.subplots(1, 2 + len(curves), figsize=(6.5 + 2.75 * len(curves), 3), layout="constrained", width_ratios=(1.5, *[1] * len(curves), 1.2))
     batch, table = next(iter(out["tables"].items()))
     variants, colours = list(dict.fromkeys(v for row in table.values() for v in row if v != "reference")), ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")
     for i, v in enumerate(variants):
@@ -215,22 +218,23 @@ def figure(out: dict):
         bars = axes[0].barh([p for p, _ in at], [t for _, t in at], 0.8 / len(variants), label=v, color=colours[i % 5])
         axes[0].bar_label(bars, [f"{t:.3g}" for _, t in at], fontsize=6, padding=1)
     axes[0].set(yticks=range(len(table)), yticklabels=table, xscale="log", xlabel="times the reference's speed", title=f"{out['network']}, batch {batch}"); axes[0].invert_yaxis(); axes[0].axvline(1, color="k", lw=0.8); axes[0].margins(x=0.15)
-    grown = out.get("growth", {})
-    for ax, name, label in ((axes[1], "batch", "images in the batch"), (axes[2], "width", "width of the network")):
-        if name not in grown: continue
+    for ax, (name, label) in zip(axes[1:], curves):
         x, y = [int(k) for k in grown[name]], [1e3 * t for t in grown[name].values()]
         ax.loglog(x, y, "o-", color=colours[0], ms=4, label="measured")
         ax.loglog(x, [y[-1] * (v / x[-1]) ** (2 if name == "width" else 1) for v in x], ":", color="0.4", label="in proportion to operations")
         ax.set(xlabel=label, ylabel="ms for one gradient of the batch", title=f"growth with {name}", xticks=x, xticklabels=x); ax.minorticks_off(); ax.legend(fontsize=6.5)
     n, many = [1, 2, 4, 8, 16, 32, 64], flops(WideResNet(28, 10), (3, 32, 32))
     per_image = step_flops(configure(TrainConfig, "robust_jem", "cifar10", "paper"), many) / 320e12
+    last = axes[-1]
     for images, label, colour in ((64, "64 images a GPU", colours[0]), (None, "512 images in all", colours[1])):
         base = modelled_seconds(1, images or 512, 0.05, per_image, 36_500_000)
-        axes[3].loglog(n, [base / modelled_seconds(k, images * k if images else 512, 0.05, per_image, 36_500_000) * (k if images else 1) for k in n], "o-", ms=3, color=colour, label=f"modelled: {label}")
-    axes[3].loglog(n, n, ":", color="0.4", label="ideal")
+        last.loglog(n, [base / modelled_seconds(k, images * k if images else 512, 0.05, per_image, 36_500_000) * (k if images else 1) for k in n], "o-", ms=3, color=colour, label=f"modelled: {label}")
+    last.loglog(n, n, ":", color="0.4", label="ideal")
     for (kind, times), mark in zip(grown.get("processes", {}).items(), "s^"):
-        one = times["1"]; axes[3].loglog([int(k) for k in times], [one / t * (int(k) if kind == "weak" else 1) for k, t in times.items()], mark, color="k", ms=4, label=f"measured here: {kind}")
-    axes[3].set(xlabel="processes, each with a device", ylabel="times one device's images/s", title="scale-out", xticks=n, xticklabels=n); axes[3].minorticks_off(); axes[3].legend(fontsize=6)
+        one = times["1"]; last.loglog([int(k) for k in times], [one / t * (int(k) if kind == "weak" else 1) for k, t in times.items()], mark, color="k", ms=4, label=f"measured here: {kind}")
+    last.set(xlabel="processes, each with a device", ylabel="times one device's images/s", title="scale-out", xticks=n, xticklabels=n); last.minorticks_off(); last.legend(fontsize=6)
+    for axis in (axes[0].xaxis, *(ax.yaxis for ax in axes[1:])):              # few tens fit: 1, 2, 5, 10, …
+        axis.set(major_locator=LogLocator(subs=(1, 2, 5)), minor_locator=NullLocator(), major_formatter=FormatStrFormatter("%g"))
     for ax in axes: ax.title.set_fontsize(9); ax.tick_params(labelsize=7); ax.xaxis.label.set_fontsize(8); ax.yaxis.label.set_fontsize(8)
-    axes[0].legend(fontsize=6.5, loc="lower right")
+    axes[0].legend(fontsize=6.5, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=len(variants), frameon=False)       # below: bars fill the panel
     return fig

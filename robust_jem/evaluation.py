@@ -221,7 +221,7 @@ def evaluate_run(
     Raises `InputError`, and `OutOfTime` when max_minutes are over.
     """
     run = Run(config.run).finished()
-    with executing(config, run.config.threads) as at:
+    with executing(config, config.threads or run.config.threads) as at:
         if at.world.size > 1: raise InputError("evaluate: runs in one process; start it without torchrun")
         with exclusive(run.path / "scores", "evaluating"): return _evaluate(config, run, at, progress)
 

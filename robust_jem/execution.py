@@ -7,7 +7,7 @@ __all__ = ['resolve_device', 'fast_bfloat16', 'Policy', 'choose_policy', 'Accele
            'OutOfTime', 'Deadline', 'Interrupted', 'StopRequest', 'Execution', 'keep_freed_memory', 'executing']
 
 # %% ../nbs/08_execution.ipynb #9a9cfd7a
-import copy, ctypes, functools, signal, sys, threading, time, timeit, warnings
+import copy, ctypes, functools, os, signal, sys, threading, time, timeit, warnings
 from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -210,11 +210,11 @@ def keep_freed_memory():
 @contextmanager
 def executing(
     config, # has device, precision, compile and max_minutes
-    threads: int = 0, # CPU threads; 0: PyTorch's choice
+    threads: int = 0, # CPU threads, at most one a core: a run may come from a larger machine; 0: PyTorch's choice
 ):
     "Join the job, resolve the device, set the device's switches, start the clock; the switches are put back at the end."
     before = torch.get_num_threads()
-    if threads: torch.set_num_threads(threads)
+    if threads: torch.set_num_threads(min(threads, os.cpu_count() or 1))
     cuda = config.device != "cpu" and torch.cuda.is_available()
     try:
         with join_world("cuda" if cuda else "cpu") as world:

@@ -84,7 +84,7 @@ def generate_samples(
         if other := [k for k in asked if json.dumps(asked[k]) != json.dumps(there.get(k)) and k not in HOW]:
             raise InputError(f"name: {folder} holds samples with other settings ({', '.join(f'{k}: {there.get(k)} there, {asked[k]} given' for k in other[:3])}); give another name or remove it")
         if summary.get("weights") == run.weights: return folder                      # else they are of an earlier training: draw anew
-    with executing(config, run.config.threads) as at:
+    with executing(config, config.threads or run.config.threads) as at:
         size, draw = min(config.batch_size, config.num_samples), lambda size: _draw(config, run, folder, at, size, progress and at.world.main)
         with exclusive(folder, "drawing samples") if at.world.main else nullcontext(): at_a_size_that_fits(draw, size) if at.world.size == 1 else draw(size)
     return folder

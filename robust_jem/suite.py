@@ -181,7 +181,7 @@ def evaluate(
 def evaluate_suite(config: EvaluateConfig, progress: bool = True) -> dict[str, dict]:
     "The suite's parts alone."
     run, folder = Run(config.run).finished() if config.run else None, suite_folder(config)
-    with executing(config, run.config.threads if run else 0) as at, exclusive(folder, "evaluating"):
+    with executing(config, config.threads or (run.config.threads if run else 0)) as at, exclusive(folder, "evaluating"):
         if at.world.size > 1: raise InputError("evaluate: runs in one process; start it without torchrun")
         s, parts, wanted = Subject.of_run(run, at) if run else Subject.of_model(config, at), Parts(folder, at), lambda name: config.suite in ("full", name)
         s.model.eval()

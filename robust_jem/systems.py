@@ -31,7 +31,7 @@ class TrainConfig(Config):
     out: str = ""                            # run folder; empty: runs/<dataset>-<preset>/<system>-s<seed>
     root: str = ""                           # folder of the data sets; empty: $ROBUST_JEM_DATA, else ./data
     device: str = "auto"                     # auto, cpu, cuda, cuda:1, …
-    threads: int = option(0, 0, 4096)              # CPU threads; 0: PyTorch's choice
+    threads: int = option(0, 0, 4096)              # CPU threads, at most one a core; 0: PyTorch's choice
     precision: Precision = "auto"            # of the network's products; auto: bfloat16 where the device multiplies it fast
     compile: Compile = "auto"                # torch.compile's mode; auto: default on a GPU, off on a CPU
     max_minutes: float = option(0.0, 0)      # stop with a checkpoint after this time; 0: no limit
@@ -125,6 +125,7 @@ class GenerateConfig(Config):
     sampler_statistics: Statistics = "batch" # batch norm while sampling: batch, as in training
     name: str = ""                           # of the sample set; empty: <method>, or energy-unconditional
     device: str = "auto"                     # auto, cpu, cuda, cuda:1, …
+    threads: int = option(0, 0, 4096)        # CPU threads, at most one a core; 0: as in training
     precision: Precision = "auto"            # as in training
     compile: Compile = "auto"                # as in training
     max_minutes: float = option(0.0, 0)      # stop after this time, keeping the finished batches; 0: no limit
@@ -164,6 +165,7 @@ class EvaluateConfig(Config):
     splits: int = option(10, 1)              # of the Inception Score (convention: 10)
     seed: int = option(0, 0, 2**63 - 1)      # of random starts and subsets
     device: str = "auto"                     # auto, cpu, cuda, cuda:1, …
+    threads: int = option(0, 0, 4096)        # CPU threads, at most one a core; 0: as in the run's training
     precision: Precision = "float32"         # scores are exact unless asked otherwise
     compile: Compile = "off"                 # as in training
     max_minutes: float = option(0.0, 0)      # stop after this time, keeping the finished parts; 0: no limit

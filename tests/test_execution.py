@@ -1,5 +1,6 @@
 """Precision, compilation, memory and time limits: what they may change, and what not."""
 import copy
+import os
 import subprocess
 import sys
 import time
@@ -131,6 +132,15 @@ given_back = faults(); keep_freed_memory(); faults(); faults(); print(given_back
     assert done.returncode == 0, done.stderr
     given_back, kept = map(int, done.stdout.split())
     assert kept * 3 < given_back              # a small block in the wrong place can cost one array of the four, not all
+
+
+def test_threads_are_at_most_one_a_core(runs, cli):
+    "A run may have been trained on a larger machine than the one that samples or measures it."
+    run = runs / "robust_jem"
+    write_json(run / "config.json", read_json(run / "config.json") | {"threads": 4096})
+    for given, used in ((0, os.cpu_count()), (1, 1)):
+        assert cli("generate", run, "--num-samples", 10, "--outer-steps", 1, "--name", f"t{given}", "--threads", given, "--device", "cpu").code == 0
+        assert read_json(run / f"samples/t{given}/summary.json")["device"].endswith(f"CPU, {used} threads")
 
 
 @pytest.mark.parametrize("change, says", (({"precision": "float8"}, "precision: 'float8' is not accepted; accepted: auto, float32, bfloat16, float16"),
