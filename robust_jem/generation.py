@@ -103,10 +103,14 @@ def _draw(config: GenerateConfig, run: Run, folder: Path, at: Execution, size: i
         return False
     left = [i for i in range(batches) if not whole(i)]                               # a damaged part is drawn again
     world.wait()                                                                     # all have looked before process 0 writes
-    def batch(i):
+    attacked = config.target_steps * (config.method != "energy")
+    steps = attacked + config.outer_steps * (config.method != "attack")
+    def batch(i, done, bar):
         strip = {}                                                                   # ten chains of the first batch, for pictures
         def keep(name, x):
             if i == 0 and name in shown: strip[name] = to_uint8(x[:10])
+            taken = 0 if name == "prior" else attacked + (int(name[5:]) if name.startswith("step ") else 0)
+            bar.update(max(0, min(int((done + taken * world.size / max(steps, 1)) * size), config.num_samples) - bar.n))   # a batch may take half an hour
         x = generate(model, prior, y[i * size:(i + 1) * size], config.method, sampler=sampler, conditional=config.conditional, outer_steps=config.outer_steps, inner_steps=config.inner_steps, eps=config.eps,
                      target_steps=config.target_steps, attack_step_size=config.attack_step_size, random_start=config.random_start, contrast=config.contrast, bounds=(-1, 1) if config.bounds else None,
                      attack_statistics=config.attack_statistics, sampler_statistics=config.sampler_statistics, generator=stream(config.seed, "batch", i, device=device), on_stage=keep)
@@ -114,13 +118,14 @@ def _draw(config: GenerateConfig, run: Run, folder: Path, at: Execution, size: i
     with progress_bar(total=config.num_samples, initial=min((batches - len(left)) * size, config.num_samples), desc=f"{config.label} samples of {run.config.system}", unit="img", disable=not progress) as bar:
         for first in range(0, len(left), world.size):
             now = left[first:first + world.size]
-            x, outside, strip = batch(now[min(world.rank, len(now) - 1)])            # in the last round, some may have nothing left: they repeat another's batch
+            done = batches - len(left) + first
+            x, outside, strip = batch(now[min(world.rank, len(now) - 1)], done, bar) # in the last round, some may have nothing left: they repeat another's batch
             x, outside = world.gather(x), world.gather(outside)
             for k, i in enumerate(now if world.main else ()):
                 write_tensors(file(i), {"x": x[k * size:(k + 1) * size]} | ({"strip": torch.stack(list(strip.values()))} if i == 0 else {}), {"outside": float(outside[k]), "stages": list(strip), "seconds": round((time.perf_counter() - began) / (first + len(now)), 4)})
-            bar.update(min(len(now) * size, config.num_samples - bar.n))
+            bar.update(min((done + len(now)) * size, config.num_samples) - bar.n)
             if config.max_minutes and first + len(now) < len(left) and world.agree(at.deadline.reached(), device):
-                raise OutOfTime(f"{folder}: stopped after {batches - len(left) + first + len(now)} of {batches} batches, max_minutes {config.max_minutes:g}; the same command goes on from there")
+                raise OutOfTime(f"{folder}: stopped after {done + len(now)} of {batches} batches, max_minutes {config.max_minutes:g}; the same command goes on from there")
     if not world.main: return
     kept = [read_tensors(file(i)) for i in range(batches)]
     seconds = sum(meta["seconds"] for _, meta in kept)

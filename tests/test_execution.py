@@ -10,18 +10,19 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from tqdm import tqdm
 
+from robust_jem import execution, generation
 from robust_jem.attacks import pgd
 from robust_jem.card import write_pretrained
 from robust_jem.data import InputError, load_images, to_unit
 from robust_jem.energy import input_gradient, marginal_energy, untouched
 from robust_jem.evaluation import accuracy, robust_accuracy
-from robust_jem import execution
 from robust_jem.execution import Accelerated, at_a_size_that_fits, choose_policy, resolve_device
 from robust_jem.networks import WideResNet
 from robust_jem.runs import Run, read_json, write_json
 from robust_jem.samplers import proximal_sgld
-from robust_jem.systems import TrainConfig, configure
+from robust_jem.systems import GenerateConfig, TrainConfig, configure
 from robust_jem.training import train
 
 CPU = torch.device("cpu")
@@ -141,6 +142,21 @@ def test_threads_are_at_most_one_a_core(runs, cli):
     for given, used in ((0, os.cpu_count()), (1, 1)):
         assert cli("generate", run, "--num-samples", 10, "--outer-steps", 1, "--name", f"t{given}", "--threads", given, "--device", "cpu").code == 0
         assert read_json(run / f"samples/t{given}/summary.json")["device"].endswith(f"CPU, {used} threads")
+
+
+def test_progress_moves_within_a_batch(runs, monkeypatch):
+    "On a large network one batch takes half an hour: each gradient of it counts, and a batch's surplus doesn't."
+    shown = []
+    class Recorded(tqdm):
+        def update(self, n=1):
+            assert n >= 0
+            super().update(n); shown.append(self.n)
+    monkeypatch.setattr(generation, "progress_bar", Recorded)
+    draw = lambda method, **kw: generation.generate_samples(configure(GenerateConfig, "robust_jem", run=str(runs / "robust_jem"), method=method, name=method + "-shown", batch_size=10, target_steps=2, device="cpu", **kw))
+    draw("combined", num_samples=15, outer_steps=3)
+    assert shown == [0, 4, 4, 6, 8, 10, 10, 10, 14, 14, 15, 15, 15, 15]      # prior, attack (2 of 5), contrast, three steps, the batch
+    shown.clear(); draw("attack", num_samples=10)
+    assert shown == [0, 10, 10]
 
 
 @pytest.mark.parametrize("change, says", (({"precision": "float8"}, "precision: 'float8' is not accepted; accepted: auto, float32, bfloat16, float16"),
