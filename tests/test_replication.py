@@ -1,10 +1,12 @@
 """The papermill stages alone, and `replicate`: what runs, in which order, what is skipped, and what is left after a failure or an interruption."""
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import nbformat
@@ -270,6 +272,20 @@ def test_replication_notebooks_name_parameters_that_exist():
         cell = next(c for c in nbformat.read(STAGES / f"{name}.ipynb", 4).cells if "parameters" in c.metadata.get("tags", []))
         names = {line.split("=")[0].strip() for line in cell.source.splitlines()}
         assert names and names <= known
+
+
+def test_gpu_script_makes_a_trunk_for_an_older_pytorch(tmp_path):
+    "Scripts of F.interpolate name an operator that PyTorch 2.11 lacks; the copy doesn't, and computes the same."
+    class Resize(torch.nn.Module):
+        def forward(self, x): return torch.nn.functional.interpolate(x, size=[9, 9], mode="bilinear").flatten(1)
+    torch.jit.script(Resize()).save(str(tmp_path / "resize.pt"))
+    script = command_line.notebook_path("train").parent / "gpu.sh"
+    done = subprocess.run(["bash", str(script), "trunk", str(tmp_path / "out"), str(tmp_path / "resize.pt")], env=os.environ | {"PYTHON": sys.executable}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    operators = lambda path: {op for code in (zipfile.ZipFile(path),) for n in code.namelist() if n.endswith(".py") for op in re.findall(rb"torch\.(_upsample_\w+)\(", code.read(n))}
+    assert operators(tmp_path / "out/resize.pt") == operators(tmp_path / "resize.pt") - {b"_upsample_lanczos2d_aa"}
+    x = torch.rand(2, 3, 4, 4)
+    assert torch.equal(torch.jit.load(str(tmp_path / "out/resize.pt"))(x), Resize()(x))
 
 
 @pytest.mark.slow

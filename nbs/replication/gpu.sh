@@ -7,15 +7,16 @@
 #   gpu.sh sample  OUT RUNS SYSTEM           10,000 samples a row
 #   gpu.sh judge   OUT RUNS SYSTEM           accuracy, PGD, sample scores; EXTRACTOR names the features
 #   gpu.sh table   OUT RUNS                  Table 1 and figures
+#   gpu.sh trunk   OUT FILE                  a copy of a TorchScript file for an older PyTorch, which refuses scripts that name an operator it lacks
 #
 # RUNS keeps the run folders while the machine is held; OUT is what is brought back, each file under 16 MiB.
 # ROBUST_JEM_DATA is the folder with cifar10/{train,test}/<class>/*. A dry run anywhere, in a few minutes on a CPU:
 #   PRESET=cifar10-cpu SMALL="--depth 10 --width 1 --batch-size 16" MINUTES=0.3 BUDGET=1 DEVICE=cpu gpu.sh pace out runs robust_jem
 set -euo pipefail
-stage=${1:?measure, pace, train, sample, judge or table}; out=${2:?a folder for what is brought back}; runs=${3:-runs}; system=${4:-robust_jem}
+stage=${1:?measure, pace, train, sample, judge, table or trunk}; out=${2:?a folder for what is brought back}; runs=${3:-runs}; system=${4:-robust_jem}
 minutes=${MINUTES:-8.5}; budget=${BUDGET:-25}; preset=${PRESET:-h100}; device=${DEVICE:-auto}; seed=${SEED:-0}; small=(${SMALL:-})
 jem() { ${PYTHON:-python3} -m robust_jem.cli "$@"; }
-run=$runs/$system-s$seed; mkdir -p "$out" "$runs"
+run=$runs/$system-s$seed; mkdir -p "$out"
 common=(--system "$system" --dataset cifar10 --preset "$preset" --seed "$seed" --device "$device" "${small[@]}")
 export PYTHONUNBUFFERED=1
 
@@ -67,5 +68,18 @@ P
     jem evaluate "$run" --extractor "${EXTRACTOR:?a path to a TorchScript file, or inception; +efficientnet-lite0 for the score}" --device "$device" --max-minutes "$minutes" ${JUDGE:-} || [ $? -eq 3 ]
     bring_back ;;
   table) jem report --runs "$runs" --figures "$out/figures" ;;
-  *) echo "gpu.sh: $stage is unknown; accepted: measure, pace, train, sample, judge, table" >&2; exit 2 ;;
+  trunk)                                         # Inception resizes by bilinear interpolation; the branch for Lanczos, in scripts of PyTorch 2.14, is never taken
+    ${PYTHON:-python3} - "${3:?a TorchScript file}" "$out/$(basename "$3")" <<'P'
+import sys, zipfile
+old, new = b"torch._upsample_lanczos2d_aa(", b"torch._upsample_bicubic2d_aa("
+with zipfile.ZipFile(sys.argv[1]) as source, zipfile.ZipFile(sys.argv[2], "w", zipfile.ZIP_STORED) as target:
+    found = 0
+    for name in source.namelist():
+        data = source.read(name)
+        found += data.count(old) if name.endswith(".py") else 0
+        target.writestr(name, data.replace(old, new) if name.endswith(".py") else data)
+print(f"{sys.argv[2]}: {found} calls replaced")
+P
+    ;;
+  *) echo "gpu.sh: $stage is unknown; accepted: measure, pace, train, sample, judge, table, trunk" >&2; exit 2 ;;
 esac
