@@ -70,7 +70,8 @@ P
   table) jem report --runs "$runs" --figures "$out/figures" ;;
   trunk)                                         # Inception resizes by bilinear interpolation; the branch for Lanczos, in scripts of PyTorch 2.14, is never taken
     ${PYTHON:-python3} - "${3:?a TorchScript file}" "$out/$(basename "$3")" <<'P'
-import sys, zipfile
+import os, sys, zipfile
+if os.path.realpath(sys.argv[1]) == os.path.realpath(sys.argv[2]): sys.exit(f"gpu.sh trunk: OUT is the folder of {sys.argv[1]}, which would be overwritten; name another folder")
 old, new = b"torch._upsample_lanczos2d_aa(", b"torch._upsample_bicubic2d_aa("
 with zipfile.ZipFile(sys.argv[1]) as source, zipfile.ZipFile(sys.argv[2], "w", zipfile.ZIP_STORED) as target:
     found = 0
