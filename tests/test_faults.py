@@ -73,7 +73,7 @@ def test_one_changed_byte_is_always_noticed(tmp_path):
 
 @pytest.mark.parametrize("case", faults.CASES)
 def test_diverging_run_recovers_or_says_so(tmp_path, case):
-    r = faults.diverge(tmp_path / "run", **faults.CASES[case] | dict(recoveries=1))
+    r = faults.diverge(tmp_path / "run", **faults.CASES[case] | dict(recoveries=1, precision="float32"))      # in bfloat16, where a CPU multiplies it, one of the cases ends well
     assert r.events and not r.wrong and (r.said or r.run.summary["recoveries"] == 1)
 
 
