@@ -129,6 +129,7 @@ def _cell(v, percent=False) -> str:
     "A score to three significant digits, more where its deviation has none otherwise, two to six decimals; percent to one decimal."
     if v is None: return "–"
     mean, std = (v["mean"], v["std"]) if isinstance(v, dict) else (v, None)
+    if std and std < 1e-6 * abs(mean): std = None                                                          # the same images judged twice: rounding, not a spread
     place = lambda x, digits: digits - 1 - math.floor(math.log10(abs(x))) if x else 0
     scale, decimals = (100, 1) if percent else (1, min(6 if std else 5, max(2, place(mean, 3), place(std, 1))))
     text = f"{round(scale * mean, decimals) + 0.0:.{decimals}f}"                                           # + 0.0: no minus before a zero
