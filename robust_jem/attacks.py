@@ -71,7 +71,7 @@ def pgd(
     sign = -1 if targeted else 1
     def loss(logits):
         _check_labels(y, logits.shape[-1])
-        return F.cross_entropy(logits, y, reduction="sum")
+        return F.cross_entropy(logits, y.long(), reduction="sum")
     with untouched(model):
         for _ in range(steps if eps > 0 else 0):
             g = input_gradient(model, adv, loss)
@@ -103,7 +103,7 @@ def distal(
         for i in range(max_steps + 1):
             def log_p(logits):
                 _check_labels(y, logits.shape[-1])
-                seen.append(-F.cross_entropy(logits, y, reduction="none")); return seen[0]
+                seen.append(-F.cross_entropy(logits, y.long(), reduction="none")); return seen[0]
             seen: list[Tensor] = []
             g = input_gradient(model, x, log_p)
             p = seen[0].detach().exp()

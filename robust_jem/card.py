@@ -127,7 +127,7 @@ def _the_model(run: Run, shape: tuple[int, ...], classes: int, load: str) -> str
 |---|---|
 | network | WRN-{t['depth']}-{t['width']}, {t['norm']} norm, {m['parameters']:,} parameters; {'x'.join(map(str, shape))} images in [-1,1] to {classes} logits |
 | data | {t['dataset']}, fingerprint {m['fingerprint']} |
-| objective | {terms}; attack {t['attack_norm']} ε = {t['eps']:g}, {t['attack_steps']} steps; {t['sampler']} sampler, {t['outer_steps']} steps an update |
+| objective | {terms}{f"; attack {t['attack_norm']} ε = {t['eps']:g}, {t['attack_steps']} steps" if t['adversarial_weight'] else ""}{f"; {t['sampler']} sampler, {t['outer_steps']} steps an update" if t['likelihood_weight'] else ""} |
 | training | {t['epochs']} epochs, {m['updates']:,} updates, {m['images_seen']:,} images, {m['seconds'] / 60:.1f} minutes on {m['device']}, {m['precision']}; seed {t['seed']}; recoveries from divergence: {m['recoveries'] or 'none'} |
 | weights | {run.weights} |
 | made by | commit {m['commit']}, torch {m['torch']} |

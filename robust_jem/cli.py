@@ -57,6 +57,7 @@ def _defaults(command: str, argv: list[str]) -> Config:
 def parse(command: str, argv: list[str]) -> Config:
     "Options of a command to its configuration; anything wrong is an `InputError`."
     if command in ("generate", "evaluate") and argv and not argv[0].startswith("-"): argv = ["--run", *argv]      # `robust-jem generate RUN`
+    argv = [a.split("=", 1)[0].replace("_", "-") + a[len(a.split("=", 1)[0]):] if a.startswith("--") else a for a in argv]      # --model_data is --model-data
     default, (summary, examples) = _defaults(command, argv), EXAMPLES[command]
     box = io.StringIO()
     try:

@@ -21,18 +21,18 @@ def _wide(logits: Tensor) -> Tensor:
     return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
 
 def _check_labels(y: Tensor, num_classes: int):
-    if y.is_floating_point(): raise InputError(f"labels: expects integers, got {y.dtype}")
+    if y.is_floating_point() or y.dtype == torch.bool: raise InputError(f"labels: expects integers, got {y.dtype}")
     if y.device.type == "cpu" and y.numel() and not (0 <= int(y.min()) and int(y.max()) < num_classes):   # on a GPU the gather itself asserts; reading back here would stall it
         raise InputError(f"labels: {int(y.min())}..{int(y.max())} are outside 0..{num_classes - 1}")
 
 def joint_energy(
     logits: Tensor, # [B,K]
-    y: Tensor, # int64 labels [B]
+    y: Tensor, # integer labels [B]
 ) -> Tensor: # [B]
     "E(x, y) = -f(x)[y], the paper's energy for class-conditional sampling. Raises `InputError` for labels outside 0..K-1."
     _check_labels(y, logits.shape[-1])
     if y.shape != logits.shape[:-1]: raise InputError(f"labels: shape {tuple(y.shape)} for logits {tuple(logits.shape)}; expected one label an image")
-    return -_wide(logits).gather(-1, y[..., None]).squeeze(-1)
+    return -_wide(logits).gather(-1, y[..., None].long()).squeeze(-1)
 
 def marginal_energy(
     logits: Tensor, # [B,K]

@@ -20,7 +20,7 @@ from .data import Images, InputError, data_root, progress_bar, stream, to_uint8,
 from .execution import Execution, OutOfTime, at_a_size_that_fits, executing
 from .diversity import class_frechet, density_coverage, memorisation, precision_recall
 from .metrics import extract, extract_once, feature_extractor, reference_choice, reference_statistics, score
-from .runs import Run, exclusive, provenance, read_json, read_tensors, write_json, write_tensors
+from .runs import Run, exclusive, provenance, read_json, read_tensors, tensors_hash, write_json, write_tensors
 from .systems import EvaluateConfig
 
 # %% ../nbs/11_evaluation.ipynb #9e1a3cb0
@@ -230,8 +230,9 @@ def _evaluate(config: EvaluateConfig, run: Run, at: Execution, progress: bool) -
     judge = Judge(replace(config, root=run.config.root), images, at, progress)
     sets = {name: run.samples(name) for name in run.sample_names()}       # damaged ones are found before anything is measured
     for name, (_, _, s) in sets.items():
-        if lacking := [k for k in ("config", "batch_size", "weights", "share_outside") if k not in s or k == "config" and not isinstance(s[k], dict)]:
+        if lacking := [k for k in ("config", "batch_size", "precision", "weights", "share_outside") if k not in s or k == "config" and not isinstance(s[k], dict)]:
             raise InputError(f"{run.path / 'samples' / name / 'summary.json'}: lacks {', '.join(lacking)}; remove its folder, and draw the samples again")
+        if s["weights"] != run.weights: raise InputError(f"{run.path / 'samples' / name}: drawn from other weights ({s['weights']}) than the run has now ({run.weights}); `robust-jem generate {run.path}` with the same options draws them again, or remove the folder")
     if judge.scores and config.splits > (fewest := min([len(images.test_x), *(len(x) for x, _, _ in sets.values())])):
         raise InputError(f"splits: {config.splits} is outside 1..{fewest}, the number of images in the smallest of the held-out images and the sample sets")
     n = min(config.num_robust, len(images.test_x))
@@ -251,5 +252,5 @@ def _evaluate(config: EvaluateConfig, run: Run, at: Execution, progress: bool) -
         return judge("prior", to_uint8(torch.cat([p.sample(part, g).cpu() for part in y.split(config.batch_size)])), y)
     parts("prior", settings | dict(num_samples=n, seed=config.seed), prior)
     for name, (x, y, summary) in sets.items():
-        parts(name, settings | dict(samples=summary["config"] | {"batch_size": summary["batch_size"]}, weights=summary["weights"], share_outside=summary["share_outside"]), lambda: judge(name, x, y if summary["config"]["conditional"] or summary["config"]["method"] != "energy" else None))
+        parts(name, settings | dict(samples=summary["config"] | {"batch_size": summary["batch_size"], "precision": summary["precision"]}, images=tensors_hash({"x": x, "y": y}), weights=summary["weights"], share_outside=summary["share_outside"]), lambda: judge(name, x, y if summary["config"]["conditional"] or summary["config"]["method"] != "energy" else None))
     return run.scores()

@@ -6,7 +6,7 @@
 __all__ = ['METHODS', 'generate', 'generate_samples', 'RobustJEM']
 
 # %% ../nbs/09_generation.ipynb #99ef0421
-import dataclasses, hashlib, json, math, shutil, time
+import dataclasses, hashlib, json, math, shutil, time, warnings
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from pathlib import Path
@@ -90,7 +90,8 @@ def generate_samples(
     return folder
 
 def _draw(config: GenerateConfig, run: Run, folder: Path, at: Execution, size: int, progress: bool):
-    world, device, began = at.world, at.device, time.perf_counter()
+    world, device, images, last = at.world, at.device, run.images(), time.perf_counter()
+    if (before := run.summary.get("fingerprint", images.fingerprint)) != images.fingerprint and world.main: warnings.warn(f"{run.path} was trained on other images of {run.config.dataset}, or in another order (fingerprint {before} then, {images.fingerprint} now); the prior is fitted to those that are here")
     model, prior = at.policy.accelerate(run.model(device)), run.prior().to(device, torch.bfloat16 if at.policy.precision != "float32" else None)
     sampler = dataclasses.replace(run.config, **{k: getattr(config, k) for k in ("sampler_step_size", "noise_std") if getattr(config, k) is not None})
     batches = -(-config.num_samples // size)                                         # whole ones; the surplus is cut off below
@@ -114,15 +115,17 @@ def _draw(config: GenerateConfig, run: Run, folder: Path, at: Execution, size: i
         x = generate(model, prior, y[i * size:(i + 1) * size], config.method, sampler=sampler, conditional=config.conditional, outer_steps=config.outer_steps, inner_steps=config.inner_steps, eps=config.eps,
                      target_steps=config.target_steps, attack_step_size=config.attack_step_size, random_start=config.random_start, contrast=config.contrast, bounds=(-1, 1) if config.bounds else None,
                      attack_statistics=config.attack_statistics, sampler_statistics=config.sampler_statistics, generator=stream(config.seed, "batch", i, device=device), on_stage=keep)
-        return to_uint8(x), (x.abs() > 1).float().mean().view(1), strip
+        return to_uint8(x), torch.where(x.isfinite().all(), (x.abs() > 1).float().mean(), torch.nan).view(1), strip
     with progress_bar(total=config.num_samples, initial=min((batches - len(left)) * size, config.num_samples), desc=f"{config.label} samples of {run.config.system}", unit="img", disable=not progress) as bar:
         for first in range(0, len(left), world.size):
             now = left[first:first + world.size]
             done = batches - len(left) + first
             x, outside, strip = batch(now[min(world.rank, len(now) - 1)], done, bar) # in the last round, some may have nothing left: they repeat another's batch
             x, outside = world.gather(x), world.gather(outside)
+            if outside.isnan().any(): raise InputError(f"samples: some pixels of {run.path}'s aren't numbers; its weights are broken, or the chains diverge: try --sampler-step-size below {sampler.sampler_step_size:g}, or --precision float32")
             for k, i in enumerate(now if world.main else ()):
-                write_tensors(file(i), {"x": x[k * size:(k + 1) * size]} | ({"strip": torch.stack(list(strip.values()))} if i == 0 else {}), {"outside": float(outside[k]), "stages": list(strip), "seconds": round((time.perf_counter() - began) / (first + len(now)), 4)})
+                write_tensors(file(i), {"x": x[k * size:(k + 1) * size]} | ({"strip": torch.stack(list(strip.values()))} if i == 0 else {}), {"outside": float(outside[k]), "stages": list(strip), "seconds": round((time.perf_counter() - last) / len(now), 4)})
+            last = time.perf_counter()
             bar.update(min((done + len(now)) * size, config.num_samples) - bar.n)
             if config.max_minutes and first + len(now) < len(left) and world.agree(at.deadline.reached(), device):
                 raise OutOfTime(f"{folder}: stopped after {done + len(now)} of {batches} batches, max_minutes {config.max_minutes:g}; the same command goes on from there")
@@ -130,7 +133,7 @@ def _draw(config: GenerateConfig, run: Run, folder: Path, at: Execution, size: i
     kept = [read_tensors(file(i)) for i in range(batches)]
     seconds = sum(meta["seconds"] for _, meta in kept)
     run.save_samples(config.label, dict(x=torch.cat([t["x"] for t, _ in kept])[:config.num_samples], y=y[:config.num_samples], strip=kept[0][0]["strip"]), dict(config=config.to_dict(), stages=kept[0][1]["stages"], weights=run.weights,
-        share_outside=sum(meta["outside"] for _, meta in kept) / batches, batch_size=size, seconds=round(seconds, 2), images_per_second=round(batches * size / seconds, 1), processes=world.size, fingerprint=run.images().fingerprint, **provenance(device, at.policy)))
+        share_outside=sum(meta["outside"] for _, meta in kept) / batches, batch_size=size, seconds=round(seconds, 2), images_per_second=round(batches * size / seconds, 1), processes=world.size, fingerprint=images.fingerprint, **provenance(device, at.policy)))
     for old in folder.glob("parts-*"): shutil.rmtree(old)
 
 # %% ../nbs/09_generation.ipynb #9bd7ee73
@@ -143,7 +146,10 @@ class RobustJEM:
     @property
     def prior(self):
         "Where chains start."
-        if self._prior is None: self._prior = build_prior(self.config, load_images(self.config.dataset, self.config.root or None), next(self.model.parameters()).device)
+        if self._prior is None:
+            images = load_images(self.config.dataset, self.config.root or None)
+            if (images.classes, images.shape) != (self.classes, self.shape): raise InputError(f"prior: {self.config.dataset} here has {len(images.classes)} classes of {'x'.join(map(str, images.shape))} images ({', '.join(images.classes[:3])} …), the model was trained on {len(self.classes)} of {'x'.join(map(str, self.shape))} ({', '.join(self.classes[:3])} …); point $ROBUST_JEM_DATA to that data set")
+            self._prior = build_prior(self.config, images, next(self.model.parameters()).device)
         return self._prior
 
     @classmethod
@@ -178,6 +184,8 @@ class RobustJEM:
         "Write config.json, model.safetensors (in `dtype`) and prior.safetensors; needs a Gaussian prior. Without it (0.4 GB for CIFAR-10) the prior is fitted again to the data set where the model is used."
         if prior and not isinstance(self.prior, GaussianMixturePrior): raise InputError(f"save_pretrained: needs a Gaussian prior, this model has {type(self.prior).__name__}")
         folder = Path(path)
+        if (folder / "config.json").exists() and "train" not in read_json(folder / "config.json"): raise InputError(f"save_pretrained: {folder} is a run folder, whose weights and settings would be overwritten; choose another")
+        if not prior: (folder / "prior.safetensors").unlink(missing_ok=True)               # an earlier model's
         write_tensors(folder / "model.safetensors", {k: v.to(dtype) if v.is_floating_point() else v for k, v in self.model.state_dict().items()})
         if prior: write_tensors(folder / "prior.safetensors", {"mean": self.prior.mean, "factor": self.prior.factor, "weights": self.prior.weights})
         write_json(folder / "config.json", {"train": self.config.to_dict() | dict(root="", out=""), "classes": list(self.classes), "shape": list(self.shape)})

@@ -68,12 +68,12 @@ _CPU_BATCH = 16             # of images of 224 and 299 pixels: the activations o
 
 class Extractor(nn.Module):
     "Images 0..255 `[B,C,H,W]` to features `[B,D]`; `probabilities` to `[B,K]` or None. `suffix` and `official` make the scores' names."
-    suffix, official, key, precision = "", False, "", "float32"
+    suffix, official, layer, key, precision = "", False, "", "", "float32"         # layer: features of FID's Inception, fewer than its 2048
     cpu_batch = 500                 # at most so many images at once on a CPU
     def probabilities(self, x: Tensor) -> Tensor | None: return None
     def names(self) -> dict[str, str]:
         if self.official: return {"frechet": "FID", "kernel": "KID", "score": "IS"}
-        if re.fullmatch(r"\d+", self.suffix): return {"frechet": f"FID-{self.suffix}", "kernel": f"KID-{self.suffix}", "score": "IS"}
+        if self.layer: return {"frechet": f"FID-{self.layer}", "kernel": f"KID-{self.layer}", "score": "IS"}
         return {"frechet": f"FD-{self.suffix}", "kernel": f"KD-{self.suffix}", "score": f"IS-{self.suffix}"}
 
 class ClassifierExtractor(Extractor):
@@ -101,7 +101,7 @@ class ScriptExtractor(Extractor):
             why = f"was saved by a newer PyTorch than this {torch.__version__}, which has no {newer[1]}: update PyTorch" if newer else f"is not a TorchScript file ({text[:120]})"
             raise InputError(f"extractor: {path} {why}") from e
         trunk = re.fullmatch(r"inception-2015-12-05-(\d+)", Path(path).stem)
-        self.suffix, self.key = trunk[1] if trunk else Path(path).stem, hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
+        self.layer, self.suffix, self.key = trunk[1] if trunk else "", Path(path).stem, hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
     def forward(self, x): return self.net(_rgb(x).contiguous(memory_format=torch.channels_last))
 
 class InceptionExtractor(Extractor):

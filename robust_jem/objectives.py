@@ -26,7 +26,7 @@ def classification_loss(
     logits = _wide(model(x))
     if len(y) != len(x): raise InputError(f"labels: {len(y)} for {len(x)} images")
     _check_labels(y, logits.shape[-1])
-    return F.cross_entropy(logits, y), (logits.detach().argmax(1) == y).float().mean()
+    return F.cross_entropy(logits, y.long()), (logits.detach().argmax(1) == y).float().mean()
 
 def likelihood_loss(
     model: nn.Module, # [B,C,H,W] -> [B,K]
@@ -53,7 +53,7 @@ class Terms:
     clean: float = 0.0            # cross-entropy on clean images
     adversarial: float = 0.0      # cross-entropy on adversarial images
     likelihood: float = 0.0       # E(x) - E(x_sampled)
-    energy_penalty: float = 0.0   # mean square of both energies
+    energy_penalty: float = 0.0   # mean square of both energies; needs a likelihood
 
 def hybrid_loss(
     model: nn.Module, # [B,C,H,W] -> [B,K]
@@ -71,6 +71,7 @@ def hybrid_loss(
     needed = {"clean": (x_clean,), "adversarial": (x_adversarial,), "likelihood": (x_real, x_sampled)}
     for name, images in needed.items():
         if getattr(terms, name) and any(i is None for i in images): raise InputError(f"hybrid_loss: terms.{name} = {getattr(terms, name)} but its images are missing")
+    if terms.energy_penalty and not terms.likelihood: raise InputError(f"hybrid_loss: terms.energy_penalty = {terms.energy_penalty} without terms.likelihood, whose energies it holds down")
     loss, parts = torch.zeros((), device=y.device), {}
     for name, x in (("clean", x_clean), ("adversarial", x_adversarial)):
         if weight := getattr(terms, name):

@@ -30,6 +30,9 @@ class ReportConfig(Config):
     runs: str = "runs/digits-cpu"            # folder with the run folders
     figures: str = "figures"                 # folder for tables and figures
 
+_MEASURED = (("extractor", "held-out", "extractor_key"), ("splits", "held-out", "splits"), ("data", "held-out", "fingerprint"), ("attack", "classification", "threat_model"),
+            ("attacked images", "classification", "n attacked"), ("the attack's seed", "classification", "seed"))      # in which all rows of a table must agree
+
 def collect(
     runs: str | Path, # folder with the run folders
 ) -> dict[str, list[Run]]: # by system, in order of the seed
@@ -38,11 +41,16 @@ def collect(
     scored = sorted((r for r in found if r.trained and {"held-out", "prior"} <= r.scores().keys() and "accuracy" in r.scores().get("classification", {})), key=lambda r: r.config.seed)
     if not scored: raise InputError(f"runs: no evaluated run in {runs}; accepted: a folder with run folders that `robust-jem evaluate` has scored")
     groups = {s: mine for s in SYSTEMS if (mine := [r for r in scored if r.config.system == s])}
-    free = HOW | {"system", "seed"}
+    for r in scored:
+        held = r.scores()["held-out"]
+        for name, s in r.scores().items():                                   # an evaluation that was cut short may have left other scores beside these
+            if other := next((k for k in ("extractor_key", "fingerprint", "splits", "precision") if name != "classification" and s.get(k, held.get(k)) != held.get(k)), None):
+                raise InputError(f"runs: {r.path}/scores: {name} and held-out differ in {other} ({s[other]} and {held[other]}); run `robust-jem evaluate {r.path}` to its end")
+    free = HOW | {"system", "seed", "precision"}
     for mine in [*groups.values(), [m[0] for m in groups.values()]]:       # seeds of one system, then the systems among each other
-        measured = lambda r: {"extractor": r.scores()["held-out"]["extractor_key"], "data": r.scores()["held-out"]["fingerprint"], "attack": r.scores()["classification"]["threat_model"]}
+        measured = lambda r: {k: r.scores()[part][v] for k, part, v in _MEASURED}
         same_system = len({r.config.system for r in mine}) == 1
-        settings = lambda r: measured(r) | ({k: v for k, v in r.config.to_dict().items() if k not in free} if same_system else {})
+        settings = lambda r: measured(r) | ({k: v for k, v in r.config.to_dict().items() if k not in free} | {"precision": r.summary["precision"]} if same_system else {})      # what "auto" came to
         for r in mine[1:]:
             if other := [k for k, v in settings(r).items() if v != settings(mine[0])[k]]:
                 raise InputError(f"runs: {mine[0].path} and {r.path} differ in {other[0]} ({settings(mine[0])[other[0]]} and {settings(r)[other[0]]}), so they can't share a table; move one of them")
@@ -89,30 +97,48 @@ def table1(
     rows += [row(SYSTEMS[s].title, s, m) for s in groups if s not in {r.system for r in published} for m in SYSTEMS[s].methods or (None,)]
     reference = next((s for s in groups if groups[s][0].config.prior == "gaussian"), next(iter(groups)))
     rows += [row("held-out real images", reference, "held-out"), row("bare prior samples", reference, "prior")]
-    return {"source": "The paper's columns are the paper's" if published is TABLE1 else "The paper's columns are those of JEM's Table 1, Grathwohl et al. 2020", "columns": [is_, fd], "eps": eps, "attacked": runs[0].scores()["classification"]["n attacked"], "rows": rows, "notes": _notes(groups, runs, any_quality, fd), "runs": {str(r.path): {k: r.summary[k] for k in ("commit", "device", "precision", "seconds", "images_seen", "torch", "recoveries")} | {"seed": r.config.seed, "sampled": sum(s["config"]["num_samples"] for s in drawn), "sampling seconds": sum(s["seconds"] for s in drawn)} for r in runs for drawn in [[read_json(r.path / "samples" / k / "summary.json") for k in r.sample_names()]]}}
+    return {"source": "The paper's columns are the paper's" if published is TABLE1 else "The paper's columns are those of JEM's Table 1, Grathwohl et al. 2020", "columns": [is_, fd], "eps": eps, "attacked": runs[0].scores()["classification"]["n attacked"], "rows": rows, "notes": _notes(groups, runs, any_quality, fd), "runs": {str(r.path): {k: r.summary[k] for k in ("commit", "device", "precision", "seconds", "images_seen", "torch", "recoveries")} | {"seed": r.config.seed, "sampled": sum(s["config"]["num_samples"] for s in drawn), "sampling seconds": sum(s["seconds"] for s in drawn), "sampling devices": sorted({s["device"] for s in drawn}), "sampling precisions": sorted({s["precision"] for s in drawn})} for r in runs for drawn in [_drawn(r)]}}
+
+def _drawn(run: Run) -> list[dict]: return [read_json(run.path / "samples" / k / "summary.json") for k in run.sample_names()]
+
+def _by_system(groups: dict[str, list[Run]], of) -> str:
+    "What `of(config)` says of the systems: once where all agree, else after their names; an empty text is left out."
+    said: dict[str, list[str]] = {}
+    for system, mine in groups.items(): said.setdefault(of(mine[0].config), []).append(SYSTEMS[system].title)
+    return "; ".join(text if len(said) == 1 else f"{', '.join(titles)}: {text}" for text, titles in said.items() if text)
 
 def _notes(groups, runs, quality, fd) -> list[str]:
     c, s = runs[0].config, runs[0].scores()["classification"]
-    how = {system: f"network WRN-{k.depth}-{k.width}, {k.norm} norm, {k.epochs} epochs" for system, mine in groups.items() for k in [mine[0].config]}
-    trained = how[next(iter(how))] if len(set(how.values())) == 1 else ", ".join(f"{SYSTEMS[system].title}: {text}" for system, text in how.items())
-    notes = [f"Data: {c.dataset} (fingerprint {quality['fingerprint']}); reference: {quality['reference']}; {trained}; preset {c.preset}, attacks while training with ε = {next((r.config.eps for r in runs if r.config.adversarial_weight), c.eps):g} and {c.attack_steps} steps, {'weights averaged with decay ' + format(c.ema_decay, 'g') if c.ema_decay else 'last weights, not averaged'}; training seeds {sorted({r.config.seed for r in runs})}; ± is the standard deviation over them{' and over the sampling seeds' * any(n != _drawn_as(n) for r in runs for n in r.scores())}.",
+    network = _by_system(groups, lambda k: f"network WRN-{k.depth}-{k.width}, {k.norm if k.norm != 'none' else 'no'} norm, {k.epochs} epochs")
+    attacks = _by_system(groups, lambda k: f"attacks while training with ε = {k.eps:g} and {k.attack_steps} steps" if k.adversarial_weight else "")
+    kept = _by_system(groups, lambda k: f"weights averaged with decay {k.ema_decay:g}" if k.ema_decay else "last weights, not averaged")
+    training = "; ".join(t for t in (f"preset {c.preset}", network, attacks, kept) if t)
+    notes = [f"Data: {c.dataset} (fingerprint {quality['fingerprint']}); reference: {quality['reference']}; {training}; training seeds {sorted({r.config.seed for r in runs})}; ± is the standard deviation over them{' and over the sampling seeds' * any(n != _drawn_as(n) for r in runs for n in r.scores())}.",
              f"Scores use the extractor {quality['extractor']} (weights {quality['extractor_key']}), the Inception Score {quality['splits']} split{'s' if quality['splits'] > 1 else ''}. Samples are judged as 8-bit images, so pixels outside [-1,1] are clamped by then. " + ("" if fd == "FID" else f"{fd} is not FID: it compares rows of this table, not this table with the paper's columns."),
              f"Accuracy on {s['n']} test images; PGD accuracy on {s['n attacked']}: {s['threat_model']}, seed {s['seed']}."]
     helped = [f"{r.path.name} ({r.summary['recoveries']})" for r in runs if r.summary["recoveries"]]
-    notes.append(f"Products of networks while training and sampling in {', '.join(sorted({r.summary['precision'] for r in runs}))}, scores in {quality['precision']}. Recoveries from divergence while training: {', '.join(helped) or 'none'}.")
-    if uniform := [SYSTEMS[g].title for g, mine in groups.items() if mine[0].config.prior == "uniform"]: notes.append(f"Bare prior samples are draws of the class-conditional Gaussians. Chains of {', '.join(uniform)} start from uniform noise instead.")
+    trained, drawn = ({r.summary["precision"] for r in runs}, {s["precision"] for r in runs for s in _drawn(r)})
+    products = f"while training and sampling in {', '.join(sorted(trained))}" if trained == drawn or not drawn else f"in {', '.join(sorted(trained))} while training, in {', '.join(sorted(drawn))} while sampling"
+    notes.append(f"Products of networks {products}, scores in {quality['precision']}. Recoveries from divergence while training: {', '.join(helped) or 'none'}.")
+    uniform = [SYSTEMS[g].title for g, mine in groups.items() if mine[0].config.prior == "uniform"]
+    if len(uniform) == len(groups): notes.append("Bare prior samples are uniform noise, where all chains start.")
+    elif uniform: notes.append(f"Bare prior samples are draws of the class-conditional Gaussians. Chains of {', '.join(uniform)} start from uniform noise instead.")
     for system, mine in groups.items():
-        for name in (n for n in mine[0].sample_names() if n in mine[0].scores() and n == _drawn_as(n)):
-            seeds = [mine[0].scores()[n]["samples"]["seed"] for n in mine[0].scores() if _drawn_as(n) == name]
-            for s in (r.scores()[n]["samples"] for r in mine for n in r.scores() if _drawn_as(n) == name):
-                if other := [k for k, v in s.items() if k not in HOW | {"seed", "name"} and v != mine[0].scores()[name]["samples"][k]]:
-                    raise InputError(f"runs: sample sets called {name} of {SYSTEMS[system].title} differ in {other[0]} ({s[other[0]]} and {mine[0].scores()[name]['samples'][other[0]]}), so they can't share a row; name one otherwise")
-            g, c = mine[0].scores()[name]["samples"], mine[0].config
+        rows: dict[str, list[dict]] = {}
+        for r in mine:
+            for n, s in r.scores().items():
+                if "samples" in s: rows.setdefault(_drawn_as(n), []).append(s["samples"])
+        for name, (g, *others) in sorted(rows.items()):
+            for s in others:
+                if other := [k for k, v in s.items() if k not in HOW | {"seed", "name"} and v != g[k]]:
+                    raise InputError(f"runs: sample sets called {name} of {SYSTEMS[system].title} differ in {other[0]} ({s[other[0]]} and {g[other[0]]}), so they can't share a row; name one otherwise")
+            c, seeds = mine[0].config, sorted({s["seed"] for s in (g, *others)})
             step, inner = c.sampler_step_size if g["sampler_step_size"] is None else g["sampler_step_size"], f" × {g['inner_steps']} inner" if c.sampler == "proximal" else ""
-            attack = f"; targeted PGD ε = {g['eps']}, {g['target_steps']} steps, batch norm by {g['attack_statistics']} statistics" if g["method"] != "energy" else ""
+            by = lambda kind: f", batch norm by {g[f'{kind}_statistics']} statistics" if c.norm == "batch" else ""
+            attack = f"; targeted PGD ε = {g['eps']}, {g['target_steps']} steps{by('attack')}" if g["method"] != "energy" else ""
             contrast = f"; contrast {g['contrast']}" if g["method"] == "combined" else ""
-            chain = f"; {g['outer_steps']}{' outer' if inner else ''}{inner} steps of {step:g}, batch norm by {g['sampler_statistics']} statistics" if g["method"] != "attack" else ""
-            notes.append(f"{SYSTEMS[system].title}, {name}: {g['num_samples']} samples in batches of {g['batch_size']}, sampling seed{'s' * (len(seeds) > 1)} {', '.join(map(str, sorted(seeds)))}{attack}{contrast}{chain}.")
+            chain = f"; {g['outer_steps']}{' outer' if inner else ''}{inner} steps of {step:g}{by('sampler')}" if g["method"] != "attack" else ""
+            notes.append(f"{SYSTEMS[system].title}, {name}: {g['num_samples']} samples in batches of {g['batch_size']}, sampling seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}{attack}{contrast}{chain}.")
     if {"jempp", "robust_jem"} <= groups.keys():
         curves = {k: _mean_curve(groups[k]) for k in ("jempp", "robust_jem")}
         if e := eps_at_accuracy(curves["jempp"], 0.6):
@@ -160,7 +186,8 @@ def scores_markdown(table: dict) -> str:
 def cost_markdown(table: dict) -> str:
     "What every run cost, on what, as Markdown."
     head = ["run", "images seen", "training, minutes", "images sampled", "sampling, minutes", "device", "products in", "recoveries", "commit"]
-    return grid_markdown([head, *[[Path(path).name, f"{r['images_seen']:,}", f"{r['seconds'] / 60:.1f}", f"{r['sampled']:,}", f"{r['sampling seconds'] / 60:.1f}", r["device"], r["precision"], str(r["recoveries"]), f"`{r['commit']}`"] for path, r in table["runs"].items()]]) + "\n"
+    also = lambda trained, sampled: trained if set(sampled) <= {trained} else f"{trained}; sampling: {', '.join(sampled)}"
+    return grid_markdown([head, *[[Path(path).name, f"{r['images_seen']:,}", f"{r['seconds'] / 60:.1f}", f"{r['sampled']:,}", f"{r['sampling seconds'] / 60:.1f}", also(r["device"], r["sampling devices"]), also(r["precision"], r["sampling precisions"]), str(r["recoveries"]), f"`{r['commit']}`"] for path, r in table["runs"].items()]]) + "\n"
 
 def as_csv(table: dict) -> str:
     "Table 1 as CSV: means, standard deviations in columns of their own."

@@ -120,7 +120,7 @@ def _commit() -> str:
 
 def provenance(device: torch.device, policy: Policy | None = None) -> dict:
     "Versions, device, precision, commit and time, for a summary."
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU, {(n := torch.get_num_threads())} thread{'s' * (n > 1)}"
     how = {k: v for k, v in policy.to_dict().items() if k in ("precision", "compile")} if policy else {}
     return dict(commit=_commit(), device=name, **how, torch=torch.__version__, python=platform.python_version(), finished=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
 

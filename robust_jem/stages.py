@@ -73,6 +73,10 @@ class Stage:
         with contextlib.suppress(OSError, ValueError, IndexError, KeyError): return min(1.0, json.loads(rows.read_text().splitlines()[-1])["epoch"] / total)
         return 0.0
 
+def _extractor(config: ReplicateConfig) -> str:
+    "The extractor that is there before any training; none: for digits, which train their own."
+    return config.extractor or ("" if config.dataset == "digits" else "inception")
+
 def plan(config: ReplicateConfig) -> tuple[list[list[Stage]], list[list[Stage]], Stage]:
     "Chains of stages: those that must come first, those that may run side by side, and the report."
     runs = Path(config.runs or f"runs/{config.dataset}-{config.preset}")
@@ -81,9 +85,9 @@ def plan(config: ReplicateConfig) -> tuple[list[list[Stage]], list[list[Stage]],
         c = configure(TrainConfig, system, seed=seed, out=str(folder), **common)
         per_step = 3 + 2 * bool(c.adversarial_weight) * c.attack_steps + 2 * bool(c.likelihood_weight) * c.outer_steps
         return Stage("train", dict(system=system, seed=seed, out=str(folder), **common), folder / "notebooks/train.ipynb", [(folder / "config.json", c)], weight=c.epochs * per_step / 40)
-    extractor, first = config.extractor, []
+    extractor, first = _extractor(config), []
     precision = {"extractor_precision": config.extractor_precision} if config.extractor_precision != "float32" else {}      # defaults aren't handed on: what was made before they could be set stays finished
-    if not extractor and config.dataset == "digits":
+    if not extractor:
         extractor = f"classifier:{runs / 'extractor'}"
         first = [[training("wide_resnet", 1000, runs / "extractor")]]      # a seed of its own: it judges the others
     chains = []
@@ -95,7 +99,7 @@ def plan(config: ReplicateConfig) -> tuple[list[list[Stage]], list[list[Stage]],
             sets = sample_plan(system, config.dataset, config.preset, **drawn)
             chains.append([training(system, seed, folder),
                 Stage("generate", drawn, folder / "notebooks/generate.ipynb", [(folder / "samples" / c.label / "summary.json", c) for c in sets]),
-                Stage("evaluate", here | precision | dict(extractor=extractor or "inception", suite=config.suite if seed == config.seeds[0] else "table"), folder / "notebooks/evaluate.ipynb", [], weight=1.0 + 3.0 * (seed == config.seeds[0]))])
+                Stage("evaluate", here | precision | dict(extractor=extractor, suite=config.suite if seed == config.seeds[0] else "table"), folder / "notebooks/evaluate.ipynb", [], weight=1.0 + 3.0 * (seed == config.seeds[0]))])
             if (system, seed, config.dataset) == ("robust_jem", config.seeds[0], "digits"):      # the study of chains, once
                 chains[-1].append(Stage("chains", dict(run=str(folder), extractor=extractor), folder / "notebooks/chains.ipynb", [], weight=4.0))
     if config.dataset == "digits" and config.suite in ("full", "detection") and "robust_jem" in config.systems:      # does a model know what it has never seen? two digits are held out
@@ -142,7 +146,7 @@ def _check(config: ReplicateConfig, folders: list[Path]):
         above = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
         if not above.is_dir() or not os.access(above, os.W_OK): raise InputError(f"{folder}: can't be written, {above} is no writable folder; choose another")
     load_images(config.dataset, config.root or None)
-    if config.extractor: feature_extractor(config.extractor, data_root(config.root) / ".cache")
+    if extractor := _extractor(config): feature_extractor(extractor, data_root(config.root) / ".cache")
 
 def replicate(config: ReplicateConfig) -> Path:
     "Run every stage that isn't finished, and the report when anything changed; the folder of the results."

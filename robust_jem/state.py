@@ -40,6 +40,7 @@ class TrainState:
 
     def __init__(self, config: TrainConfig, images: Images, at: Execution):
         self.asked = self.config = config
+        self.fingerprint = images.fingerprint
         self.world, self.device, self.step, self.seconds, self.best = at.world, at.device, 0, 0.0, float("inf")
         self.pending: list[dict[str, Tensor]] = []                     # parts of the loss since the last line of metrics.jsonl
         self.events: list[dict] = []                                   # recoveries
@@ -126,7 +127,7 @@ class TrainState:
         "Write everything, and the snapshot; every process calls it, process 0 writes."
         gather = lambda tensors: {k: self.world.gather(v) if k.startswith(("buffer.", "generator.")) else v for k, v in tensors.items()}
         tensors = gather(self.tensors()) | {f"snapshot.{k}": v for k, v in gather(self.snapshot[1]).items()}
-        if self.world.main: write_tensors(path, tensors, {"step": self.step, "snapshot": self.snapshot[0], "seconds": self.seconds, "best": self.best, "events": self.events, "processes": self.world.size, "precision": self.fast.policy.precision, "config": _settings(self.asked)}, make_folder=False)      # a folder that has vanished stays away
+        if self.world.main: write_tensors(path, tensors, {"step": self.step, "snapshot": self.snapshot[0], "seconds": self.seconds, "best": self.best, "events": self.events, "processes": self.world.size, "precision": self.fast.policy.precision, "fingerprint": self.fingerprint, "config": _settings(self.asked)}, make_folder=False)      # a folder that has vanished stays away
         self.world.wait()
 
     def load(self, path: Path):
@@ -134,6 +135,7 @@ class TrainState:
         tensors, meta = read_tensors(path, self.device)
         try:
             if meta["config"] != _settings(self.asked): raise InputError(f"{path}: a checkpoint of other settings; use another folder, or remove it")
+            if meta.get("fingerprint", self.fingerprint) != self.fingerprint: raise InputError(f"{path}: the data set has changed since (fingerprint {meta['fingerprint']} then, {self.fingerprint} now); bring the old images back, or train into another folder")
             self._fits(tensors, meta)
             rank, size, same = self.world.rank, self.world.size, meta["processes"] == self.world.size
             mine = {k: v[rank if same else 0][None] if "generator." in k else v.chunk(size)[rank] if "buffer." in k else v for k, v in tensors.items()}

@@ -95,6 +95,8 @@ class TrainConfig(Config):
             raise InputError("clean_weight, adversarial_weight, likelihood_weight: all 0, so there is nothing to train; set one above 0")
         if self.likelihood_weight and self.buffer_size < self.batch_size:
             raise InputError(f"buffer_size: {self.buffer_size} is below batch_size {self.batch_size}; each update draws a batch of different chains")
+        if self.energy_penalty and not self.likelihood_weight: raise InputError(f"energy_penalty: {self.energy_penalty:g} without likelihood_weight, whose energies it holds down; set both, or neither")
+        if self.ema_decay == 1: raise InputError("ema_decay: 1 would keep the first update's weights; accepted: 0 (none) to below 1, such as 0.999")
 
     @property
     def terms(self) -> Terms: return Terms(self.clean_weight, self.adversarial_weight, self.likelihood_weight, self.energy_penalty)
@@ -113,7 +115,7 @@ class GenerateConfig(Config):
     batch_size: int = option(500, 1)         # images at a time (batch norm by batch statistics depends on it)
     outer_steps: int = option(50, 0)         # m (paper: 50 conditional, 300 unconditional)
     inner_steps: int = option(5, 1)          # n (paper)
-    sampler_step_size: float | None = option(None, 0)    # none: as in training
+    sampler_step_size: float | None = option(None, 0)    # none: as training was asked to
     noise_std: float | None = option(None, 0)            # none: as in training
     bounds: bool = True                      # energy: clamp chains to [-1,1]; combined never does (paper)
     eps: float = option(0.5, 0)              # radius of the targeted attack (paper)

@@ -1,6 +1,7 @@
 """Fixtures: a tiny trained run, image trees, folder snapshots, and the command line in this process."""
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+from robust_jem import stages
 from robust_jem.cli import main
 from robust_jem.generation import generate_samples
 from robust_jem.runs import Run
@@ -112,3 +114,37 @@ def shared_data():
     folder = REPO.parent / "shared" / "data"
     if not (folder / "unpack.py").is_file(): pytest.skip("no ../shared/data")
     return folder
+
+
+def one_line(stderr):
+    "The message: all that is on stderr, progress bars aside."
+    lines = [line for line in re.split(r"[\r\n]+", stderr) if line.strip() and not re.search(r"\d+%\||\?(img|it|B)/s\]?", line)]
+    assert len(lines) == 1 and lines[0].startswith("robust-jem: ") and "---" not in lines[0], stderr     # nor the parser's box around it
+    return lines[0]
+
+
+def never(*_, **__): raise AssertionError("a notebook was started")
+
+
+@pytest.fixture
+def refused(cli, here, monkeypatch):
+    "Run a command that must fail before it does anything; its message must say all of `says`."
+    monkeypatch.setattr(stages, "notebook_path", never)                # a replication that isn't refused fails here, not in ten minutes
+    def check(*argv, says):
+        before = snapshot(here)
+        result = cli(*argv)
+        assert result.code == 2, result
+        message = one_line(result.err)
+        for word in says: assert word.search(message) if isinstance(word, re.Pattern) else str(word) in message, message
+        assert result.out == ""
+        assert snapshot(here) == before
+        return message
+    return check
+
+
+@pytest.fixture
+def evaluated(runs, cli):
+    "The run in `runs`, with scores."
+    result = cli("evaluate", "--run", "runs/robust_jem", "--extractor", "classifier:runs/judge", "--attack-eps", 0.2, "--attack-steps", 1, "--num-robust", 20)
+    assert result.code == 0, result
+    return runs / "robust_jem"

@@ -453,7 +453,7 @@ def calls(folder):
 
 def by_command(argv):
     "A command's one line as an error; else what it did instead."
-    from test_cli import one_line
+    from conftest import one_line
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), warnings.catch_warnings():
         warnings.simplefilter("default")                               # what a user sees

@@ -11,10 +11,10 @@ from urllib.error import URLError
 
 import pytest
 import torch
-from conftest import snapshot
+from conftest import one_line, snapshot
 from PIL import Image
 
-from robust_jem import data, runs as run_folders, stages, trail
+from robust_jem import data, runs as run_folders, trail
 from robust_jem.benchmark import BenchmarkConfig
 from robust_jem.cli import EXAMPLES, parse
 from robust_jem.data import Images, InputError
@@ -23,32 +23,6 @@ from robust_jem.reporting import ReportConfig
 from robust_jem.runs import Run
 from robust_jem.stages import ReplicateConfig
 from robust_jem.systems import SYSTEMS, EvaluateConfig, GenerateConfig, TrainConfig, configure
-
-
-def one_line(stderr):
-    "The message: all that is on stderr, progress bars aside."
-    lines = [line for line in re.split(r"[\r\n]+", stderr) if line.strip() and not re.search(r"\d+%\||\?(img|it|B)/s\]?", line)]
-    assert len(lines) == 1 and lines[0].startswith("robust-jem: ") and "---" not in lines[0], stderr     # nor the parser's box around it
-    return lines[0]
-
-
-def never(*_, **__): raise AssertionError("a notebook was started")
-
-
-@pytest.fixture
-def refused(cli, here, monkeypatch):
-    "Run a command that must fail before it does anything; its message must say all of `says`."
-    monkeypatch.setattr(stages, "notebook_path", never)                # a replication that isn't refused fails here, not in ten minutes
-    def check(*argv, says):
-        before = snapshot(here)
-        result = cli(*argv)
-        assert result.code == 2, result
-        message = one_line(result.err)
-        for word in says: assert word.search(message) if isinstance(word, re.Pattern) else str(word) in message, message
-        assert result.out == ""
-        assert snapshot(here) == before
-        return message
-    return check
 
 
 # Options
@@ -225,14 +199,6 @@ def test_run_with_other_settings_is_never_overwritten(refused, runs):
 
 def test_samples_with_other_settings_are_never_overwritten(refused, runs):
     refused("generate", "--run", "runs/robust_jem", "--num-samples", 30, says=["name", "samples/energy", "num_samples: 40 there, 30 given"])
-
-
-@pytest.fixture
-def evaluated(runs, cli):
-    "The run in `runs`, with scores."
-    result = cli("evaluate", "--run", "runs/robust_jem", "--extractor", "classifier:runs/judge", "--attack-eps", 0.2, "--attack-steps", 1, "--num-robust", 20)
-    assert result.code == 0, result
-    return runs / "robust_jem"
 
 
 AFTER_TRAINING = {"generate": ("generate", "--run", "runs/robust_jem", "--name", "more", "--num-samples", 10, "--outer-steps", 1),

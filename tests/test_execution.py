@@ -141,7 +141,7 @@ def test_threads_are_at_most_one_a_core(runs, cli):
     write_json(run / "config.json", read_json(run / "config.json") | {"threads": 4096})
     for given, used in ((0, os.cpu_count()), (1, 1)):
         assert cli("generate", run, "--num-samples", 10, "--outer-steps", 1, "--name", f"t{given}", "--threads", given, "--device", "cpu").code == 0
-        assert read_json(run / f"samples/t{given}/summary.json")["device"].endswith(f"CPU, {used} threads")
+        assert read_json(run / f"samples/t{given}/summary.json")["device"].endswith(f"CPU, {used} thread{'s' * (used > 1)}")
 
 
 def test_progress_moves_within_a_batch(runs, monkeypatch):

@@ -14,10 +14,9 @@ import faults
 import numpy as np
 import pytest
 import torch
-from conftest import snapshot
+from conftest import one_line, snapshot
 from faults import CONFIG, SHORT, lines, options, running, undisturbed, until
 from PIL import Image
-from test_cli import one_line
 
 from robust_jem import execution
 from robust_jem.data import InputError, load_images

@@ -3,8 +3,8 @@
 #
 #   gpu.sh measure OUT                       speed against the reference's arithmetic, WRN-28-10 and 28-4 (6 minutes)
 #   gpu.sh pace    OUT RUNS SYSTEM           images a second of a training, and the epochs that fit into BUDGET minutes (1 minute)
-#   gpu.sh train   OUT RUNS SYSTEM EPOCHS    train, at most MINUTES; again to go on
-#   gpu.sh sample  OUT RUNS SYSTEM           10,000 samples a row
+#   gpu.sh train   OUT RUNS SYSTEM EPOCHS    train, at most MINUTES; exit code 3: not finished, the same command goes on
+#   gpu.sh sample  OUT RUNS SYSTEM           10,000 samples a row, at most MINUTES for all; 3 as above
 #   gpu.sh judge   OUT RUNS SYSTEM           accuracy, PGD, sample scores; EXTRACTOR names the features
 #   gpu.sh table   OUT RUNS                  Table 1 and figures
 #   gpu.sh trunk   OUT FILE                  a copy of a TorchScript file for an older PyTorch, which refuses scripts that name an operator it lacks
@@ -58,15 +58,17 @@ P
   train)
     code=0; jem train "${common[@]}" --out "$run" --epochs "${5:?epochs, as pace found}" --max-minutes "$minutes" || code=$?
     bring_back; tail -n 1 "$run/metrics.jsonl"
-    [ $code -eq 0 ] && echo "trained" || { [ $code -eq 3 ] && echo "not finished: run the same command again"; exit $([ $code -eq 3 ] && echo 0 || echo $code); } ;;
+    [ $code -eq 0 ] && echo "trained" || { [ $code -ne 3 ] || echo "not finished: run the same command again"; exit $code; } ;;
   sample)
     case $system in robust_classifier) methods=(attack) ;; jempp) methods=(energy) ;; *) methods=(energy combined attack) ;; esac
     for s in ${SAMPLING_SEEDS:-0 1 2}; do for m in "${methods[@]}"; do
-      jem generate "$run" --method "$m" --seed "$s" --name "$([ "$s" = 0 ] && echo "$m" || echo "$m-seed$s")" --device "$device" --max-minutes "$minutes" ${SAMPLES:-}
+      left=$(awk "BEGIN { left = $minutes - $SECONDS / 60; print left > 0.1 ? left : 0.1 }")
+      jem generate "$run" --method "$m" --seed "$s" --name "$([ "$s" = 0 ] && echo "$m" || echo "$m-seed$s")" --device "$device" --max-minutes "$left" ${SAMPLES:-}
     done; done ;;
   judge)
-    jem evaluate "$run" --extractor "${EXTRACTOR:?a path to a TorchScript file, or inception; +efficientnet-lite0 for the score}" --device "$device" --max-minutes "$minutes" ${JUDGE:-} || [ $? -eq 3 ]
-    bring_back ;;
+    code=0; jem evaluate "$run" --extractor "${EXTRACTOR:?a path to a TorchScript file, or inception; +efficientnet-lite0 for the score}" --device "$device" --max-minutes "$minutes" ${JUDGE:-} || code=$?
+    [ $code -eq 0 ] || [ $code -eq 3 ] || exit $code
+    bring_back; exit $code ;;
   table) jem report --runs "$runs" --figures "$out/figures" ;;
   trunk)                                         # Inception resizes by bilinear interpolation; the branch for Lanczos, in scripts of PyTorch 2.14, is never taken
     ${PYTHON:-python3} - "${3:?a TorchScript file}" "$out/$(basename "$3")" <<'P'
