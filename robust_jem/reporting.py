@@ -105,7 +105,7 @@ def _by_system(groups: dict[str, list[Run]], of) -> str:
     "What `of(config)` says of the systems: once where all agree, else after their names; an empty text is left out."
     said: dict[str, list[str]] = {}
     for system, mine in groups.items(): said.setdefault(of(mine[0].config), []).append(SYSTEMS[system].title)
-    return "; ".join(text if len(said) == 1 else f"{', '.join(titles)}: {text}" for text, titles in said.items() if text)
+    return "; ".join(text if len(said) == 1 else f"{' and '.join(titles)}: {text}" for text, titles in said.items() if text)
 
 def _notes(groups, runs, quality, fd) -> list[str]:
     c, s = runs[0].config, runs[0].scores()["classification"]
