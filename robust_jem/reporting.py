@@ -122,7 +122,7 @@ def _notes(groups, runs, quality, fd) -> list[str]:
     notes.append(f"Products of networks {products}, scores in {quality['precision']}. Recoveries from divergence while training: {', '.join(helped) or 'none'}.")
     uniform = [SYSTEMS[g].title for g, mine in groups.items() if mine[0].config.prior == "uniform"]
     if len(uniform) == len(groups): notes.append("Bare prior samples are uniform noise, where all chains start.")
-    elif uniform: notes.append(f"Bare prior samples are draws of the class-conditional Gaussians. Chains of {', '.join(uniform)} start from uniform noise instead.")
+    elif uniform: notes.append(f"Bare prior samples are draws of the class-conditional Gaussians. Chains of {' and '.join(uniform)} start from uniform noise instead.")
     for system, mine in groups.items():
         rows: dict[str, list[dict]] = {}
         for r in mine:
