@@ -44,7 +44,7 @@ def collect(
     for r in scored:
         held = r.scores()["held-out"]
         for name, s in r.scores().items():                                   # an evaluation that was cut short may have left other scores beside these
-            if other := next((k for k in ("extractor_key", "fingerprint", "splits", "precision") if name != "classification" and s.get(k, held.get(k)) != held.get(k)), None):
+            if other := next((k for k in ("extractor_key", "fingerprint", "splits", "precision") if name != "classification" and k in held and s.get(k, held[k]) != held[k]), None):
                 raise InputError(f"runs: {r.path}/scores: {name} and held-out differ in {other} ({s[other]} and {held[other]}); run `robust-jem evaluate {r.path}` to its end")
     free = HOW | {"system", "seed", "precision"}
     for mine in [*groups.values(), [m[0] for m in groups.values()]]:       # seeds of one system, then the systems among each other
@@ -127,7 +127,7 @@ def _notes(groups, runs, quality, fd) -> list[str]:
         rows: dict[str, list[dict]] = {}
         for r in mine:
             for n, s in r.scores().items():
-                if "samples" in s: rows.setdefault(_drawn_as(n), []).append(s["samples"])
+                if n not in ("classification", "held-out", "prior"): rows.setdefault(_drawn_as(n), []).append(s["samples"])
         for name, (g, *others) in sorted(rows.items()):
             for s in others:
                 if other := [k for k, v in s.items() if k not in HOW | {"seed", "name"} and v != g[k]]:
