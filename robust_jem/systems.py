@@ -91,10 +91,8 @@ class TrainConfig(Config):
         super().__post_init__()
         for name, table in (("system", SYSTEMS), ("preset", PRESETS)):
             if getattr(self, name) not in table: raise InputError(f"{name}: {getattr(self, name)!r} is unknown; accepted: {', '.join(table)}")
-        if not (self.clean_weight or self.adversarial_weight or self.likelihood_weight):
-            raise InputError("clean_weight, adversarial_weight, likelihood_weight: all 0, so there is nothing to train; set one above 0")
-        if self.likelihood_weight and self.buffer_size < self.batch_size:
-            raise InputError(f"buffer_size: {self.buffer_size} is below batch_size {self.batch_size}; each update draws a batch of different chains")
+        if not (self.clean_weight or self.adversarial_weight or self.likelihood_weight): raise InputError("clean_weight, adversarial_weight, likelihood_weight: all 0, so there is nothing to train; set one above 0")
+        if self.likelihood_weight and self.buffer_size < self.batch_size: raise InputError(f"buffer_size: {self.buffer_size} is below batch_size {self.batch_size}; each update draws a batch of different chains")
         if self.energy_penalty and not self.likelihood_weight: raise InputError(f"energy_penalty: {self.energy_penalty:g} without likelihood_weight, whose energies it holds down; set both, or neither")
         if self.ema_decay == 1: raise InputError("ema_decay: 1 would keep the first update's weights; accepted: 0 (none) to below 1, such as 0.999")
 

@@ -62,7 +62,7 @@ P
   sample)
     case $system in robust_classifier) methods=(attack) ;; jempp) methods=(energy) ;; *) methods=(energy combined attack) ;; esac
     for s in ${SAMPLING_SEEDS:-0 1 2}; do for m in "${methods[@]}"; do
-      left=$(awk "BEGIN { left = $minutes - $SECONDS / 60; print left > 0.1 ? left : 0.1 }")
+      left=$(awk "BEGIN { left = $minutes - $SECONDS / 60; print (left > 0.1 ? left : 0.1) }")
       jem generate "$run" --method "$m" --seed "$s" --name "$([ "$s" = 0 ] && echo "$m" || echo "$m-seed$s")" --device "$device" --max-minutes "$left" ${SAMPLES:-}
     done; done ;;
   judge)
