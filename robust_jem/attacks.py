@@ -20,7 +20,7 @@ def _l2(x: Tensor) -> Tensor: return _per_image(x, x.flatten(1).norm(dim=1))
 class Linf:
     "Every pixel may move by at most eps."
     @staticmethod
-    def ascent(g: Tensor) -> Tensor: return g.sign()
+    def ascent(g: Tensor) -> Tensor: return torch.where(g.isnan(), g, g.sign())      # the sign of NaN is 0: an image that hasn't moved would pass for a robust one
     @staticmethod
     def project(delta: Tensor, eps: float) -> Tensor: return delta.clamp(-eps, eps)
     @staticmethod
@@ -56,7 +56,7 @@ def pgd(
 ) -> Tensor: # [B,C,H,W], within the ball and the bounds
     """Projected gradient descent on the cross-entropy (Madry et al. 2018; the paper's eq. 2).
 
-    Raises `InputError` for eps < 0, steps < 0, step_size <= 0, an unknown norm, labels outside 0..K-1,
+    A pixel whose gradient isn't a number becomes NaN. Raises `InputError` for eps < 0, steps < 0, step_size <= 0, an unknown norm, labels outside 0..K-1,
     or x and y of different lengths.
     """
     if norm not in BALLS: raise InputError(f"norm: {norm!r} is unknown; accepted: {', '.join(BALLS)}")

@@ -33,20 +33,26 @@ def _check_set(x: Tensor, y: Tensor, batch_size: int):
     if batch_size < 1: raise InputError(f"batch_size: {batch_size} is below 1")
 
 @torch.no_grad()
+def _logits(model: nn.Module, x: Tensor, of: str = "") -> Tensor:
+    logits = model(x)
+    if logits.shape[0] != len(x) or logits.ndim != 2: raise InputError(f"model: logits{of} have shape {tuple(logits.shape)}, expected [{len(x)}, classes]")
+    if not logits.isfinite().all(): raise InputError(f"model: some logits{of} aren't finite, so that there is no accuracy; its weights are broken, or its gradient isn't a number somewhere: try float32")
+    return logits
+
+@torch.no_grad()
 def accuracy(
     model: nn.Module, # [B,C,H,W] in [-1,1] -> [B,K]
     x: Tensor, # uint8 images [N,C,H,W]
     y: Tensor, # labels [N]
     batch_size: int = 500,
 ) -> float: # share of right answers
-    "Accuracy in evaluation mode. Raises `InputError` for logits of another shape than [B,K], or labels and images of different number."
+    "Accuracy in evaluation mode. Raises `InputError` for logits of another shape than [B,K] or not finite, or labels and images of different number."
     _check_set(x, y, batch_size)
     device, was = device_of(model, x), model.training
     def work(size):
         right = torch.zeros((), dtype=torch.long, device=device)
         for a, b in zip(x.split(size), y.split(size)):
-            logits = model(to_unit(a.to(device)))
-            if logits.shape[0] != len(a) or logits.ndim != 2: raise InputError(f"model: logits have shape {tuple(logits.shape)}, expected [{len(a)}, classes]")
+            logits = _logits(model, to_unit(a.to(device)))
             right += (logits.argmax(1) == b.to(device)).sum()
         return right.item()
     try: model.eval(); return at_a_size_that_fits(work, batch_size) / len(x)
@@ -64,7 +70,7 @@ def robust_accuracy(
     targeted: bool = False, # towards a random wrong class instead of away from the right one
     restarts: int = 1, # attacks an image, each from another random start
 ) -> float: # share of images that were right before and are still right after every attack
-    "Accuracy under PGD with random starts, evaluation mode. An image that is wrong without an attack counts as wrong; one that has fallen isn't attacked again."
+    "Accuracy under PGD with random starts, evaluation mode. An image that is wrong without an attack counts as wrong; one that has fallen isn't attacked again. Raises `InputError` as `accuracy` does, and for gradients that aren't numbers, which leave nothing to attack with."
     if restarts < 1: raise InputError(f"restarts: {restarts} is below 1")
     _check_set(x, y, batch_size)
     device, was = device_of(model, x), model.training
@@ -72,14 +78,13 @@ def robust_accuracy(
         right, generator = 0, stream(seed, "attack", eps, device=device)
         for a, b in zip(x.split(size), y.split(size)):
             a, b = to_unit(a.to(device)), b.to(device)
-            with torch.no_grad(): logits = model(a)
+            logits = _logits(model, a)
             standing = logits.argmax(1) == b
             for _ in range(restarts):
                 a, b = a[standing], b[standing]
                 if not len(b): break
                 goal = (b + torch.randint(1, logits.shape[1], b.shape, device=device, generator=generator)) % logits.shape[1] if targeted else b
-                adv = pgd(model, a, goal, eps, steps, norm=norm, targeted=targeted, generator=generator)
-                with torch.no_grad(): standing = model(adv).argmax(1) == b
+                standing = _logits(model, pgd(model, a, goal, eps, steps, norm=norm, targeted=targeted, generator=generator), " of attacked images").argmax(1) == b
             else: b = b[standing]
             right += len(b)
         return right
@@ -108,7 +113,7 @@ def autoattack_accuracy(
     """Accuracy under the standard AutoAttack (Croce and Hein 2020) in evaluation mode: a check that PGD isn't fooled by masked gradients.
 
     The authors' own code, packaged as pyautoattack: 100 iterations of APGD on the cross-entropy, of targeted APGD and of
-    targeted FAB (up to 9 targets), 5,000 queries of Square. Raises `InputError` for an unknown norm or fewer than four classes.
+    targeted FAB (up to 9 targets), 5,000 queries of Square. Raises `InputError` for an unknown norm, fewer than four classes, or logits that aren't finite.
     """
     from pyautoattack import AutoAttack
     if norm not in ("linf", "l2"): raise InputError(f"norm: {norm!r} is unknown; accepted: linf, l2")
@@ -116,12 +121,12 @@ def autoattack_accuracy(
     try:
         model.eval()
         unit, y = (to_unit(x.to(device)) + 1) / 2, y.to(device)
-        with torch.no_grad(): classes = model(2 * unit[:1] - 1).shape[1]
+        classes = _logits(model, 2 * unit[:1] - 1).shape[1]
         if classes < 4: raise InputError(f"autoattack: {classes} classes; its targeted attacks need at least four")
         attack = AutoAttack(UnitInterval(model), norm={"linf": "Linf", "l2": "L2"}[norm], eps=eps / 2, seed=seed, device=device)
         attack.apgd_targeted.n_target_classes = attack.fab.n_target_classes = min(9, classes - 1)
         with torch.random.fork_rng(): adv, _ = attack.run_standard_evaluation(unit, y, batch_size=batch_size)
-        with torch.no_grad(): return sum((model(2 * a - 1).argmax(1) == b).sum().item() for a, b in zip(adv.split(batch_size), y.split(batch_size))) / len(x)
+        return sum((_logits(model, 2 * a - 1, " of attacked images").argmax(1) == b).sum().item() for a, b in zip(adv.split(batch_size), y.split(batch_size))) / len(x)
     finally: model.train(was)
 
 def eps_at_accuracy(

@@ -11,6 +11,7 @@ from torch import nn
 from robust_jem.attacks import pgd
 from robust_jem.data import Batches, InputError, augment, to_uint8, to_unit
 from robust_jem.energy import conditional_density, joint_energy, marginal_energy, predict, rank
+from robust_jem.evaluation import accuracy, autoattack_accuracy, robust_accuracy
 from robust_jem.priors import GaussianMixturePrior
 from robust_jem.reporting import ReportConfig
 from robust_jem.samplers import ReplayBuffer, proximal_sgld, sgld
@@ -205,3 +206,27 @@ def test_attack_refuses_labels_outside_the_classes(labels, targeted):
 def test_attack_refuses_a_radius_or_step_that_is_no_length(field, value):
     with pytest.raises(InputError, match=f"^{field}: "):
         pgd(MODEL, torch.zeros(1, 2, 5, 5), torch.tensor([0]), **{"eps": 0.1, "steps": 1, field: value})
+
+
+# Networks that can't be attacked, or don't classify
+
+class NoGradient(nn.Module):
+    "Classifies as MODEL does, but the gradient is 0/0: the root's slope at 0 is infinite, times 0."
+    def forward(self, x): return MODEL(x) + (0 * x).sqrt().sum((1, 2, 3))[:, None]
+
+
+@pytest.mark.parametrize("norm", ("linf", "l2"))
+def test_gradients_that_are_no_numbers_never_pass_for_robustness(norm):
+    x = to_uint8(normal(6, 2, 5, 5, seed=0)); y = predict(MODEL(to_unit(x)))
+    assert accuracy(NoGradient(), x, y) == 1
+    assert pgd(NoGradient(), to_unit(x), y, 0.1, 2, norm=norm).isnan().all()
+    with pytest.raises(InputError, match="logits of attacked images aren't finite"): robust_accuracy(NoGradient(), x, y, 0.1, 2, norm)
+
+
+@pytest.mark.parametrize("value", (float("nan"), float("inf")))
+def test_broken_logits_have_no_accuracy(value):
+    "The largest of several NaN is the first: class 0 would always be right."
+    broken = lambda x: MODEL(x) * value
+    module = nn.Module(); module.forward = broken
+    for measure in (accuracy, lambda *a: robust_accuracy(*a, 0.1, 2), lambda *a: autoattack_accuracy(*a, 0.1)):
+        with pytest.raises(InputError, match="logits aren't finite"): measure(module, to_uint8(normal(6, 2, 5, 5, seed=0)), torch.zeros(6, dtype=torch.long))
