@@ -77,7 +77,8 @@ def _usage() -> str:
 def _say(message, code: int, always: bool = False) -> int:
     "One line on stderr; of several processes, by the first."
     if always or os.environ.get("RANK", "0") == "0": print(f"robust-jem: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
-    else: time.sleep(2)                    # torchrun ends all processes when one does: let the first speak
+    else:
+        with contextlib.suppress(KeyboardInterrupt): time.sleep(2)       # torchrun terminates all processes when one ends: let the first speak
     return code
 
 def main(argv: list[str] | None = None) -> int:

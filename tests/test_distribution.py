@@ -139,6 +139,7 @@ def test_killed_process_ends_the_job_and_leaves_a_whole_checkpoint(command, here
 def test_shares_that_are_not_whole_are_refused_once(torchrun, here, options, says):
     done = torchrun("-m", "robust_jem.cli", "train", *OPTIONS, *options.split(), "--out", "run")
     assert done.returncode != 0 and done.stderr.count(f"robust-jem: {says}") == 1 and not os.path.exists(here / "run")
+    assert "InputError" not in done.stderr      # nor does the process that torchrun terminates add a traceback
 
 
 def test_evaluation_is_not_for_several_processes(torchrun, runs):
