@@ -45,8 +45,8 @@ def density_coverage(
     Raises `InputError` as `precision_recall`.
     """
     _checked("density_coverage", samples, real, k)
-    samples, real = samples.double().cpu(), real.double().cpu()
-    radii, inside, covered = _radii(real, k), 0, torch.zeros(len(real), dtype=torch.bool)
+    samples, real = samples.double(), real.double()
+    radii, inside, covered = _radii(real, k), 0, torch.zeros(len(real), dtype=torch.bool, device=real.device)
     for part in samples.split(2000):
         near = torch.cdist(part, real) < radii
         inside += int(near.sum()); covered |= near.any(0)

@@ -214,7 +214,7 @@ class Judge:
         out = score(names, features, probs, self.reference, self.config.splits)
         if min(len(features), len(real)) > 5: out["diversity"] = precision_recall(features, real) | density_coverage(features, real)
         if x is not None: out.setdefault("diversity", {})["memorisation"] = memorisation(features, real, self.held_out[0])
-        if y is not None: out[f"{names['frechet']} by class"] = class_frechet(features, y, real, self.images.train_y[reference_choice(len(self.images.train_y))], self.images.num_classes)
+        if y is not None and self.config.by_class: out[f"{names['frechet']} by class"] = class_frechet(features, y, real, self.images.train_y[reference_choice(len(self.images.train_y))], self.images.num_classes)
         return out
 
 def evaluate_run(

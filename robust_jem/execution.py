@@ -19,6 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from .data import InputError
 from .distribution import World, join_world
+from .fused import can_fuse, fused_forward
 
 # %% ../nbs/08_execution.ipynb #431480f7
 def resolve_device(device: str, world: World = World()) -> torch.device:
@@ -51,7 +52,7 @@ class Policy:
     device: str
     precision: str                   # of products in chains and attacks: float32, bfloat16 or float16
     update_precision: str            # of products in the update: as above, but bfloat16 where chains use float16
-    compile: str                     # torch.compile's mode, or "off"
+    compile: str                     # torch.compile's mode, "off", or "fused": this package's kernels, and CUDA graphs of whole attacks, chains and updates
     channels_last: bool
 
     def accelerate(self, model: nn.Module) -> nn.Module:
@@ -66,7 +67,7 @@ def choose_policy(
     compile: str = "auto", # auto: "default" on a GPU, "off" on a CPU
 ) -> Policy:
     "The policy for a device, with what the configuration overrides."
-    for name, value, known in (("precision", precision, ("auto", "float32", "bfloat16", "float16")), ("compile", compile, ("auto", "off", "default", "reduce-overhead", "max-autotune"))):
+    for name, value, known in (("precision", precision, ("auto", "float32", "bfloat16", "float16")), ("compile", compile, ("auto", "off", "default", "reduce-overhead", "max-autotune", "fused"))):
         if value not in known: raise InputError(f"{name}: {value!r} is not accepted; accepted: {', '.join(known)}")
     if precision == "auto": precision = "bfloat16" if fast_bfloat16(device) else "float32"
     if compile == "auto": compile = "default" if device.type == "cuda" else "off"
@@ -79,12 +80,15 @@ class Accelerated(nn.Module):
         super().__init__()
         self.model, self.policy = model, policy
         self.gradient_scale = 1024.0 if policy.precision == "float16" else 1.0     # a power of two: exact, and keeps float16's small gradients from vanishing
-        split, compiled = hasattr(model, "stem") and hasattr(model, "trunk"), lambda f: f if policy.compile == "off" else torch.compile(f, mode=policy.compile, dynamic=False)
+        split, compiled = hasattr(model, "stem") and hasattr(model, "trunk"), lambda f: f if policy.compile in ("off", "fused") else torch.compile(f, mode=policy.compile, dynamic=False)
+        if policy.compile == "fused" and (reason := can_fuse(model, torch.device(policy.device))): raise InputError(f"compile: 'fused' can't be used ({reason}); accepted: auto, off, default, reduce-overhead, max-autotune")
+        self.captures = policy.compile == "fused" and policy.device.startswith("cuda")
         hidden = {"update": compiled(self._autocast), "chains": compiled(self._rounded if split and policy.precision != "float32" else self._autocast), "rounded": None, "seen": None}
         for name, value in hidden.items(): object.__setattr__(self, name, value)    # hidden from Module: parameters must not be registered twice
 
     def _autocast(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         m, kind = self.model, x.device.type
+        if self.policy.compile == "fused": return fused_forward(m, x, dtype)
         if dtype == torch.float32: return m(x)
         if not (hasattr(m, "stem") and hasattr(m, "trunk")):
             with torch.autocast(kind, dtype): return m(x).float()
@@ -93,6 +97,7 @@ class Accelerated(nn.Module):
         return m.trunk[-1](h.float())
 
     def _rounded(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        if self.policy.compile == "fused": return fused_forward(self.model, x, dtype, {id(m): r.weight for m, r in zip(self.model.trunk[:-1].modules(), self.rounded.modules()) if isinstance(m, nn.Conv2d)})
         h = self.model.stem(x).to(dtype)
         with torch.autocast(x.device.type, dtype): h = self.rounded(h)
         return self.model.trunk[-1](h.float())
@@ -100,6 +105,11 @@ class Accelerated(nn.Module):
     def weights_changed(self):
         "Round anew before the next chain or attack. PyTorch counts most changes of a tensor by itself, but not those of a fused optimizer."
         object.__setattr__(self, "seen", None)
+
+    def prepare(self):
+        "Round the weights now, if they have changed: a captured graph reads the rounded ones and doesn't look."
+        dtype = getattr(torch, self.policy.precision)
+        if dtype != torch.float32 and hasattr(self.model, "stem") and hasattr(self.model, "trunk"): self._refresh(dtype)
 
     def _refresh(self, dtype: torch.dtype):
         "Round the weights once after an update, not in each of the gradients before the next."
@@ -119,7 +129,7 @@ class Accelerated(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if any(p.requires_grad for p in self.model.parameters()): return self.update(x, getattr(torch, self.policy.update_precision))
         dtype = getattr(torch, self.policy.precision)                              # chains and attacks freeze the parameters
-        if dtype != torch.float32 and hasattr(self.model, "stem") and hasattr(self.model, "trunk"): self._refresh(dtype)
+        self.prepare()
         return self.chains(x, dtype)
 
     def __getattr__(self, name):                                                   # stem, trunk, features, …: the network's own

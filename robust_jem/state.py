@@ -42,6 +42,7 @@ class TrainState:
         self.asked = self.config = config
         self.fingerprint = images.fingerprint
         self.world, self.device, self.step, self.seconds, self.best = at.world, at.device, 0, 0.0, float("inf")
+        self.hot = None                                                # the heavy parts of an update, see training
         self.pending: list[dict[str, Tensor]] = []                     # parts of the loss since the last line of metrics.jsonl
         self.events: list[dict] = []                                   # recoveries
         self.generators = {"noise": torch.Generator(at.device), "choices": torch.Generator()}
@@ -54,7 +55,7 @@ class TrainState:
             self.objective = DistributedDataParallel(self.loss, device_ids=[at.device] if at.device.type == "cuda" else None, **{keep_buffers: False})
         self.average = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay), use_buffers=True) if config.ema_decay else None
         parameters, fused = list(self.model.parameters()), at.device.type == "cuda"
-        if config.optimizer == "sgd": self.optimizer = torch.optim.SGD(parameters, config.lr, momentum=0.9, weight_decay=config.weight_decay, fused=fused)
+        if config.optimizer == "sgd": self.optimizer = torch.optim.SGD(parameters, torch.tensor(config.lr, device=at.device) if self.fast.captures else config.lr, momentum=0.9, weight_decay=config.weight_decay, fused=fused)
         else: self.optimizer = torch.optim.Adam(parameters, config.lr, betas=(0.9, 0.999), weight_decay=config.weight_decay, fused=fused)
         self.buffer = None
         if config.likelihood_weight:
@@ -66,18 +67,26 @@ class TrainState:
         "Begin fresh streams of random numbers, named after this process and the reason."
         for k, g in self.generators.items(): g.manual_seed(stream_seed(self.asked.seed, k, self.world.rank, *why))
 
-    def update(self, lr: float, loss: Tensor) -> Tensor:
+    def set_lr(self, lr: float):
+        "The learning rate of the next step; a recorded update reads it from a tensor."
+        for group in self.optimizer.param_groups:
+            if isinstance(group["lr"], Tensor): group["lr"].fill_(lr)
+            else: group["lr"] = lr
+
+    def descend(self, loss: Tensor) -> Tensor:
         "One step of the optimizer, down the gradient of `loss`; returns the gradient's norm."
-        for group in self.optimizer.param_groups: group["lr"] = lr
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
         self.optimizer.step()
+        return norm
+
+    def advance(self):
+        "What follows a step of the optimizer: rounded weights, averages, the count."
         self.fast.weights_changed()
         self._average_statistics()
         if self.average: self.average.update_parameters(self.model)
         self.step += 1
-        return norm
 
     @torch.no_grad()
     def _average_statistics(self):
@@ -112,6 +121,7 @@ class TrainState:
             state.setdefault(int(i), {})[name] = torch.empty_like(p).copy_(v) if v.shape == p.shape else v.clone()      # in the parameter's layout, which fused optimizers insist on
         self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
         self.fast.weights_changed()
+        self.hot = None                                                # what was recorded reads the tensors of before
         pending = {} if fresh else part("pending.")
         self.step, self.pending = step, [dict(zip(pending, values)) for values in zip(*pending.values())]
 
@@ -121,7 +131,9 @@ class TrainState:
         self.pending.clear(); self.events.append(event)
         self.reseed("recovery", len(self.events)); self.soften()
 
-    def soften(self): self.config = self.loss.config = gentler(self.asked, len(self.events))
+    def soften(self):
+        self.hot = None
+        self.config = self.loss.config = gentler(self.asked, len(self.events))
 
     def save(self, path: Path):
         "Write everything, and the snapshot; every process calls it, process 0 writes."

@@ -17,7 +17,7 @@ from .objectives import Terms
 # %% ../nbs/07_systems.ipynb #8347c64b
 Statistics = Literal["batch", "running"]
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
-Compile = Literal["auto", "off", "default", "reduce-overhead", "max-autotune"]
+Compile = Literal["auto", "off", "default", "reduce-overhead", "max-autotune", "fused"]
 Suite = Literal["table", "full", "robustness", "calibration", "detection", "distal", "landscape", "neighbours"]
 HOW = {"out", "run", "root", "device", "threads", "compile", "max_minutes", "keep_checkpoints", "checkpoint_minutes"}     # fields that say where and how fast, not what: a run may go on with others
 
@@ -33,7 +33,7 @@ class TrainConfig(Config):
     device: str = "auto"                     # auto, cpu, cuda, cuda:1, …
     threads: int = option(0, 0, 4096)              # CPU threads, at most one a core; 0: PyTorch's choice
     precision: Precision = "auto"            # of the network's products; auto: bfloat16 where the device multiplies it fast
-    compile: Compile = "auto"                # torch.compile's mode; auto: default on a GPU, off on a CPU
+    compile: Compile = "auto"                # torch.compile's mode, or fused: own kernels and CUDA graphs; auto: default on a GPU, off on a CPU
     max_minutes: float = option(0.0, 0)      # stop with a checkpoint after this time; 0: no limit
     depth: int = option(28, 10, 1000)              # of the Wide-ResNet: 6n + 4 (JEM++)
     width: int = option(10, 1, 100)               # of the Wide-ResNet (JEM++)
@@ -71,6 +71,7 @@ class TrainConfig(Config):
     weight_decay: float = option(4e-4, 0)    # (JEM++)
     batch_size: int = option(64, 1)          # real images, and chains, an update (JEM++)
     epochs: int = option(150, 0)             # passes over the training set (JEM++)
+    updates: int = option(0, 0)              # updates in all, in place of whole epochs; 0: as epochs says
     schedule: Literal["step", "cosine", "constant"] = "step"            # of the learning rate
     milestones: tuple[int, ...] = option((50, 100, 125), 0)             # epochs at which a step schedule decays (JEM++)
     decay: float = option(0.2, 0, 1)         # factor of a step schedule (JEM++)
@@ -163,6 +164,7 @@ class EvaluateConfig(Config):
     num_strangers: int = option(10_000, 1)   # suite: images of each
     batch_size: int = option(500, 1)         # images at a time
     splits: int = option(10, 1)              # of the Inception Score (convention: 10)
+    by_class: bool = True                    # also the Fréchet distance of each class
     seed: int = option(0, 0, 2**63 - 1)      # of random starts and subsets
     device: str = "auto"                     # auto, cpu, cuda, cuda:1, …
     threads: int = option(0, 0, 4096)        # CPU threads, at most one a core; 0: as in the run's training
