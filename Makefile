@@ -12,8 +12,11 @@ help: ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 20
 	@echo "PYTHON=python3.12 picks the interpreter (3.10 to 3.13); DATASET=cifar10 PRESET=paper is the paper at its size."
 
-replicate: $(VENV)/.installed-run ## train, sample and score every system: runs/ and figures/
+replicate: $(VENV)/.installed-run ## train, sample and score every system, one seed: runs/digits-cpu, four minutes at most
 	$(BIN)/robust-jem replicate --dataset $(DATASET) --preset $(PRESET)
+
+record: $(VENV)/.installed-run ## the committed record in figures/: three seeds, the full suite, the study of chains; half an hour
+	$(BIN)/robust-jem replicate --seeds 0 1 2 --suite full --chains --runs runs/record --figures figures
 
 hybrids: $(VENV)/.installed-run ## JEM's own table: Wide-ResNet, JEM, its factored form and IGEBM on digits, figures/hybrids
 	$(BIN)/robust-jem replicate --systems wide_resnet jem jem_factored igebm --seeds 0 --suite table --runs runs/digits-hybrids --figures figures/hybrids
@@ -64,5 +67,5 @@ $(VENV)/.installed-docs: settings.ini setup.py | $(BIN)/pip
 	@touch $@ $(VENV)/.installed-run $(VENV)/.installed-test
 
 
-.PHONY: help replicate hybrids benchmark precision test docs prepare clean
+.PHONY: help replicate record hybrids benchmark precision test docs prepare clean
 .NOTPARALLEL:

@@ -1,6 +1,7 @@
 """Precision, compilation, memory and time limits: what they may change, and what not."""
 import copy
 import os
+import platform
 import subprocess
 import sys
 import time
@@ -12,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from robust_jem import execution, generation
+from robust_jem import benchmark, execution, generation
 from robust_jem.attacks import pgd
 from robust_jem.card import write_pretrained
 from robust_jem.data import InputError, load_images, to_unit
@@ -110,12 +111,31 @@ def test_policy_is_recorded(here, device, precision, compile, monkeypatch):
     assert summary["precision"] == precision and summary["compile"] == compile
 
 
-@pytest.mark.parametrize("amx, avx512, seconds, precision", ((True, True, None, "bfloat16"), (False, False, None, "float32"), (False, True, (1.0, 2.0), "bfloat16"), (False, True, (2.0, 1.0), "float32")))
-def test_auto_follows_the_device(monkeypatch, amx, avx512, seconds, precision):
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
-    monkeypatch.setattr(execution, "_convolution_seconds", lambda dtype: seconds[dtype == torch.float32])      # None: nothing to measure
+@pytest.mark.parametrize("float32, bfloat16, precision", ((2.0, 1.0, "bfloat16"), (1.0, 1.0, "float32"), (1.0, 2.0, "float32")))
+def test_auto_follows_the_device(monkeypatch, float32, bfloat16, precision):
+    seconds = {torch.float32: float32, torch.bfloat16: bfloat16}
+    monkeypatch.setattr(execution, "_convolution_seconds", seconds.__getitem__)
     assert choose_policy(CPU).precision == precision and choose_policy(CPU).compile == "off"
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="ONEDNN_MAX_CPU_ISA limits x86 processors only")
+def test_processor_without_bfloat16_is_asked_at_little_cost():
+    "oneDNN imitates such a processor, whatever this one claims to have."
+    ask = "import time, torch; from robust_jem.execution import fast_bfloat16; began = time.perf_counter(); print(fast_bfloat16(torch.device('cpu')), time.perf_counter() - began)"
+    done = subprocess.run([sys.executable, "-c", ask], env=os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX2"}, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    fast, took = done.stdout.split()
+    assert fast == "False" and float(took) < 2                                   # a tenth of a second on an idle core
+
+
+@pytest.mark.parametrize("fast", (True, False))
+def test_benchmark_says_that_it_leaves_bfloat16_out(monkeypatch, fast):
+    monkeypatch.setattr(benchmark, "fast_bfloat16", lambda device: fast)
+    monkeypatch.setattr(benchmark, "peak_rate", lambda device, dtype: 1e12)
+    rates = benchmark.peak_rates(CPU)
+    assert set(rates) == ({"float32", "bfloat16"} if fast else {"float32"})
+    out = {"network": "net", "parameters": 1, "gflop an image": {"forward": 1}, "device": "a CPU", "torch": "2", "commit": "c", "config": {"repeats": 1}, "peak tflops": rates, "tables": {}}
+    assert ("bfloat16 isn't measured" in benchmark.markdown(out)) == (not fast)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="counts Linux's page faults")
