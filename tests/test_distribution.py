@@ -76,7 +76,6 @@ def test_two_processes_compute_the_gradient_of_the_whole_batch(torchrun, here, n
     else: assert 1e-6 < error                                                 # each process normalises by its own images: another function of the batch
 
 
-@pytest.mark.slow
 def test_two_processes_train_resume_and_generate(torchrun, here, cli):
     succeeded(torchrun("-m", "robust_jem.cli", "train", *OPTIONS, "--out", "whole"))
     whole = Run(here / "whole")

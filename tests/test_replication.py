@@ -41,7 +41,6 @@ def pictures(notebook):
     return sum("image/png" in o.get("data", {}) for c in cells if c.cell_type == "code" for o in c.outputs)
 
 
-@pytest.mark.slow
 def test_stages_run_alone_one_after_the_other(papermill, runs, here):
     "Train, generate, evaluate and report, each in a process of its own; they share nothing but folders."
     folder, judge = Path("runs/digits-cpu/robust_jem-s0"), "classifier:runs/judge"
@@ -215,7 +214,6 @@ def small_plan(here, command, monkeypatch):
 def executed(here): return sorted(p.name for p in here.glob("runs/*/notebooks/*.ipynb"))
 
 
-@pytest.mark.slow
 def test_stages_run_in_order_in_this_python_and_finished_ones_are_skipped(small_plan, here, cli):
     started = small_plan(first="import time; time.sleep(2)\n" + LOG, report=REPORT)      # b1 would overtake it
     assert cli("replicate", "--jobs", 3).code == 0
@@ -254,7 +252,6 @@ def test_failed_stage_is_one_line_and_nothing_depends_on_it(small_plan, here, cl
 
 # Interruption
 
-@pytest.mark.slow
 @pytest.mark.parametrize("whole_group", (False, True), ids=("this process", "Ctrl-C to the whole group"))
 def test_interrupted_replication_leaves_no_process_and_nothing_that_looks_finished(command, here, whole_group):
     argv = [*command.argv, "replicate", "--seeds", "0", "--systems", "jempp", "--runs", "runs", "--figures", "figures", "--device", "cpu"]
@@ -303,7 +300,6 @@ def test_gpu_script_makes_a_trunk_for_an_older_pytorch(tmp_path):
     assert torch.equal(torch.jit.load(str(tmp_path / "out/resize.pt"))(x), Resize()(x))
 
 
-@pytest.mark.slow
 def test_gpu_script_runs_to_the_end_on_a_cpu(here, image_tree, command):
     "The very commands of a GPU's minutes, small: each stage leaves what the next one needs, and what is brought back loads without the data."
     from robust_jem.generation import RobustJEM
