@@ -5,6 +5,8 @@ SHELL := /bin/bash
 PYTHON ?= python3
 DATASET ?= digits
 PRESET ?= cpu
+# processes that test side by side
+WORKERS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 
@@ -29,10 +31,14 @@ benchmark: $(VENV)/.installed-run ## speed against the reference's arithmetic: f
 precision: replicate ## float32 and bfloat16 side by side over seeds: figures/precision*, a quarter of an hour
 	OMP_NUM_THREADS=1 $(BIN)/papermill nbs/replication/precision.ipynb runs/digits-cpu/notebooks/precision.ipynb -k python3
 
-# One thread a worker: two notebooks at a time share the machine instead of fighting over it.
-test: $(VENV)/.installed-test ## notebooks first, then tests/
-	MPLBACKEND=Agg OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 $(NBDEV_TEST_FLAGS)
-	MPLBACKEND=Agg $(BIN)/pytest -q tests $(PYTEST_FLAGS)
+# One thread a worker: two at a time share the machine instead of fighting over it.
+test: $(VENV)/.installed-test ## notebooks first, then tests/: six minutes on two cores
+	MPLBACKEND=Agg OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers $(WORKERS) $(NBDEV_TEST_FLAGS)
+	MPLBACKEND=Agg OMP_NUM_THREADS=1 $(BIN)/pytest -q -n $(WORKERS) --dist worksteal tests $(PYTEST_FLAGS)
+
+faults: $(VENV)/.installed-test ## what takes longer: 30 kills, every write that can fail, all bad inputs, whole networks
+	MPLBACKEND=Agg OMP_NUM_THREADS=1 $(BIN)/pytest -q -n $(WORKERS) --dist worksteal -m long tests $(PYTEST_FLAGS)
+	MPLBACKEND=Agg $(BIN)/python tests/faults.py --jobs $(WORKERS)
 
 docs: $(VENV)/.installed-docs replicate ## the site, in _docs/
 	$(BIN)/python docs/build.py
@@ -67,5 +73,5 @@ $(VENV)/.installed-docs: settings.ini setup.py | $(BIN)/pip
 	@touch $@ $(VENV)/.installed-run $(VENV)/.installed-test
 
 
-.PHONY: help replicate record hybrids benchmark precision test docs prepare clean
+.PHONY: help replicate record hybrids benchmark precision test faults docs prepare clean
 .NOTPARALLEL:

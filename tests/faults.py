@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -508,7 +509,18 @@ def inputs(folder, source, every=1, notebooks_every=1):
             "Python": refusals(folder, source, calls(source), lambda call: call() and None)}
 
 
-SECTIONS = ("kills", "writes", "bytes", "divergence", "inputs")
+SECTIONS = ("kills", "inputs", "writes", "divergence", "bytes")       # the longest first
+
+
+def side_by_side(sections, jobs, arguments):
+    "Each section in a process of its own, `jobs` at a time; whether any failed."
+    def one(section):
+        argv = [sys.executable, __file__, "--only", section, *arguments]
+        done = subprocess.run(argv, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        print(done.stdout, end="", flush=True)
+        return done.returncode
+    with ThreadPoolExecutor(jobs) as pool:
+        return any(pool.map(one, sections))
 
 
 def main():
@@ -517,7 +529,10 @@ def main():
     parser.add_argument("--bytes", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=SECTIONS)
+    parser.add_argument("--jobs", type=int, default=1, help="sections at a time")
     args = parser.parse_args()
+    if args.jobs > 1 and len(args.only) > 1:
+        return int(side_by_side(args.only, args.jobs, ["--kills", str(args.kills), "--bytes", str(args.bytes), "--seed", str(args.seed)]))
     torch.set_num_threads(1)
     failed = False
     def told(problems):

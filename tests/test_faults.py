@@ -81,8 +81,8 @@ def test_recovered_run_that_runs_out_of_time_keeps_its_events(here, monkeypatch,
 
 
 def test_bad_inputs_are_one_line_by_every_route(tmp_path, session_runs):
-    "Every third command line, since the others have tests of their own; three notebooks, and every call."
-    for route, r in faults.inputs(tmp_path, session_runs, every=3, notebooks_every=9).items():
+    "Every fifth command line, since the others have tests of their own; two notebooks, and every call."
+    for route, r in faults.inputs(tmp_path, session_runs, every=5, notebooks_every=13).items():
         assert r.inputs == r.clear > 0 and not r.tracebacks + r.other + r.changed, route
 
 
