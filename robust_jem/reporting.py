@@ -30,8 +30,7 @@ class ReportConfig(Config):
     figures: str = ""                        # folder for tables and figures; empty: figures, in the folder of the run folders
 
     @property
-    def folder(self) -> Path:
-        return Path(self.figures or f"{self.runs}/figures")
+    def folder(self) -> Path: return Path(self.figures or f"{self.runs}/figures")
 
 _MEASURED = (("extractor", "held-out", "extractor_key"), ("splits", "held-out", "splits"), ("data", "held-out", "fingerprint"), ("attack", "classification", "threat_model"),
             ("attacked images", "classification", "n attacked"), ("the attack's seed", "classification", "seed"))      # in which all rows of a table must agree
@@ -211,8 +210,7 @@ def tiles(
     n, c, h, w = x.shape
     sheet = torch.full((c, -(-n // columns) * (h + 1) + 1, min(n, columns) * (w + 1) + 1), 255, dtype=torch.uint8)
     for i, image in enumerate(x):
-        top, left = i // columns * (h + 1) + 1, i % columns * (w + 1) + 1
-        sheet[:, top:top + h, left:left + w] = image
+        sheet[:, i // columns * (h + 1) + 1:, i % columns * (w + 1) + 1:][:, :h, :w] = image
     return sheet.expand(3, -1, -1).permute(1, 2, 0).numpy()
 
 INK = {"robust_classifier": "#0072B2", "jempp": "#D55E00", "robust_jem": "#009E73", "wide_resnet": "#666666", "jem": "#CC79A7", "jem_factored": "#E69F00", "igebm": "#56B4E9"}   # Okabe and Ito: distinct for colour-blind readers

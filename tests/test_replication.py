@@ -74,7 +74,7 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize("notebook, parameters, says", REFUSED, ids=("unknown parameter", "no run"))
+@pytest.mark.parametrize("notebook, parameters, says", (REFUSED[0], pytest.param(*REFUSED[1], marks=pytest.mark.long)), ids=("unknown parameter", "no run"))
 def test_stage_refuses_before_any_work(papermill, here, notebook, parameters, says):
     done = papermill(notebook, **parameters)
     assert done.returncode != 0 and says in done.stderr
@@ -252,7 +252,7 @@ def test_failed_stage_is_one_line_and_nothing_depends_on_it(small_plan, here, cl
 
 # Interruption
 
-@pytest.mark.parametrize("whole_group", (False, True), ids=("this process", "Ctrl-C to the whole group"))
+@pytest.mark.parametrize("whole_group", (pytest.param(False, marks=pytest.mark.long), True), ids=("this process", "Ctrl-C to the whole group"))
 def test_interrupted_replication_leaves_no_process_and_nothing_that_looks_finished(command, here, whole_group):
     argv = [*command.argv, "replicate", "--seeds", "0", "--systems", "jempp", "--runs", "runs", "--figures", "figures", "--device", "cpu"]
     heard = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)              # tests that run in the background inherit that it is ignored
