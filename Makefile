@@ -5,6 +5,8 @@ SHELL := /bin/bash
 PYTHON ?= python3
 DATASET ?= digits
 PRESET ?= cpu
+# processes that test side by side
+WORKERS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 
@@ -12,8 +14,11 @@ help: ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 20
 	@echo "PYTHON=python3.12 picks the interpreter (3.10 to 3.13); DATASET=cifar10 PRESET=paper is the paper at its size."
 
-replicate: $(VENV)/.installed-run ## train, sample and score every system: runs/ and figures/
+replicate: $(VENV)/.installed-run ## train, sample and score every system, one seed: runs/digits-cpu, four minutes at most
 	$(BIN)/robust-jem replicate --dataset $(DATASET) --preset $(PRESET)
+
+record: $(VENV)/.installed-run ## the committed record in figures/: three seeds, the full suite, the study of chains; half an hour
+	$(BIN)/robust-jem replicate --seeds 0 1 2 --suite full --chains --runs runs/record --figures figures
 
 hybrids: $(VENV)/.installed-run ## JEM's own table: Wide-ResNet, JEM, its factored form and IGEBM on digits, figures/hybrids
 	$(BIN)/robust-jem replicate --systems wide_resnet jem jem_factored igebm --seeds 0 --suite table --runs runs/digits-hybrids --figures figures/hybrids
@@ -26,10 +31,14 @@ benchmark: $(VENV)/.installed-run ## speed against the reference's arithmetic: f
 precision: replicate ## float32 and bfloat16 side by side over seeds: figures/precision*, a quarter of an hour
 	OMP_NUM_THREADS=1 $(BIN)/papermill nbs/replication/precision.ipynb runs/digits-cpu/notebooks/precision.ipynb -k python3
 
-# One thread a worker: two notebooks at a time share the machine instead of fighting over it.
-test: $(VENV)/.installed-test ## notebooks first, then tests/
-	MPLBACKEND=Agg OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 $(NBDEV_TEST_FLAGS)
-	MPLBACKEND=Agg $(BIN)/pytest -q tests $(PYTEST_FLAGS)
+# One thread a worker: two at a time share the machine instead of fighting over it.
+test: $(VENV)/.installed-test ## notebooks first, then tests/: six minutes on two cores
+	MPLBACKEND=Agg OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers $(WORKERS) $(NBDEV_TEST_FLAGS)
+	MPLBACKEND=Agg OMP_NUM_THREADS=1 $(BIN)/pytest -q -n $(WORKERS) --dist worksteal tests $(PYTEST_FLAGS)
+
+faults: $(VENV)/.installed-test ## what takes longer: 30 kills, every write that can fail, all bad inputs, whole networks
+	MPLBACKEND=Agg OMP_NUM_THREADS=1 $(BIN)/pytest -q -n $(WORKERS) --dist worksteal -m long tests $(PYTEST_FLAGS)
+	MPLBACKEND=Agg $(BIN)/python tests/faults.py --jobs $(WORKERS)
 
 docs: $(VENV)/.installed-docs replicate ## the site, in _docs/
 	$(BIN)/python docs/build.py
@@ -64,5 +73,5 @@ $(VENV)/.installed-docs: settings.ini setup.py | $(BIN)/pip
 	@touch $@ $(VENV)/.installed-run $(VENV)/.installed-test
 
 
-.PHONY: help replicate hybrids benchmark precision test docs prepare clean
+.PHONY: help replicate record hybrids benchmark precision test faults docs prepare clean
 .NOTPARALLEL:

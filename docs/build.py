@@ -1,5 +1,5 @@
-"""Build the site: `python docs/build.py`, after `make replicate`. Reads nbs/, robust_jem/, figures/ and the last replication's
-executed notebooks; writes _docs/.
+"""Build the site: `python docs/build.py`, after `make replicate` or `make record`. Reads nbs/, robust_jem/, figures/ and
+executed notebooks of the record, else of the replication; writes _docs/.
 
     nbs/*.ipynb  →  _build/executed   run, unless neither the notebook nor the package changed since
                  →  _proc             nbdev: exported cells become documentation, hidden ones go
@@ -22,7 +22,8 @@ from api import document, line_number, target
 from readme import expand_includes
 
 ROOT = Path(__file__).resolve().parent.parent
-RECORD = ROOT / "runs" / "digits-cpu"                  # where `make replicate` leaves */notebooks/*.ipynb
+RECORDS = [ROOT / "runs" / name for name in ("record", "digits-cpu")]          # where `make record` and `make replicate` leave */notebooks/*.ipynb
+RECORD = next((p for p in RECORDS if (p / "notebooks/report.ipynb").exists()), RECORDS[-1])
 STAGES = ("train", "generate", "evaluate", "chains")   # the order of a run's notebooks in the navigation
 BUILD = ROOT / "_build"
 EXECUTED, SOURCE, SITE = BUILD / "executed", BUILD / "source", ROOT / "_docs"
@@ -228,7 +229,7 @@ def write_record(links: Links) -> list[str]:
         entries.insert(0, f"{path.stem.capitalize()} <record/{path.stem}>")
     if not rows: return []
     (SOURCE / "record.md").write_text("\n".join([
-        "# The executed record", "", "{.lead}", "Every notebook that `make replicate` ran for the figures and the table, with what it printed.", "",
+        "# The executed record", "", "{.lead}", "Every notebook that the last replication ran, with what it printed.", "",
         f"Folder: `{RECORD.relative_to(ROOT)}`. Each starts with the parameters that papermill set; commit, device and versions are in each run's summary, printed by its training notebook.", "",
         "| run | notebooks |", "|---|---|", *rows, "", "```{toctree}", ":hidden:", "", *entries, "```", ""]), encoding="utf-8")
     return ["record"]

@@ -23,9 +23,9 @@ EXAMPLES = {
     "train": ("Train one system, or continue an interrupted run.", "robust-jem train --system robust_jem --dataset digits --preset cpu\nrobust-jem train --system jempp --dataset cifar10 --preset paper --device cuda --out runs/jempp --max-minutes 8.5\ntorchrun --nproc-per-node 2 -m robust_jem.cli train --system robust_jem --dataset digits"),
     "generate": ("Draw samples from a trained run.", "robust-jem generate runs/digits-cpu/robust_jem-s0 --method combined\nrobust-jem generate runs/digits-cpu/jempp-s0 --method energy --no-conditional --num-samples 1000 --name thousand"),
     "evaluate": ("Accuracy, robustness, sample scores, and all else that a hybrid model claims.", "robust-jem evaluate runs/digits-cpu/robust_jem-s0 --extractor classifier:runs/digits-cpu/extractor --suite full\nrobust-jem evaluate runs/digits-cpu/robust_jem-s0 --suite detection --strangers rotated digits path/to/images\nrobust-jem evaluate --model mypackage.models:classifier --model-data digits --suite full"),
-    "report": ("Table 1, Figures 1-3 and curves from a folder of runs.", "robust-jem report --runs runs/digits-cpu --figures figures"),
+    "report": ("Table 1, Figures 1-3 and curves from a folder of runs.", "robust-jem report --runs runs/digits-cpu"),
     "benchmark": ("Time the reference's arithmetic and ours side by side.", "robust-jem benchmark\nrobust-jem benchmark --depth 28 --width 10 --batches 64 256 --device cuda"),
-    "replicate": ("Train, sample and score every row of Table 1, and report.", "robust-jem replicate --preset cpu\nrobust-jem replicate --dataset cifar10 --preset paper --seeds 0"),
+    "replicate": ("Train, sample and score every row of Table 1, and report.", "robust-jem replicate --preset cpu\nrobust-jem replicate --seeds 0 1 2 --suite full --chains --runs runs/record --figures figures\nrobust-jem replicate --dataset cifar10 --preset paper --seeds 0"),
 }
 
 def _given(argv: list[str], *names: str) -> dict[str, str]:

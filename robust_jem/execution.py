@@ -34,15 +34,22 @@ def resolve_device(device: str, world: World = World()) -> torch.device:
     except (RuntimeError, AssertionError) as e: raise InputError(f"device: {device!r} can't be used ({str(e).splitlines()[0]}); accepted: auto, cpu, cuda, cuda:N") from e
 
 def fast_bfloat16(device: torch.device) -> bool:
-    "Whether the device convolves faster in bfloat16 than in float32: a GPU from Ampere on, a CPU with AMX, or one with AVX-512 BF16 alone if it is seen to."
-    if device.type == "cuda": return torch.cuda.get_device_capability(device) >= (8, 0)
-    if torch.cpu._is_amx_tile_supported(): return True
-    return torch.cpu._is_avx512_bf16_supported() and _convolution_seconds(torch.bfloat16) < 0.8 * _convolution_seconds(torch.float32)
+    """Whether the device multiplies faster in bfloat16 than in float32: a GPU from Ampere on, or a CPU that is seen to.
+
+    Everything that multiplies in bfloat16 of its own accord asks here first. The answer costs a tenth of a second at most, once a process.
+    """
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return _convolution_seconds(torch.bfloat16) < 0.8 * _convolution_seconds(torch.float32)
 
 @functools.cache
 def _convolution_seconds(dtype: torch.dtype) -> float:
-    "The best of five: AVX-512 BF16 is twice float32's speed on some processors and half of it on others."
-    x, w = (torch.zeros(shape, dtype=dtype).contiguous(memory_format=torch.channels_last) for shape in ((64, 64, 16, 16), (64, 64, 3, 3)))
+    """The best of five of a small convolution on the CPU.
+
+    Measured, since what a processor claims says little: AVX-512 BF16 is twice float32's speed on some and half of it on others,
+    and oneDNN may be told not to use it (`ONEDNN_MAX_CPU_ISA`). Where it is emulated, this takes 8 ms instead of 0.3.
+    """
+    x, w = (torch.zeros(shape, dtype=dtype).contiguous(memory_format=torch.channels_last) for shape in ((16, 64, 8, 8), (64, 64, 3, 3)))
     return min(timeit.repeat(lambda: F.conv2d(x, w, padding=1), number=1, repeat=5))
 
 # %% ../nbs/08_execution.ipynb #2e198368

@@ -15,12 +15,11 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from torchvision.utils import make_grid
 
 from .data import InputError
 from .detection import SCORES
 from .evaluation import Parts
-from .reporting import INK, sheet
+from .reporting import INK, sheet, tiles
 from .runs import Run, read_json, write_bytes
 from .systems import SYSTEMS
 
@@ -159,7 +158,7 @@ def neighbours(f: Findings) -> Figure:
     fig, axes = _figure(1, len(t), figsize=(max(3.4, 1.45 * len(t)), 0.25 * rows + 0.75), squeeze=False)
     for ax, (name, x) in zip(axes[0], sorted(t.items(), key=lambda p: p[0] == "held-out")):
         strips = torch.cat([x[:, :1], torch.full_like(x[:, :1], 255), x[:, 1:]], 1)                   # a gap between a sample and the training images
-        ax.imshow(make_grid(strips.flatten(0, 1), strips.shape[1], 1, pad_value=255).permute(1, 2, 0).numpy(), interpolation="nearest"); ax.axis("off")
+        ax.imshow(tiles(strips.flatten(0, 1), strips.shape[1]), interpolation="nearest"); ax.axis("off")
         ax.set_title(f"{name}\nmedian distance {part['median distance to the nearest'][name]:.2f}", fontsize=6.5)
     fig.suptitle(f"{f.title}\nsamples, and the nearest of {part['among']} training images", fontsize=8)
     return fig

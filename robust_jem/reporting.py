@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['INK', 'FIGURES', 'ReportConfig', 'collect', 'table1', 'grid_markdown', 'markdown', 'scores_markdown', 'cost_markdown',
-           'as_csv', 'sheet', 'chain_strip', 'curves', 'robustness', 'write_report']
+           'as_csv', 'tiles', 'sheet', 'chain_strip', 'curves', 'robustness', 'write_report']
 
 # %% ../nbs/12_reporting.ipynb #0e954997
 import csv, io, math, re, statistics
@@ -15,7 +15,6 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from torchvision.utils import make_grid
 
 from .configuration import Config
 from .data import InputError
@@ -28,7 +27,10 @@ from .systems import HOW, HYBRIDS, SYSTEMS, TABLE1, Row
 class ReportConfig(Config):
     "Which runs to report, and where to."
     runs: str = "runs/digits-cpu"            # folder with the run folders
-    figures: str = "figures"                 # folder for tables and figures
+    figures: str = ""                        # folder for tables and figures; empty: figures, in the folder of the run folders
+
+    @property
+    def folder(self) -> Path: return Path(self.figures or f"{self.runs}/figures")
 
 _MEASURED = (("extractor", "held-out", "extractor_key"), ("splits", "held-out", "splits"), ("data", "held-out", "fingerprint"), ("attack", "classification", "threat_model"),
             ("attacked images", "classification", "n attacked"), ("the attack's seed", "classification", "seed"))      # in which all rows of a table must agree
@@ -200,6 +202,17 @@ def as_csv(table: dict) -> str:
     return out.getvalue()
 
 # %% ../nbs/12_reporting.ipynb #72491e88
+def tiles(
+    x: torch.Tensor, # uint8 images [N,C,H,W]
+    columns: int, # images a row
+) -> np.ndarray: # [H',W',3], grey images too
+    "Images side by side, a white line around each."
+    n, c, h, w = x.shape
+    sheet = torch.full((c, -(-n // columns) * (h + 1) + 1, min(n, columns) * (w + 1) + 1), 255, dtype=torch.uint8)
+    for i, image in enumerate(x):
+        sheet[:, i // columns * (h + 1) + 1:, i % columns * (w + 1) + 1:][:, :h, :w] = image
+    return sheet.expand(3, -1, -1).permute(1, 2, 0).numpy()
+
 INK = {"robust_classifier": "#0072B2", "jempp": "#D55E00", "robust_jem": "#009E73", "wide_resnet": "#666666", "jem": "#CC79A7", "jem_factored": "#E69F00", "igebm": "#56B4E9"}   # Okabe and Ito: distinct for colour-blind readers
 
 def sheet(
@@ -215,7 +228,7 @@ def sheet(
     if any(len(r) < columns for r in rows): rows = [r[:min(map(len, rows))] for r in rows]
     if not len(rows[0]): raise InputError(f"figure: {title!r} needs at least one image of each class")
     size, scale = x.shape[-1], max(1, round(48 / x.shape[-1]))
-    image = make_grid(torch.cat(rows), len(rows[0]), 1, pad_value=255).permute(1, 2, 0).repeat_interleave(scale, 0).repeat_interleave(scale, 1).numpy()
+    image = tiles(torch.cat(rows), len(rows[0])).repeat(scale, 0).repeat(scale, 1)
     h, w = image.shape[:2]
     names, dpi = max(map(len, classes)) * 13 + 20, 160
     fig = plt.figure(figsize=((w + names) / dpi, (h + 110) / dpi), dpi=dpi)
@@ -229,7 +242,7 @@ def chain_strip(stages: list[str], strip: torch.Tensor, title: str) -> Figure:
     n, k = strip.shape[:2]
     fig, axes = plt.subplots(1, n, figsize=(0.56 * max(n, 3), 4.9), squeeze=False)
     for ax, name, images in zip(axes[0], stages, strip):
-        ax.imshow(make_grid(images, 1, 1, pad_value=255).permute(1, 2, 0).numpy(), interpolation="nearest"); ax.axis("off"); ax.set_title(name, fontsize=7)
+        ax.imshow(tiles(images, 1), interpolation="nearest"); ax.axis("off"); ax.set_title(name, fontsize=7)
     fig.suptitle(title, fontsize=9); fig.subplots_adjust(0.01, 0.01, 0.99, 0.9, 0.04)
     return fig
 
@@ -264,7 +277,7 @@ def write_report(
     config: ReportConfig,
 ) -> dict: # the table
     "Write table1.{md,csv,json}, scores.md, cost.md, where JEM's other rows were trained hybrids.{md,json}, figure1–3, curves, robustness and chain strip as PNG, each with its provenance inside."
-    groups, out = collect(config.runs), Path(config.figures)
+    groups, out = collect(config.runs), config.folder
     try: table, drawn = table1(groups), {"curves": curves(groups), "robustness": robustness(groups)}      # all that can be wrong with scores shows before anything is written
     except (KeyError, TypeError, ValueError, AttributeError) as e:
         raise InputError(f"runs: a summary.json or a file in scores/ below {config.runs} lacks something, or holds something else ({type(e).__name__}: {e}); remove the scores and evaluate again") from e

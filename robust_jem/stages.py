@@ -7,7 +7,7 @@ __all__ = ['ReplicateConfig', 'Stage', 'plan', 'notebook_path', 'replicate']
 
 # %% ../nbs/12_stages.ipynb #e5622915
 import contextlib, json, os, re, signal, subprocess, sys, threading, time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -28,13 +28,14 @@ class ReplicateConfig(Config):
     dataset: str = "digits"                  # digits, cifar10, cifar100, svhn or a folder of images
     preset: str = "cpu"                      # see PRESETS: cpu, cifar10-cpu, h100 or paper
     systems: tuple[str, ...] = option(("robust_classifier", "jempp", "robust_jem"))    # rows to train
-    seeds: tuple[int, ...] = option((0, 1, 2), 0, 2**63 - 1)    # training seeds of each row
+    seeds: tuple[int, ...] = option((0,), 0, 2**63 - 1)    # training seeds of each row; the committed record has 0 1 2
     sampling_seeds: tuple[int, ...] = option((0,), 0, 2**63 - 1)    # of each row's samples; unconditional chains have the first only
-    suite: Suite = "full"                    # how the first seed of each row is judged, see evaluate; the others: table
+    suite: Suite = "table"                   # how the first seed of each row is judged, see evaluate; the others: table
+    chains: bool = False                     # on digits, also study the chains of the first Robust JEM: by length, statistics, step
     extractor: str = ""                      # see evaluate; empty: a classifier trained for it where data is digits, else inception
     extractor_precision: Literal["float32", "bfloat16"] = "float32"     # of its products
     runs: str = ""                           # folder of the run folders; empty: runs/<dataset>-<preset>
-    figures: str = ""                        # folder of the results; empty: figures, or figures/<dataset>-<preset> when not digits-cpu
+    figures: str = ""                        # folder of the results; empty: figures, in the folder of the run folders
     root: str = ""                           # folder of the data sets; empty: $ROBUST_JEM_DATA, else ./data
     device: str = "auto"                     # auto, cpu, cuda, cuda:1, …
     jobs: int = option(0, 0)                 # notebooks at a time; 0: one a CPU core, or one on a GPU
@@ -54,6 +55,7 @@ class Stage:
     output: Path
     expected: list[tuple[Path, Config]]      # configuration files that the result holds
     weight: float = 1.0                      # rough share of the time
+    waits: bool = False                      # for the stages that others need: to be judged, a run needs the trained judge
 
     def finished(self) -> bool:
         def same(file, config):
@@ -78,7 +80,7 @@ def _extractor(config: ReplicateConfig) -> str:
     return config.extractor or ("" if config.dataset == "digits" else "inception")
 
 def plan(config: ReplicateConfig) -> tuple[list[list[Stage]], list[list[Stage]], Stage]:
-    "Chains of stages: those that must come first, those that may run side by side, and the report."
+    "Chains of stages: those that others wait for, all others, which may run side by side, and the report."
     runs = Path(config.runs or f"runs/{config.dataset}-{config.preset}")
     common = dict(dataset=config.dataset, preset=config.preset, root=config.root, device=config.device)
     def training(system, seed, folder):
@@ -99,14 +101,14 @@ def plan(config: ReplicateConfig) -> tuple[list[list[Stage]], list[list[Stage]],
             sets = sample_plan(system, config.dataset, config.preset, **drawn)
             chains.append([training(system, seed, folder),
                 Stage("generate", drawn, folder / "notebooks/generate.ipynb", [(folder / "samples" / c.label / "summary.json", c) for c in sets]),
-                Stage("evaluate", here | precision | dict(extractor=extractor, suite=config.suite if seed == config.seeds[0] else "table"), folder / "notebooks/evaluate.ipynb", [], weight=1.0 + 3.0 * (seed == config.seeds[0]))])
-            if (system, seed, config.dataset) == ("robust_jem", config.seeds[0], "digits"):      # the study of chains, once
-                chains[-1].append(Stage("chains", dict(run=str(folder), extractor=extractor), folder / "notebooks/chains.ipynb", [], weight=4.0))
+                Stage("evaluate", here | precision | dict(extractor=extractor, suite=config.suite if seed == config.seeds[0] else "table"), folder / "notebooks/evaluate.ipynb", [], weight=1.0 + 3.0 * (config.suite != "table" and seed == config.seeds[0]), waits=True)])
+            if config.chains and (system, seed, config.dataset) == ("robust_jem", config.seeds[0], "digits"):      # once
+                chains[-1].append(Stage("chains", dict(run=str(folder), extractor=extractor), folder / "notebooks/chains.ipynb", [], weight=4.0, waits=True))
     if config.dataset == "digits" and config.suite in ("full", "detection") and "robust_jem" in config.systems:      # does a model know what it has never seen? two digits are held out
         folder = runs / "held-out" / f"robust_jem-s{config.seeds[0]}"
         common["dataset"] = "digits@0-7"
         chains.append([training("robust_jem", config.seeds[0], folder), Stage("evaluate", dict(run=str(folder), device=config.device, suite="detection", strangers=["digits@8-9", "rotated", "interpolations", "uniform noise", "constant"]), folder / "notebooks/evaluate.ipynb", [])])
-    figures = config.figures or ("figures" if (config.dataset, config.preset) == ("digits", "cpu") else f"figures/{config.dataset}-{config.preset}")
+    figures = config.figures or str(runs / "figures")
     chains.sort(key=lambda c: -c[0].weight)                                # the longest first, so that none is left over at the end
     return first, chains, Stage("report", dict(runs=str(runs), figures=figures), runs / "notebooks/report.ipynb", [])
 
@@ -164,24 +166,34 @@ def replicate(config: ReplicateConfig) -> Path:
     env = os.environ | {"OMP_NUM_THREADS": str(max(1, cores // jobs)), "MPLBACKEND": "module://matplotlib_inline.backend_inline"}
     stages = [s for c in first_left + chains_left for s in c] + [report]
     running, done, stopping = [], [], threading.Event()
-    def work(chain):
-        for s in chain:
-            if stopping.is_set(): return
-            _run_stage(s, env, running); done.append(s)
+    def work(chain: list[Stage], others: list[Future]):
+        try:
+            for s in chain:
+                if s.waits:
+                    for f in others: f.result()
+                if stopping.is_set(): return
+                _run_stage(s, env, running)
+                done.append(s)
+        except BaseException:
+            stopping.set()
+            raise
+    def finish(pending: list[Future]):
+        "Show how far it is until all are done; raise what the first that failed did."
+        while any(not f.done() for f in pending):
+            if failed := next((f for f in pending if f.done() and f.exception()), None): raise failed.exception()
+            bar.n = round(min(sum(s.weight for s in done) + sum(s.weight * s.progress() for s, _ in running), bar.total), 1)
+            bar.set_postfix_str(", ".join(f"{s.notebook} {Path(s.parameters.get('out') or s.parameters.get('run') or '').name}".strip() for s, _ in list(running)), refresh=False)
+            bar.refresh() if sys.stderr.isatty() else bar.update(0)
+            time.sleep(0.25)
+        for f in pending: f.result()
     print(f"{len(stages)} notebooks to run, {jobs} at a time → {figures}", flush=True)
     bar = tqdm(total=round(sum(s.weight for s in stages), 1), desc="replicate", mininterval=0.5 if sys.stderr.isatty() else 30,
                bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining} {postfix}")
     with bar, ThreadPoolExecutor(jobs) as pool:
         try:
-            for group in (first_left, chains_left, [[report]]):
-                pending = [pool.submit(work, c) for c in group]
-                while any(not f.done() for f in pending):
-                    if failed := next((f for f in pending if f.done() and f.exception()), None): raise failed.exception()
-                    bar.n = round(min(sum(s.weight for s in done) + sum(s.weight * s.progress() for s, _ in running), bar.total), 1)
-                    bar.set_postfix_str(", ".join(f"{s.notebook} {Path(s.parameters.get('out') or s.parameters.get('run') or '').name}".strip() for s, _ in list(running)), refresh=False)
-                    bar.refresh() if sys.stderr.isatty() else bar.update(0)
-                    time.sleep(0.25)
-                for f in pending: f.result()
+            judges = [pool.submit(work, c, []) for c in first_left]      # first in the queue, so whoever waits for them waits for something that runs
+            finish([*judges, *(pool.submit(work, c, judges) for c in chains_left)])
+            finish([pool.submit(work, [report], [])])
             bar.n = bar.total
         except BaseException:
             stopping.set(); pool.shutdown(wait=False, cancel_futures=True)
@@ -191,5 +203,6 @@ def replicate(config: ReplicateConfig) -> Path:
                 process.kill()
             raise
     print((figures / "table1.md").read_text().split("\n\n")[0])
-    print(f"\n{figures}/: table1.md, .csv, .json, figure1–3.png, curves.png, robustness.png, chain.png   ({time.perf_counter() - began:.0f} s)")
+    print(f"\nResults in {figures}/: table1.md, .csv, .json, figure1–3.png, curves.png, robustness.png, chain.png; executed notebooks in {report.output.parent.parent}/*/notebooks/")
+    print(f"{time.perf_counter() - began:.0f} s")
     return figures

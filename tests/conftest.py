@@ -5,12 +5,14 @@ import re
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from PIL import Image
 
 from robust_jem import stages
@@ -22,7 +24,8 @@ from robust_jem.training import train
 
 REPO = Path(__file__).resolve().parent.parent
 # Two epochs of a few updates each: enough to have a trained run, small enough for every test session.
-TINY = dict(epochs=2, batch_size=128, attack_steps=2, outer_steps=2, buffer_size=200, warmup_steps=0, threads=1, device="cpu")
+# In float32, so that no bit depends on whether this processor is fast at another precision.
+TINY = dict(epochs=2, batch_size=128, attack_steps=2, outer_steps=2, buffer_size=200, warmup_steps=0, threads=1, device="cpu", precision="float32")
 
 
 @pytest.fixture(autouse=True)
@@ -42,6 +45,24 @@ def here(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.fixture(scope="session")
+def made_once(tmp_path_factory):
+    "`made_once(name, make)`: a folder that `make(folder)` filled, made once for all processes of pytest-xdist."
+    base = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ: base = base.parent
+    def call(name, make):
+        folder, done = base / "made-once" / name, base / f"made-{name}"
+        with FileLock(base / f"lock-{name}"):
+            if not done.exists():
+                torch.set_num_threads(1)
+                shutil.rmtree(folder, ignore_errors=True)               # what a failed attempt left
+                folder.mkdir(parents=True)
+                make(folder)
+                done.touch()
+        return folder
+    return call
+
+
 def make_runs(root):
     "Two trained runs below a folder: `robust_jem`, with a sample set, and `judge`."
     robust_jem = Run(train(configure(TrainConfig, "robust_jem", **TINY, out=str(root / "robust_jem")), progress=False))
@@ -51,13 +72,43 @@ def make_runs(root):
 
 
 @pytest.fixture(scope="session")
-def _session_runs(tmp_path_factory): return make_runs(tmp_path_factory.mktemp("runs"))
+def session_runs(made_once):
+    "The runs of `runs`, to copy from; not to change."
+    return made_once("runs", make_runs)
 
 
 @pytest.fixture
-def runs(_session_runs, here):
+def runs(session_runs, here):
     "A folder with two trained runs in the working directory: `robust_jem`, with a sample set, and `judge`. Free to damage."
-    return Path(shutil.copytree(_session_runs, here / "runs"))
+    return Path(shutil.copytree(session_runs, here / "runs"))
+
+
+def undisturbed_run(made_once, name, config, system="robust_jem"):
+    "A whole run with the settings of the faults, made once: its folder and its digest."
+    from faults import digest, undisturbed                              # which imports this module
+    path = made_once(name, lambda folder: undisturbed(folder / "run", system, config)) / "run"
+    return SimpleNamespace(path=path, digest=digest(Run(path)))
+
+
+@pytest.fixture(scope="session")
+def whole(made_once):
+    "An undisturbed run of faults.CONFIG, and its digest; not to change."
+    from faults import CONFIG
+    return undisturbed_run(made_once, "whole", CONFIG)
+
+
+@pytest.fixture(scope="session")
+def whole_short(made_once):
+    "An undisturbed run of faults.SHORT, and its digest; not to change."
+    from faults import SHORT
+    return undisturbed_run(made_once, "short", SHORT)
+
+
+@pytest.fixture(scope="session")
+def whole_recovered(made_once):
+    "A run that recovers by itself, faults.RECOVERING, and its digest; not to change."
+    from faults import RECOVERING
+    return undisturbed_run(made_once, "recovered", RECOVERING)
 
 
 @pytest.fixture
@@ -142,9 +193,24 @@ def refused(cli, here, monkeypatch):
     return check
 
 
+@pytest.fixture(scope="session")
+def _session_scores(made_once, session_runs):
+    "Scores of the run in `runs`; they don't name the folder that they were measured in."
+    def make(folder):
+        shutil.copytree(session_runs, folder / "runs")
+        back = os.getcwd()
+        os.chdir(folder)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                assert main("evaluate --run runs/robust_jem --extractor classifier:runs/judge --attack-eps 0.2 --attack-steps 1 --num-robust 20".split()) == 0
+        finally:
+            os.chdir(back)
+    return made_once("scores", make) / "runs/robust_jem/scores"
+
+
 @pytest.fixture
-def evaluated(runs, cli):
+def evaluated(_session_scores, runs):
     "The run in `runs`, with scores."
-    result = cli("evaluate", "--run", "runs/robust_jem", "--extractor", "classifier:runs/judge", "--attack-eps", 0.2, "--attack-steps", 1, "--num-robust", 20)
-    assert result.code == 0, result
+    shutil.copytree(_session_scores, runs / "robust_jem/scores")
     return runs / "robust_jem"

@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -35,7 +36,7 @@ from robust_jem.training import train
 REPO = Path(__file__).resolve().parent.parent
 # Everything that has a state takes part, and checkpoints are also written in the middle of an epoch.
 CONFIG = dict(epochs=3, batch_size=128, attack_steps=2, outer_steps=2, buffer_size=200, warmup_steps=10, ema_decay=0.9, flip=True, pad=1, noise_std=0.01, log_every=3,
-              snapshot_every=8, checkpoint_minutes=0.004, seed=5, threads=1, device="cpu")
+              snapshot_every=8, checkpoint_minutes=0.004, seed=5, threads=1, device="cpu", precision="float32")
 # A few updates of everything, for faults that are tried one after another.
 SHORT = CONFIG | dict(epochs=2, batch_size=256, width=1, attack_steps=1, outer_steps=1, buffer_size=256, log_every=5, checkpoint_minutes=0.0)
 
@@ -114,10 +115,10 @@ def lines(folder):
     except (OSError, ValueError): return []
 
 
-def kills(folder, n=30, seed=0, say=lambda *_: None):
+def kills(folder, n=30, seed=0, say=lambda *_: None, expected=None):
     "Kill a training `n` times at random moments, each time continuing; a run that ends before the kill must be the undisturbed one, and the next begins."
     rng, folder = random.Random(seed), Path(folder)
-    expected = undisturbed(folder / "whole")
+    expected = expected or undisturbed(folder / "whole")
     found = SimpleNamespace(kills=0, resumes=0, runs=0, lost=[], unequal=[], early=0, writing=0, between=0, part_files=0, took=0.0)
     life = None
     while found.kills < n or life is None:
@@ -204,10 +205,10 @@ class FullDisk:
             else: setattr(owner, name, real)
 
 
-def writes(folder, every=1, offset=0, say=lambda *_: None):
+def writes(folder, every=1, offset=0, say=lambda *_: None, expected=None):
     "Let each operation that changes the disk fail once; the failure must be one `InputError`, and the same training must then end as if nothing had been."
     folder, k = Path(folder), 1 + offset
-    expected = undisturbed(folder / "whole", config=SHORT)
+    expected = expected or undisturbed(folder / "whole", config=SHORT)
     found = SimpleNamespace(positions=0, tolerated=[], other=[], unusable=[], part_files=[], where=[])
     while True:
         run = folder / f"run{k}"
@@ -251,11 +252,11 @@ def truncations(file, n=50, seed=0):
         else: yield f"cut to {(to := rng.randrange(0, 3 ** rng.randrange(1, 14)) % len(whole))}", whole[:to]
 
 
-def bytes_changed(folder, n=200, seed=0):
-    "Damage a checkpoint again and again: reading it must be an `InputError`."
+def bytes_changed(folder, n=200, seed=0, whole=None):
+    "Damage a checkpoint again and again: reading it must be an `InputError`. `whole`: the folder of an undisturbed run of SHORT."
     folder = Path(folder)
-    undisturbed(folder / "whole", config=SHORT)
-    source, file = Run(folder / "whole").checkpoints()[0], folder / "damaged.safetensors"
+    if whole is None: undisturbed(whole := folder / "whole", config=SHORT)
+    source, file = Run(whole).checkpoints()[0], folder / "damaged.safetensors"
     found = SimpleNamespace(corruptions=n, truncations=max(1, n // 4), missed=[])
     for what, content in (*corruptions(source, n, seed), *truncations(source, found.truncations, seed)):
         file.write_bytes(content)
@@ -310,6 +311,7 @@ def diverge(folder, system="robust_jem", nan_at=None, **changes):
 CASES = {"lr x50": dict(lr=5.0), "NaN in a weight": dict(nan_at=25), "sampler steps x2500": dict(system="jempp", sampler_step_size=100.0), "sampler steps x25000": dict(system="jempp", sampler_step_size=1000.0)}
 # JEM at a learning rate that it can't bear: fails without recoveries, ends well with the default ones.
 TOO_FAST = dict(system="jem", lr=0.03, outer_steps=4)
+RECOVERING = DIVERGING | TOO_FAST | dict(epochs=2)
 
 
 def divergence(folder, say=print):
@@ -329,10 +331,10 @@ def divergence(folder, say=print):
     return wrong
 
 
-def recovered_then_killed(folder, after, system="robust_jem", **changes):
+def recovered_then_killed(folder, after, system="robust_jem", expected=None, **changes):
     "SIGKILL a diverging training `after` updates past its first recovery, and continue it; the differences to the one that was left alone."
     config, folder = DIVERGING | changes, Path(folder)
-    expected = undisturbed(folder / "whole", system, config)
+    expected = expected or undisturbed(folder / "whole", system, config)
     run = folder / "run"
     def past():
         rows = lines(run)
@@ -507,7 +509,18 @@ def inputs(folder, source, every=1, notebooks_every=1):
             "Python": refusals(folder, source, calls(source), lambda call: call() and None)}
 
 
-SECTIONS = ("kills", "writes", "bytes", "divergence", "inputs")
+SECTIONS = ("kills", "inputs", "writes", "divergence", "bytes")       # the longest first
+
+
+def side_by_side(sections, jobs, arguments):
+    "Each section in a process of its own, `jobs` at a time; whether any failed."
+    def one(section):
+        argv = [sys.executable, __file__, "--only", section, *arguments]
+        done = subprocess.run(argv, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        print(done.stdout, end="", flush=True)
+        return done.returncode
+    with ThreadPoolExecutor(jobs) as pool:
+        return any(pool.map(one, sections))
 
 
 def main():
@@ -516,7 +529,10 @@ def main():
     parser.add_argument("--bytes", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=SECTIONS)
+    parser.add_argument("--jobs", type=int, default=1, help="sections at a time")
     args = parser.parse_args()
+    if args.jobs > 1 and len(args.only) > 1:
+        return int(side_by_side(args.only, args.jobs, ["--kills", str(args.kills), "--bytes", str(args.bytes), "--seed", str(args.seed)]))
     torch.set_num_threads(1)
     failed = False
     def told(problems):

@@ -1,6 +1,7 @@
 """Precision, compilation, memory and time limits: what they may change, and what not."""
 import copy
 import os
+import platform
 import subprocess
 import sys
 import time
@@ -10,9 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 from tqdm import tqdm
 
-from robust_jem import execution, generation
+from robust_jem import benchmark, execution, generation
 from robust_jem.attacks import pgd
 from robust_jem.card import write_pretrained
 from robust_jem.data import InputError, load_images, to_unit
@@ -32,11 +34,10 @@ CPU = torch.device("cpu")
 def digits(): return load_images("digits")
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    "A Robust JEM after a few epochs, in float32."
-    torch.set_num_threads(1)
-    return Run(train(configure(TrainConfig, "robust_jem", epochs=4, precision="float32", device="cpu", out=str(tmp_path_factory.mktemp("trained") / "run")), progress=False))
+@pytest.fixture
+def trained(session_runs):
+    "A Robust JEM after two epochs, in float32."
+    return Run(session_runs / "robust_jem")
 
 
 def gradients(network, x, precision, statistics):
@@ -83,11 +84,21 @@ def test_network_without_a_stem_runs_under_a_policy():
     assert fast(x).dtype == torch.float32 and proximal_sgld(fast, x, 1, 5, 0.1).shape == x.shape
 
 
-@pytest.mark.slow
-def test_compiled_network_computes_the_same(digits):
+class Shallow(nn.Module):
+    "A stem and a trunk as a Wide-ResNet has them, compiled in seconds."
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(1, 8, 3, padding=1)
+        self.trunk = nn.Sequential(nn.BatchNorm2d(8), nn.LeakyReLU(0.2), nn.Conv2d(8, 8, 3, padding=1), nn.LeakyReLU(0.2), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10))
+
+    def forward(self, x): return self.trunk(self.stem(x))
+
+
+@pytest.mark.parametrize("make, norm", ((Shallow, "trunk.0"), pytest.param(lambda: WideResNet(10, 1, in_channels=1), "trunk.0.residual.0", marks=pytest.mark.long)), ids=("shallow", "Wide-ResNet"))
+def test_compiled_network_computes_the_same(digits, make, norm):
     "On the CPU; on a GPU the same code is compiled."
     torch.manual_seed(0)
-    network, x = WideResNet(10, 1, in_channels=1), to_unit(digits.test_x[:16])
+    network, x = make(), to_unit(digits.test_x[:16])
     eager, compiled = (choose_policy(CPU, "float32", c).accelerate(network) for c in ("off", "default"))
     for statistics in ("running", "batch"):
         with untouched(eager, statistics), untouched(compiled, statistics):
@@ -99,23 +110,42 @@ def test_compiled_network_computes_the_same(digits):
         F.cross_entropy(f(x), digits.test_y[:16]).backward()
         grads.append(torch.cat([p.grad.flatten().clone() for p in network.parameters()])); after = copy.deepcopy(network.state_dict()); network.load_state_dict(copied)
     assert torch.allclose(*grads, atol=1e-5 * grads[0].abs().max().item(), rtol=1e-3)
-    assert not torch.equal(after["trunk.0.residual.0.running_mean"], copied["trunk.0.residual.0.running_mean"])     # the compiled pass moves the averages too
+    assert not torch.equal(after[f"{norm}.running_mean"], copied[f"{norm}.running_mean"])     # the compiled pass moves the averages too
 
 
 @pytest.mark.parametrize("device, precision, compile", (("cpu", "float32", "off"), ("cpu", "bfloat16", "default")))
 def test_policy_is_recorded(here, device, precision, compile, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda f, **kw: f)                    # what is recorded doesn't need the compiler
-    config = configure(TrainConfig, "jempp", epochs=1, outer_steps=1, buffer_size=512, batch_size=512, precision=precision, compile=compile, device=device, out="run")
+    config = configure(TrainConfig, "jempp", dataset="digits@0-1", epochs=1, outer_steps=1, buffer_size=144, batch_size=144, precision=precision, compile=compile, device=device, out="run")
     summary = Run(train(config, progress=False)).summary
     assert summary["precision"] == precision and summary["compile"] == compile
 
 
-@pytest.mark.parametrize("amx, avx512, seconds, precision", ((True, True, None, "bfloat16"), (False, False, None, "float32"), (False, True, (1.0, 2.0), "bfloat16"), (False, True, (2.0, 1.0), "float32")))
-def test_auto_follows_the_device(monkeypatch, amx, avx512, seconds, precision):
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
-    monkeypatch.setattr(execution, "_convolution_seconds", lambda dtype: seconds[dtype == torch.float32])      # None: nothing to measure
+@pytest.mark.parametrize("float32, bfloat16, precision", ((2.0, 1.0, "bfloat16"), (1.0, 1.0, "float32"), (1.0, 2.0, "float32")))
+def test_auto_follows_the_device(monkeypatch, float32, bfloat16, precision):
+    seconds = {torch.float32: float32, torch.bfloat16: bfloat16}
+    monkeypatch.setattr(execution, "_convolution_seconds", seconds.__getitem__)
     assert choose_policy(CPU).precision == precision and choose_policy(CPU).compile == "off"
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="ONEDNN_MAX_CPU_ISA limits x86 processors only")
+def test_processor_without_bfloat16_is_asked_at_little_cost():
+    "oneDNN imitates such a processor, whatever this one claims to have."
+    ask = "import time, torch; from robust_jem.execution import fast_bfloat16; began = time.perf_counter(); print(fast_bfloat16(torch.device('cpu')), time.perf_counter() - began)"
+    done = subprocess.run([sys.executable, "-c", ask], env=os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX2"}, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    fast, took = done.stdout.split()
+    assert fast == "False" and float(took) < 2                                   # a tenth of a second on an idle core
+
+
+@pytest.mark.parametrize("fast", (True, False))
+def test_benchmark_says_that_it_leaves_bfloat16_out(monkeypatch, fast):
+    monkeypatch.setattr(benchmark, "fast_bfloat16", lambda device: fast)
+    monkeypatch.setattr(benchmark, "peak_rate", lambda device, dtype: 1e12)
+    rates = benchmark.peak_rates(CPU)
+    assert set(rates) == ({"float32", "bfloat16"} if fast else {"float32"})
+    out = {"network": "net", "parameters": 1, "gflop an image": {"forward": 1}, "device": "a CPU", "torch": "2", "commit": "c", "config": {"repeats": 1}, "peak tflops": rates, "tables": {}}
+    assert ("bfloat16 isn't measured" in benchmark.markdown(out)) == (not fast)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="counts Linux's page faults")

@@ -27,47 +27,31 @@ from robust_jem.stages import ReplicateConfig
 from robust_jem.systems import EvaluateConfig, GenerateConfig, TrainConfig, configure
 from robust_jem.training import train
 
-PER_EPOCH = 1437 // 128
 QUIET = pytest.mark.filterwarnings("ignore::UserWarning")
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    "An undisturbed run of CONFIG, and its digest."
-    torch.set_num_threads(1)
-    folder = tmp_path_factory.mktemp("whole") / "run"
-    return SimpleNamespace(path=folder, digest=undisturbed(folder))
-
-
-@pytest.fixture(scope="module")
-def _short(tmp_path_factory):
-    torch.set_num_threads(1)
-    folder = tmp_path_factory.mktemp("short") / "run"
-    return SimpleNamespace(path=folder, digest=undisturbed(folder, config=SHORT))
-
-
 @pytest.fixture
-def short(_short, here):
+def short(whole_short, here):
     "A copy, free to damage, of a run of SHORT that was killed before it wrote its result: `run` in the working directory."
-    shutil.copytree(_short.path, here / "run")
+    shutil.copytree(whole_short.path, here / "run")
     for name in ("model.safetensors", "summary.json"): (here / "run" / name).unlink()
-    return SimpleNamespace(run=Run(here / "run"), digest=_short.digest, again=lambda: train(configure(TrainConfig, "robust_jem", **SHORT, out="run"), progress=False))
+    return SimpleNamespace(run=Run(here / "run"), digest=whole_short.digest, again=lambda: train(configure(TrainConfig, "robust_jem", **SHORT, out="run"), progress=False))
 
 
 # The harness, with small counts
 
-def test_killed_runs_end_in_the_same_bits(tmp_path):
-    r = faults.kills(tmp_path, n=2, seed=1)
+def test_killed_runs_end_in_the_same_bits(tmp_path, whole):
+    r = faults.kills(tmp_path, n=2, seed=1, expected=whole.digest)
     assert r.kills == r.resumes == 2 and not r.lost and not r.unequal
 
 
-def test_every_failed_write_is_one_error_and_the_run_goes_on(tmp_path):
-    r = faults.writes(tmp_path, every=11, offset=2)
+def test_every_failed_write_is_one_error_and_the_run_goes_on(tmp_path, whole_short):
+    r = faults.writes(tmp_path, every=11, offset=2, expected=whole_short.digest)
     assert r.positions >= 4 and not r.unusable and not r.other and not r.part_files
 
 
-def test_one_changed_byte_is_always_noticed(tmp_path):
-    assert faults.bytes_changed(tmp_path, n=120, seed=2).missed == []
+def test_one_changed_byte_is_always_noticed(tmp_path, whole_short):
+    assert faults.bytes_changed(tmp_path, n=120, seed=2, whole=whole_short.path).missed == []
 
 
 @pytest.mark.parametrize("case", faults.CASES)
@@ -83,43 +67,26 @@ def test_jem_that_is_too_fast_needs_its_recoveries(tmp_path):
 
 
 @pytest.mark.parametrize("after", (0, 12), ids=("at once", "an epoch later"))
-def test_recovered_run_that_is_killed_keeps_its_events(tmp_path, after):
-    assert faults.recovered_then_killed(tmp_path, after, **faults.TOO_FAST, epochs=2) == []
+def test_recovered_run_that_is_killed_keeps_its_events(tmp_path, whole_recovered, after):
+    assert faults.recovered_then_killed(tmp_path, after, expected=whole_recovered.digest, **faults.RECOVERING) == []
 
 
 @QUIET
-def test_recovered_run_that_runs_out_of_time_keeps_its_events(here, monkeypatch):
-    config = faults.DIVERGING | faults.TOO_FAST | dict(epochs=2)
-    expected = undisturbed(here / "whole", config=config)
+def test_recovered_run_that_runs_out_of_time_keeps_its_events(here, monkeypatch, whole_recovered):
+    config, expected = faults.RECOVERING, whole_recovered.digest
     with monkeypatch.context() as m:
         m.setattr(execution.Deadline, "reached", lambda _: any("event" in r for r in lines(here / "run")))
         with pytest.raises(OutOfTime): train(configure(TrainConfig, **config, max_minutes=1, out=str(here / "run")), progress=False)
     assert undisturbed(here / "run", config=config) == expected and json.loads(expected["events"])
 
 
-@pytest.mark.slow
-def test_bad_inputs_are_one_line_by_every_route(tmp_path, _session_runs):
-    "Every third command line, since the others have tests of their own; three notebooks, and every call."
-    for route, r in faults.inputs(tmp_path, _session_runs, every=3, notebooks_every=9).items():
+def test_bad_inputs_are_one_line_by_every_route(tmp_path, session_runs):
+    "Every fifth command line, since the others have tests of their own; two notebooks, and every call."
+    for route, r in faults.inputs(tmp_path, session_runs, every=5, notebooks_every=13).items():
         assert r.inputs == r.clear > 0 and not r.tracebacks + r.other + r.changed, route
 
 
-# Signals and locks
-
-@pytest.mark.parametrize("how, code", ((signal.SIGTERM, 143), (signal.SIGINT, 130)), ids=lambda s: getattr(s, "name", ""))
-def test_signal_saves_this_very_update(here, whole, how, code):
-    "No checkpoint is due for minutes; the signal alone makes one."
-    with running(here / "run", "--checkpoint-minutes", 0) as process:
-        assert until(lambda: len(lines(here / "run")) > 4, process)
-        process.send_signal(how)
-        out, err = process.communicate(timeout=60)
-    assert process.returncode == code and out == "" and "Traceback" not in err
-    said, = [line for line in err.replace("\r", "\n").split("\n") if line.startswith("robust-jem: ")]
-    step = read_tensors(Run(here / "run").checkpoints()[0])[1]["step"]
-    assert said == f"robust-jem: run: interrupted at update {step} of {3 * PER_EPOCH} and saved; the same command goes on from there"
-    assert step > PER_EPOCH and not (here / "run/.lock").exists()
-    assert undisturbed(here / "run") == whole.digest
-
+# Locks, and folders that vanish
 
 def test_second_training_is_refused_and_a_killed_one_lets_go(here, cli):
     with running(here / "run") as first:

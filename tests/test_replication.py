@@ -16,6 +16,7 @@ import torch
 from conftest import REPO, snapshot
 
 from robust_jem import stages as command_line
+from robust_jem.reporting import ReportConfig
 from robust_jem.runs import Run, write_json
 from robust_jem.stages import ReplicateConfig, Stage, plan
 from robust_jem.systems import SYSTEMS, EvaluateConfig, TrainConfig, configure, sample_plan
@@ -40,7 +41,6 @@ def pictures(notebook):
     return sum("image/png" in o.get("data", {}) for c in cells if c.cell_type == "code" for o in c.outputs)
 
 
-@pytest.mark.slow
 def test_stages_run_alone_one_after_the_other(papermill, runs, here):
     "Train, generate, evaluate and report, each in a process of its own; they share nothing but folders."
     folder, judge = Path("runs/digits-cpu/robust_jem-s0"), "classifier:runs/judge"
@@ -74,7 +74,7 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize("notebook, parameters, says", REFUSED, ids=("unknown parameter", "no run"))
+@pytest.mark.parametrize("notebook, parameters, says", (REFUSED[0], pytest.param(*REFUSED[1], marks=pytest.mark.long)), ids=("unknown parameter", "no run"))
 def test_stage_refuses_before_any_work(papermill, here, notebook, parameters, says):
     done = papermill(notebook, **parameters)
     assert done.returncode != 0 and says in done.stderr
@@ -91,26 +91,39 @@ def stages_of(config):
     return [s for chain in first + chains for s in chain] + [report]
 
 
-@pytest.mark.parametrize("config", (dict(), SMALL, dict(dataset="cifar10", preset="paper"), dict(systems=tuple(SYSTEMS), extractor="classifier:x")), ids=str)
+RECORD = dict(seeds=(0, 1, 2), suite="full", chains=True)
+
+
+@pytest.mark.parametrize("config", (dict(), SMALL, RECORD, dict(dataset="cifar10", preset="paper"), dict(systems=tuple(SYSTEMS), extractor="classifier:x")), ids=str)
 def test_plan_trains_samples_and_scores_each_row_once(config):
     config = ReplicateConfig(**config)
     first, chains, report = plan(config)
     trained = [Path(c[0].parameters["out"]) for c in first + chains]
     assert len(set(trained)) == len(trained)
-    # on digits also one that has never seen two of the classes, for detection alone
+    # in the full suite on digits also one that has never seen two of the classes, for detection alone
     whole = lambda c: "@" not in c[0].parameters["dataset"]
-    assert [[s.notebook for s in c] for c in chains if not whole(c)] == [["train", "evaluate"]] * (config.dataset == "digits" and "robust_jem" in config.systems)
+    assert [[s.notebook for s in c] for c in chains if not whole(c)] == [["train", "evaluate"]] * (config.suite == "full")
     chains = [c for c in chains if whole(c)]
     assert {(c[0].parameters["system"], c[0].parameters["seed"]) for c in chains} == {(s, k) for s in config.systems for k in config.seeds}
     for chain in chains:
         assert [s.notebook for s in chain][:3] == ["train", "generate", "evaluate"]
         assert all(s.parameters.get("run", s.parameters.get("out")) == chain[0].parameters["out"] for s in chain)
         assert {s.output.parent for s in chain} == {Path(chain[0].parameters["out"]) / "notebooks"}      # executed copies lie in the run folder
+        assert [s.notebook for s in chain if s.waits] == [s.notebook for s in chain][2:]      # training and sampling needn't wait for the judge
+    studies = [c[0].parameters["out"] for c in chains if c[-1].notebook == "chains"]
+    assert studies == [f"{report.parameters['runs']}/robust_jem-s0"] * config.chains
     # the judge is trained first, by itself, and is none of those it judges
     judges = [s.parameters["extractor"] for c in chains for s in c if s.notebook == "evaluate"]
     assert len(set(judges)) == 1 and (not first) == bool(config.extractor or config.dataset != "digits")
     for chain in first: assert judges[0] == f"classifier:{chain[0].parameters['out']}" and chain[0].parameters["seed"] not in config.seeds
     assert all(command_line.notebook_path(s.notebook).is_file() for s in stages_of(config)) and report.notebook == "report"
+
+
+def test_results_lie_beside_the_runs_unless_asked_otherwise():
+    "Nothing that a replication writes by default is committed."
+    assert stages_of(ReplicateConfig(dataset="cifar10", preset="paper"))[-1].parameters == {"runs": "runs/cifar10-paper", "figures": "runs/cifar10-paper/figures"}
+    assert stages_of(ReplicateConfig(runs="here"))[-1].parameters["figures"] == str(ReportConfig(runs="here").folder) == "here/figures"
+    assert stages_of(ReplicateConfig(figures="there"))[-1].parameters["figures"] == str(ReportConfig(figures="there").folder) == "there"
 
 
 def test_plan_expects_what_the_notebooks_make():
@@ -161,7 +174,7 @@ def test_stage_is_finished_only_with_its_notebook_and_its_result(here):
 def test_changed_settings_run_again_what_depends_on_them(here, changes, again):
     for stage in stages_of(ReplicateConfig(**SMALL)): finish(stage)
     left = {s.notebook for s in stages_of(ReplicateConfig(**SMALL | changes)) if not s.finished()}
-    assert sorted(left - {"chains", "report"}) == again
+    assert sorted(left - {"report"}) == again
 
 
 def test_other_training_settings_are_not_finished(here):
@@ -180,11 +193,11 @@ REPORT = LOG + "figures = Path(figures); figures.mkdir(exist_ok=True)\nfor f in 
 
 @pytest.fixture
 def small_plan(here, command, monkeypatch):
-    "A first stage, two chains and a report, whose notebooks are given as code."
+    "A first stage, a chain that waits for it and one that doesn't, and a report, whose notebooks are given as code."
     for k, v in command.env.items(): monkeypatch.setenv(k, v)                # kernels write to this working directory
     def make(**sources):
         started = []
-        def stage(name): return Stage(name, {"name": name, "figures": "figures", "runs": "runs", "run": f"runs/{name}"}, here / f"runs/{name}/notebooks/{name}.ipynb", [])
+        def stage(name, **kw): return Stage(name, {"name": name, "figures": "figures", "runs": "runs", "run": f"runs/{name}"}, here / f"runs/{name}/notebooks/{name}.ipynb", [], **kw)
         def find(name):
             started.append(name)
             path = here / "source" / f"{name}.ipynb"
@@ -193,7 +206,7 @@ def small_plan(here, command, monkeypatch):
             nbformat.write(nbformat.v4.new_notebook(cells=list(code), metadata={"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}}), path)
             return path
         monkeypatch.setattr(command_line, "notebook_path", find)
-        monkeypatch.setattr(command_line, "plan", lambda config: ([[stage("first")]], [[stage("a1"), stage("a2")], [stage("b1")]], stage("report")))
+        monkeypatch.setattr(command_line, "plan", lambda config: ([[stage("first")]], [[stage("b1", waits=True)], [stage("a1"), stage("a2")]], stage("report")))
         return started
     return make
 
@@ -201,13 +214,13 @@ def small_plan(here, command, monkeypatch):
 def executed(here): return sorted(p.name for p in here.glob("runs/*/notebooks/*.ipynb"))
 
 
-@pytest.mark.slow
 def test_stages_run_in_order_in_this_python_and_finished_ones_are_skipped(small_plan, here, cli):
-    started = small_plan(report=REPORT)
-    assert cli("replicate", "--jobs", 2).code == 0
+    started = small_plan(first="import time; time.sleep(2)\n" + LOG, report=REPORT)      # b1 would overtake it
+    assert cli("replicate", "--jobs", 3).code == 0
     log = [line.split() for line in (here / "log.txt").read_text().splitlines()]
     names = [name for name, _ in log]
-    assert names[0] == "first" and names[-1] == "report" and names.index("a1") < names.index("a2") and sorted(names[1:-1]) == ["a1", "a2", "b1"]
+    assert names[-1] == "report" and sorted(names[:-1]) == ["a1", "a2", "b1", "first"]
+    assert names.index("first") < names.index("b1") and names.index("a1") < names.index("a2")
     assert {Path(python) for _, python in log} == {Path(sys.executable)}     # kernels are this environment's
     assert executed(here) == ["a1.ipynb", "a2.ipynb", "b1.ipynb", "first.ipynb", "report.ipynb"]
 
@@ -239,8 +252,7 @@ def test_failed_stage_is_one_line_and_nothing_depends_on_it(small_plan, here, cl
 
 # Interruption
 
-@pytest.mark.slow
-@pytest.mark.parametrize("whole_group", (False, True), ids=("this process", "Ctrl-C to the whole group"))
+@pytest.mark.parametrize("whole_group", (pytest.param(False, marks=pytest.mark.long), True), ids=("this process", "Ctrl-C to the whole group"))
 def test_interrupted_replication_leaves_no_process_and_nothing_that_looks_finished(command, here, whole_group):
     argv = [*command.argv, "replicate", "--seeds", "0", "--systems", "jempp", "--runs", "runs", "--figures", "figures", "--device", "cpu"]
     heard = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)              # tests that run in the background inherit that it is ignored
@@ -288,20 +300,22 @@ def test_gpu_script_makes_a_trunk_for_an_older_pytorch(tmp_path):
     assert torch.equal(torch.jit.load(str(tmp_path / "out/resize.pt"))(x), Resize()(x))
 
 
-@pytest.mark.slow
-def test_gpu_script_runs_to_the_end_on_a_cpu(here, image_tree, command):
+@pytest.mark.parametrize("systems", (["robust_jem"], pytest.param(["robust_classifier", "robust_jem"], marks=pytest.mark.long)), ids="-".join)
+def test_gpu_script_runs_to_the_end_on_a_cpu(here, image_tree, command, systems):
     "The very commands of a GPU's minutes, small: each stage leaves what the next one needs, and what is brought back loads without the data."
     from robust_jem.generation import RobustJEM
-    image_tree("cifar10", classes=[f"c{i}" for i in range(10)], train=8, test=4, size=32)
+    image_tree("cifar10", classes=[f"c{i}" for i in range(4)], train=8, test=4, size=16)
     script = command_line.notebook_path("train").parent / "gpu.sh"
     judge = subprocess.run([*command.argv, *"train --system wide_resnet --dataset cifar10 --preset cifar10-cpu --depth 10 --width 1 --batch-size 16 --epochs 1 --warmup-steps 0 --device cpu --out judge".split()], env=command.env, capture_output=True, text=True)
     assert judge.returncode == 0, judge.stderr
     env = command.env | dict(PYTHON=sys.executable, PRESET="cifar10-cpu", DEVICE="cpu", PACE="0.05", BUDGET="1", SAMPLING_SEEDS="0", EXTRACTOR="classifier:judge", SAMPLES="--num-samples 20 --batch-size 10 --outer-steps 1 --target-steps 1",
                              SMALL="--depth 10 --width 1 --batch-size 16 --buffer-size 32 --attack-steps 1 --outer-steps 1 --warmup-steps 0", JUDGE="--num-robust 10 --attack-steps 1 --batch-size 20")
-    for argv in (["pace", "out", "runs", "robust_jem"], *([stage, "out", "runs", system, *["1"] * (stage == "train")] for system in ("robust_classifier", "robust_jem") for stage in ("train", "sample", "judge")), ["table", "out", "runs"]):
+    for argv in (["pace", "out", "runs", "robust_jem"], *([stage, "out", "runs", system, *["1"] * (stage == "train")] for system in systems for stage in ("train", "sample", "judge")), ["table", "out", "runs"]):
         done = subprocess.run(["bash", str(script), *argv], env=env, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, f"{argv}: {done.stdout[-500:]} {done.stderr[-1500:]}"
     assert json.loads((here / "out/pace-robust_jem.json").read_text())["images a second"] > 0
+    rows = json.loads((here / "out/figures/table1.json").read_text())["rows"]
+    assert {r["model"] for r in rows if r["runs"] and "accuracy" in r} >= {SYSTEMS[s].title for s in systems}
     assert (here / "out/figures/table1.md").exists() and (here / "out/robust_jem-s0/scores/combined.json").exists()
-    assert RobustJEM.from_pretrained("out/robust_jem-s0/pretrained").classify(torch.zeros(1, 3, 32, 32)).shape == (1,)
+    assert RobustJEM.from_pretrained("out/robust_jem-s0/pretrained").classify(torch.zeros(1, 3, 16, 16)).shape == (1,)
     assert subprocess.run(["bash", str(script), "fly", "out"], env=env, capture_output=True, text=True).returncode == 2
