@@ -3,7 +3,7 @@
 from configparser import ConfigParser
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
 ini = ConfigParser(delimiters=["="])
@@ -34,7 +34,7 @@ setup(
     python_requires=">=" + cfg["min_python"],
     install_requires=cfg["requirements"].split(),
     extras_require={"dev": cfg["dev_requirements"].split(), "docs": cfg["docs_requirements"].split()},
-    packages=["robust_jem", "robust_jem.replication"],
+    packages=[*find_packages(include=["robust_jem", "robust_jem.*"]), "robust_jem.replication"],
     package_dir={"robust_jem.replication": "nbs/replication"},
     package_data={"robust_jem.replication": ["*.ipynb"]},
     entry_points={"console_scripts": cfg["console_scripts"].split(), "nbdev": ["robust_jem=robust_jem._modidx:d"]},

@@ -12,7 +12,7 @@ EMPTY = inspect.Parameter.empty
 
 
 def target(module: str, name: str) -> str:
-    "The label of a name's section."
+    "The label of a name's section; a module is `room.module`."
     return "api-" + re.sub(r"\W|_", "-", f"{module}-{name}").lower()
 
 

@@ -1,12 +1,12 @@
 """Build the site: `python docs/build.py`, after `make replicate` or `make record`. Reads nbs/, robust_jem/, figures/ and
 executed notebooks of the record, else of the replication; writes _docs/.
 
-    nbs/*.ipynb  →  _build/executed   run, unless neither the notebook nor the package changed since
+    nbs/**.ipynb →  _build/executed   run, unless neither the notebook nor the package changed since
                  →  _proc             nbdev: exported cells become documentation, hidden ones go
                  →  _build/source     what Quarto would have understood becomes what MyST understands
                  →  _docs             Sphinx, with warnings as errors
 """
-import json, os, re, shutil, subprocess, sys
+import json, os, posixpath, re, shutil, subprocess, sys
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
 from itertools import groupby
@@ -25,6 +25,9 @@ ROOT = Path(__file__).resolve().parent.parent
 RECORDS = [ROOT / "runs" / name for name in ("record", "digits-cpu")]          # where `make record` and `make replicate` leave */notebooks/*.ipynb
 RECORD = next((p for p in RECORDS if (p / "notebooks/report.ipynb").exists()), RECORDS[-1])
 STAGES = ("train", "generate", "evaluate", "chains")   # the order of a run's notebooks in the navigation
+ROOMS = {"core": "What everything stands on", "networks": "Networks", "ebm": "The method", "systems": "Systems", "engine": "Training and sampling", "judge": "Evaluation",
+         "bench": "Speed", "report": "Reports", "app": "Commands"}      # in reading order
+NBS = ROOT / "nbs"
 BUILD = ROOT / "_build"
 EXECUTED, SOURCE, SITE = BUILD / "executed", BUILD / "source", ROOT / "_docs"
 
@@ -37,7 +40,7 @@ SHOW_DOC = re.compile(r"^show_doc\(([\w.]+)", re.M)
 
 def execute(path: Path, package: str) -> None:
     "Run one notebook into `EXECUTED`, cells with a directive that tests skip left out."
-    out = EXECUTED / path.name
+    out = EXECUTED / path.relative_to(NBS)
     key = sha256(path.read_bytes() + package.encode()).hexdigest()
     if out.exists() and json.loads(out.read_text(encoding="utf-8"))["metadata"].get("made_from") == key: return
     nb = nbformat.read(path, as_version=4)
@@ -46,11 +49,12 @@ def execute(path: Path, package: str) -> None:
         d = dict(DIRECTIVE.findall(cell.source))
         if d.get("eval") == "false" or d.keys() & flags or "nbdev_export(" in cell.source:
             cell.metadata["tags"] = [*cell.metadata.get("tags", []), SKIP]
-    print("running", path.name, flush=True)
+    print("running", path.relative_to(NBS), flush=True)
     where = {"metadata": {"path": str(path.parent)}}   # the working directory, as under nbdev_test
     NotebookClient(nb, timeout=1800, kernel_name="python3", resources=where, skip_cells_with_tag=SKIP).execute()
     nb.metadata["made_from"] = key
     split_title(nb)
+    out.parent.mkdir(parents=True, exist_ok=True)
     nbformat.write(nb, out)
 
 
@@ -65,10 +69,11 @@ def split_title(nb) -> None:
 
 def execute_all() -> list[Path]:
     "Run what changed, two notebooks at a time; returns nbs/'s notebooks in reading order."
-    notebooks = sorted((ROOT / "nbs").glob("*.ipynb"))
-    package = sha256(b"".join(p.read_bytes() for p in sorted((ROOT / "robust_jem").glob("*.py")))).hexdigest()
+    rooms = ["", "guide", *ROOMS]
+    notebooks = sorted((p for room in rooms for p in (NBS / room).glob("*.ipynb")), key=lambda p: (rooms.index(p.parent.name if p.parent != NBS else ""), p.name))
+    package = sha256(b"".join(p.read_bytes() for p in sorted((ROOT / "robust_jem").rglob("*.py")))).hexdigest()
     EXECUTED.mkdir(parents=True, exist_ok=True)
-    for stale in {p.name for p in EXECUTED.glob("*.ipynb")} - {p.name for p in notebooks}: (EXECUTED / stale).unlink()
+    for stale in {p.relative_to(EXECUTED) for p in EXECUTED.rglob("*.ipynb")} - {p.relative_to(NBS) for p in notebooks}: (EXECUTED / stale).unlink()
     os.environ.pop("MPLBACKEND", None)                 # a headless backend would leave no figures in the cells
     with ThreadPoolExecutor(2) as pool: list(pool.map(lambda p: execute(p, package), notebooks))
     return notebooks
@@ -85,9 +90,12 @@ def process() -> Path:
 
 # 3. From Quarto's dialect to MyST's ------------------------------------------------------------------------------------
 
-def page_name(notebook: Path | str) -> str:
-    "A page is named as its module: 02_energy.ipynb → energy."
-    return re.sub(r"^\d+_", "", Path(notebook).stem)
+def page_name(notebook: Path) -> str:
+    "A page is named as its module: nbs/ebm/00_energy.ipynb → ebm/energy."
+    return (notebook.relative_to(NBS).parent / re.sub(r"^\d+_", "", notebook.stem)).as_posix()
+
+
+def module_name(notebook: Path) -> str: return page_name(notebook).replace("/", ".")
 
 
 def outside_code(text: str, change) -> str:
@@ -99,8 +107,8 @@ def outside_code(text: str, change) -> str:
 class Links:
     "Where names and notebooks lead on this site."
 
-    def __init__(self, pages: set[str], labels: dict[str, str]):
-        self.pages, self.labels = pages, labels        # a name, alone or after its module, → the label of its documentation
+    def __init__(self, pages: dict[str, str], labels: dict[str, str]):
+        self.pages, self.labels = pages, labels        # a notebook's path from the root, without its ending, → its page; a name, alone or after its module, → the label of its documentation
 
     def label(self, name: str) -> str | None:
         "A name's label; a method's is its class's."
@@ -115,31 +123,30 @@ class Links:
         name = r"(?<![`\[\\])`([A-Za-z_][\w.]*(?:\(\))?)`(?![`\]])"
         return "\n".join(line if line.startswith(("#", "(api-")) else re.sub(name, link, line) for line in text.split("\n"))
 
-    def files(self, text: str) -> str:
-        "Links between notebooks lead to pages, images to their copies, any other file of the repository to its host."
+    def files(self, text: str, folder: str) -> str:
+        "Links (from `folder`) between notebooks lead to pages, images to their copies, any other file of the repository to its host."
         cfg = get_config()
         def fix(m):
             url, _, fragment = m[2].partition("#")
             if not url or re.match(r"[a-z]+:", url): return m[0]
-            if re.match(r"\.\./figures/.*\.(png|svg)$", url): return f"{m[1]}({url[3:]}"
-            name = page_name(url)
-            if "/" not in url and url.endswith((".ipynb", ".html", ".qmd")) and name in self.pages:
+            path = posixpath.normpath(posixpath.join(folder, url))
+            if re.match(r"figures/.*\.(png|svg)$", path): return f"{m[1]}(/{path}"
+            if page := self.pages.get(re.sub(r"\.(ipynb|html|qmd)$", "", path)):
                 label = self.label(fragment) if fragment else None
-                return f"{m[1]}({'#' + label if label else name + '.ipynb'}"
-            if url == "../CONTRIBUTING.md": return f"{m[1]}(contributing.md"
-            if (stage := re.fullmatch(r"replication/(\w+)\.ipynb", url)) and (page := record_page(stage[1])): return f"{m[1]}({page}"
-            path = url[3:] if url.startswith("../") else f"nbs/{url}"
+                return f"{m[1]}({'#' + label if label else f'/{page}.ipynb'}"
+            if path == "CONTRIBUTING.md": return f"{m[1]}(/contributing.md"
+            if (stage := re.fullmatch(r"nbs/replication/(\w+)\.ipynb", path)) and (page := record_page(stage[1])): return f"{m[1]}({page}"
             return f"{m[1]}({cfg['git_url']}/blob/{cfg['branch']}/{path}{'#' + fragment if fragment else ''}"
         return re.sub(r"(\])\(([^)\s]+)", fix, text)
 
-    def __call__(self, text: str) -> str: return outside_code(text, lambda t: fix_callouts(self.files(self.symbols(t))))
+    def __call__(self, text: str, folder: str = "nbs") -> str: return outside_code(text, lambda t: fix_callouts(self.files(self.symbols(t), folder)))
 
 
 def fix_callouts(text: str) -> str:
     return re.sub(r"^:::\s*\{\.callout-(\w+).*\}", r":::{\1}", text, flags=re.M)
 
 
-def adapt(nb, links: Links, module: str = "", title: str | None = None):
+def adapt(nb, links: Links, module: str = "", title: str | None = None, folder: str = "nbs/replication"):
     "One notebook that nbdev processed, or that papermill ran, as MyST-NB reads it."
     cells = []
     for cell in in_source_order(nb.cells, module):
@@ -150,8 +157,8 @@ def adapt(nb, links: Links, module: str = "", title: str | None = None):
             cell = adapt_code(cell, module)
         if cell is None or not cell.source.strip(): continue
         if cell.cell_type == "markdown":
-            cell.source = expand_includes(cell.source.replace("<!-- WARNING: THIS FILE WAS AUTOGENERATED! DO NOT EDIT! -->", ""))
-            cell.source = links(cell.source)
+            cell.source = expand_includes(cell.source.replace("<!-- WARNING: THIS FILE WAS AUTOGENERATED! DO NOT EDIT! -->", ""), folder=folder)
+            cell.source = links(cell.source, folder)
             if title and re.match("# ", cell.source): cell.source, title = re.sub(r"# .*", lambda _: f"# {title}", cell.source, count=1), None
         cells.append(cell)
     if title: cells.insert(0, nbformat.v4.new_markdown_cell(f"# {title}"))
@@ -241,25 +248,26 @@ def write_source(notebooks: list[Path], processed: Path) -> None:
     for image in (ROOT / "figures").rglob("*.[ps][nv]g"):
         copy = SOURCE / image.relative_to(ROOT)
         copy.parent.mkdir(parents=True, exist_ok=True); shutil.copy(image, copy)
-    pages = {page_name(p) for p in notebooks}
-    have = lambda *names: [n for n in names if n in pages]
-    modules = [page_name(p) for p in notebooks if re.match(r"\d+_", p.name)]
-    documents = {p.name: nbformat.read(processed / p.name, as_version=4) for p in notebooks}
+    pages = {p.relative_to(ROOT).with_suffix("").as_posix(): page_name(p) for p in notebooks}
+    guide = lambda *names: [f"guide/{n}" for n in names if f"guide/{n}" in pages.values()]
+    documents = {p: nbformat.read(processed / p.relative_to(NBS), as_version=4) for p in notebooks}
     labels = {}
     for path in notebooks:
-        for name in filter(None, map(documented, documents[path.name].cells)):
-            label = target(page_name(path), name)
-            labels[f"{page_name(path)}.{name}"] = label
+        for name in filter(None, map(documented, documents[path].cells)):
+            label = target(module_name(path), name)
+            labels[f"{module_name(path)}.{name}"] = labels[f"{module_name(path).split('.')[-1]}.{name}"] = label
             labels.setdefault(name, label)             # a bare name that two modules share means the earlier one
     links = Links(pages, labels)
     contributing = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
-    (SOURCE / "contributing.md").write_text(links(re.sub(r"\]\((?![a-z]+:|#)", "](../", contributing)), encoding="utf-8")      # as if it lay in nbs/
-    navigation = [toctree("Start", ["Home <self>", "contributing"]), toctree("Method", have("method", "open_choices")),
-                  toctree("Modules", modules), toctree("Replication", have("gallery", "cifar10", "judging", "speed") + write_record(links))]
+    (SOURCE / "contributing.md").write_text(links(contributing, "."), encoding="utf-8")
+    navigation = [toctree("Start", ["Home <self>", "contributing"]), toctree("Guide", guide("method", "open_choices", "judging", "speed", "cifar10", "gallery")),
+                  *(toctree(title, [page_name(p) for p in notebooks if p.parent.name == room]) for room, title in ROOMS.items()), toctree("Replication", write_record(links))]
     for path in notebooks:
-        nb = adapt(documents[path.name], links, module=page_name(path))
+        nb = adapt(documents[path], links, module=module_name(path), folder=path.parent.relative_to(ROOT).as_posix())
         if path.name == "index.ipynb": nb.cells.append(nbformat.v4.new_markdown_cell("\n\n".join(filter(None, navigation))))
-        nbformat.write(nb, SOURCE / f"{page_name(path)}.ipynb")
+        page = SOURCE / f"{page_name(path)}.ipynb"
+        page.parent.mkdir(parents=True, exist_ok=True)
+        nbformat.write(nb, page)
 
 
 # 4. Sphinx -----------------------------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 nbdev_readme would do this with Quarto, a program that pip can't install. Links in the notebook are relative to nbs/, so that
 they work in Jupyter; here they become relative to the repository's root."""
-import json, re, sys
+import json, posixpath, re, sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -10,18 +10,18 @@ INCLUDE = re.compile(r"^<!-- include: (\S+)(?: \| (.*))? -->\n?", re.M)
 HEADER = "<!-- Made from nbs/index.ipynb by `make prepare`: edit the notebook. -->\n\n"
 
 
-def expand_includes(text: str, root: Path = ROOT) -> str:
-    """Replace `<!-- include: path | alt -->`, path from the root: an image becomes a link, any other file its text.
+def expand_includes(text: str, root: Path = ROOT, folder: str = "nbs") -> str:
+    """Replace `<!-- include: path | alt -->`, path from the root: an image becomes a link from `folder`, any other file its text.
     A file that isn't there (no run yet) leaves nothing behind."""
     def expand(m):
         path, alt = root / m[1], m[2] or ""
         if not path.exists(): return ""
-        return f"![{alt}](../{m[1]})\n" if path.suffix in (".png", ".svg") else path.read_text(encoding="utf-8").strip() + "\n"
+        return f"![{alt}]({posixpath.relpath(m[1], folder)})\n" if path.suffix in (".png", ".svg") else path.read_text(encoding="utf-8").strip() + "\n"
     return INCLUDE.sub(expand, text)
 
 
 def from_root(text: str) -> str:
-    "Markdown links relative to nbs/ made relative to the root: `../data/` → `data/`, `02_energy.ipynb` → `nbs/02_energy.ipynb`."
+    "Markdown links relative to nbs/ made relative to the root: `../data/` → `data/`, `ebm/00_energy.ipynb` → `nbs/ebm/00_energy.ipynb`."
     def fix(m):
         target = m[2]
         if re.match(r"[a-z]+:|#|/", target): return m[0]

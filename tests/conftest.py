@@ -15,12 +15,12 @@ import torch
 from filelock import FileLock
 from PIL import Image
 
-from robust_jem import stages
-from robust_jem.cli import main
-from robust_jem.generation import generate_samples
-from robust_jem.runs import Run
-from robust_jem.systems import GenerateConfig, TrainConfig, configure
-from robust_jem.training import train
+from robust_jem.app import replicate
+from robust_jem.app.cli import main
+from robust_jem.engine.runs import Run
+from robust_jem.engine.sample import generate_samples
+from robust_jem.engine.train import train
+from robust_jem.systems.catalog import GenerateConfig, TrainConfig, configure
 
 REPO = Path(__file__).resolve().parent.parent
 # Two epochs of a few updates each: enough to have a trained run, small enough for every test session.
@@ -127,7 +127,7 @@ def command():
     "The environment and the start of a command line that runs the package in another process."
     env = {k: v for k, v in os.environ.items() if k not in ("IN_TEST", "MPLBACKEND", "ROBUST_JEM_DATA")}
     path = os.pathsep.join(filter(None, [str(REPO), env.get("PYTHONPATH")]))
-    return SimpleNamespace(argv=[sys.executable, "-m", "robust_jem.cli"],
+    return SimpleNamespace(argv=[sys.executable, "-m", "robust_jem.app.cli"],
                            env=env | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path})
 
 
@@ -180,7 +180,7 @@ def never(*_, **__): raise AssertionError("a notebook was started")
 @pytest.fixture
 def refused(cli, here, monkeypatch):
     "Run a command that must fail before it does anything; its message must say all of `says`."
-    monkeypatch.setattr(stages, "notebook_path", never)                # a replication that isn't refused fails here, not in ten minutes
+    monkeypatch.setattr(replicate, "notebook_path", never)                # a replication that isn't refused fails here, not in ten minutes
     def check(*argv, says):
         before = snapshot(here)
         result = cli(*argv)

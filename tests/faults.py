@@ -23,15 +23,22 @@ from unittest import mock
 import torch
 from conftest import make_runs, make_tree, snapshot
 
-from robust_jem import attacks, calibration, cli, data, detection, diversity, energy, evaluation, execution, generation, metrics, networks, objectives, reporting, runs, samplers, stages, trail, training
-from robust_jem.benchmark import BenchmarkConfig
-from robust_jem.data import InputError
-from robust_jem.generation import RobustJEM
-from robust_jem.priors import GaussianMixturePrior, UniformPrior
-from robust_jem.recovery import Diverged
-from robust_jem.runs import Run, read_tensors
-from robust_jem.systems import EvaluateConfig, GenerateConfig, TrainConfig, configure, sample_plan
-from robust_jem.training import train
+from robust_jem.app import cli, replicate
+from robust_jem.bench.benchmark import BenchmarkConfig
+from robust_jem.core import files, images as core_images
+from robust_jem.core.errors import InputError
+from robust_jem.core.files import read_tensors
+from robust_jem.ebm import attacks, energy, objectives, replay, samplers
+from robust_jem.ebm.priors import GaussianMixturePrior, UniformPrior
+from robust_jem.engine import run_log, runtime, sample, train as engine_train
+from robust_jem.engine.recovery import Diverged
+from robust_jem.engine.runs import Run
+from robust_jem.engine.sample import RobustJEM
+from robust_jem.engine.train import train
+from robust_jem.judge import calibration, diversity, evaluate as judge_evaluate, extractors, ood, robustness, sample_scores
+from robust_jem.networks import wide_resnet
+from robust_jem.report import tables
+from robust_jem.systems.catalog import EvaluateConfig, GenerateConfig, TrainConfig, configure, sample_plan
 
 REPO = Path(__file__).resolve().parent.parent
 # Everything that has a state takes part, and checkpoints are also written in the middle of an epoch.
@@ -78,7 +85,7 @@ def environment():
 
 def start(folder, *more, system="robust_jem", config=CONFIG):
     "Start the training command in a process of its own; it ends with the `with` block."
-    argv = [sys.executable, "-m", "robust_jem.cli", "train", "--system", system, *options(config), "--out", Path(folder).name, *map(str, more)]
+    argv = [sys.executable, "-m", "robust_jem.app.cli", "train", "--system", system, *options(config), "--out", Path(folder).name, *map(str, more)]
     return subprocess.Popen(argv, cwd=Path(folder).parent, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -187,7 +194,7 @@ class FullDisk:
             real = getattr(owner, name)
             def call(*a, **kw): disk.tick(where(*a)); return real(*a, **kw)
             self.undo.append((owner, name, real)); setattr(owner, name, call)
-        for module in (runs, trail): module.open = opened; self.undo.append((module, "open", None))
+        for module in (files, run_log): module.open = opened; self.undo.append((module, "open", None))
         counted(os, "fsync", lambda *_: "fsync")
         counted(os, "link", lambda a, b, *_: f"link {Path(b).name}")
         counted(Path, "replace", lambda a, b: f"replace {Path(b).name}")
@@ -274,15 +281,15 @@ DIVERGING = CONFIG | dict(epochs=4, attack_steps=1, warmup_steps=5, ema_decay=0.
 @contextlib.contextmanager
 def not_a_number(at):
     "Once, before the update after `at`, write NaN into a weight."
-    real, done = training.train_step, []
+    real, done = engine_train.train_step, []
     def step(state, *a):
         if state.step == at and not done:
             done.append(1)
             with torch.no_grad(): next(state.model.parameters()).view(-1)[0] = float("nan")
         return real(state, *a)
-    training.train_step = step
+    engine_train.train_step = step
     try: yield
-    finally: training.train_step = real
+    finally: engine_train.train_step = real
 
 
 def diverge(folder, system="robust_jem", nan_at=None, **changes):
@@ -390,31 +397,31 @@ def notebooks():
 def calls(folder):
     "Bad calls from Python, by what they are made to, numbered from 0."
     import test_faults as hostile
-    images, run = data.load_images("digits"), Run(folder / "robust_jem")
+    images, run = core_images.load_images("digits"), Run(folder / "robust_jem")
     jem = RobustJEM.from_run(run.path)
     m, prior, y, x8 = jem.model, jem.prior, images.test_y[:4], images.test_x[:4]
-    x, nan, tensor = data.to_unit(x8), float("nan"), torch.tensor
+    x, nan, tensor = core_images.to_unit(x8), float("nan"), torch.tensor
     far, below, real = y.where(y != y[0], 10), y.where(y != y[0], -1), y.float()          # labels that none of ten classes has
     f, logits, broken = torch.randn(20, 4, generator=torch.Generator().manual_seed(0)), m(x).detach(), torch.nn.Conv2d(1, 2, 3)
-    mean, covariance = metrics.moments(f)
-    load, path = data.load_images, Path("runs/robust_jem")
+    mean, covariance = sample_scores.moments(f)
+    load, path = core_images.load_images, Path("runs/robust_jem")
     pgd = lambda eps=0.1, steps=1, y=y, **kw: attacks.pgd(m, x, y, eps, steps, **kw)
     sgld = lambda steps=1, step_size=1.0, noise_std=0.0, **kw: samplers.sgld(m, x, steps, step_size, noise_std, **kw)
     proximal = lambda outer_steps=1, inner_steps=1, step_size=0.1, **kw: samplers.proximal_sgld(m, x, outer_steps, inner_steps, step_size, **kw)
-    buffer = lambda capacity=4, reinit_prob=0.05: samplers.ReplayBuffer(capacity, prior, reinit_prob)
+    buffer = lambda capacity=4, reinit_prob=0.05: replay.ReplayBuffer(capacity, prior, reinit_prob)
     fit = lambda y=tensor([0, 0, 1, 1]), **kw: GaussianMixturePrior.fit(x, y, 2, **kw)
-    frechet = lambda mean, covariance: metrics.frechet_distance(*metrics.moments(f), mean, covariance)
-    robust = lambda eps=0.1, **kw: evaluation.robust_accuracy(m, x8, y, eps, **kw)
+    frechet = lambda mean, covariance: sample_scores.frechet_distance(*sample_scores.moments(f), mean, covariance)
+    robust = lambda eps=0.1, **kw: robustness.robust_accuracy(m, x8, y, eps, **kw)
     calibrate = lambda logits=logits, y=y, bins=15: calibration.calibration(logits, y, bins)
-    generate = lambda *a, **kw: generation.generate(m, prior, y, *a, **kw)
+    generate = lambda *a, **kw: sample.generate(m, prior, y, *a, **kw)
     fitted = lambda **kw: train(configure(TrainConfig, **{"out": "new"} | kw), progress=False)
-    draw = lambda **kw: generation.generate_samples(configure(GenerateConfig, **RUN | kw), progress=False)
-    evaluate = lambda **kw: evaluation.evaluate_run(configure(EvaluateConfig, **RUN | kw), progress=False)
+    draw = lambda **kw: sample.generate_samples(configure(GenerateConfig, **RUN | kw), progress=False)
+    evaluate = lambda **kw: judge_evaluate.evaluate_run(configure(EvaluateConfig, **RUN | kw), progress=False)
     found = {
         "data": (lambda: load("../digits"), lambda: load("mnist"), lambda: load(""), lambda: load("a\0b"), lambda: load("digits@8-12"), lambda: load("cifar10", download=False), lambda: load(None), lambda: load("x" * 300)),
-        "images": (lambda: data.to_unit(x), lambda: data.augment(x, pad=8), lambda: data.augment(x, pad=-1), lambda: data.Batches(x8, y, 0, 0), lambda: data.Batches(x8, y, 5, 0), lambda: data.Batches(x8, y[:3], 2, 0)),
-        "configuration": (lambda: configure(TrainConfig, "jem2"), lambda: configure(TrainConfig, preset="tpu"), lambda: configure(TrainConfig, epocs=1), lambda: stages.ReplicateConfig(seeds=(0, 0)),
-                          lambda: stages.ReplicateConfig(systems="jempp"), lambda: reporting.ReportConfig(runs=5), lambda: BenchmarkConfig(policies=("float64/off",)), lambda: BenchmarkConfig(batches=(1,)),
+        "images": (lambda: core_images.to_unit(x), lambda: core_images.augment(x, pad=8), lambda: core_images.augment(x, pad=-1), lambda: core_images.Batches(x8, y, 0, 0), lambda: core_images.Batches(x8, y, 5, 0), lambda: core_images.Batches(x8, y[:3], 2, 0)),
+        "configuration": (lambda: configure(TrainConfig, "jem2"), lambda: configure(TrainConfig, preset="tpu"), lambda: configure(TrainConfig, epocs=1), lambda: replicate.ReplicateConfig(seeds=(0, 0)),
+                          lambda: replicate.ReplicateConfig(systems="jempp"), lambda: tables.ReportConfig(runs=5), lambda: BenchmarkConfig(policies=("float64/off",)), lambda: BenchmarkConfig(batches=(1,)),
                           lambda: configure(TrainConfig, ["jem"]), lambda: configure(TrainConfig, dataset=["digits"]), lambda: sample_plan("jem2", "digits", "cpu"), lambda: BenchmarkConfig(precision="float64")),
         "pgd": (lambda: pgd(-0.1), lambda: pgd(nan), lambda: pgd(steps=-1), lambda: pgd(step_size=0), lambda: pgd(norm="l1"), lambda: pgd(y=far), lambda: pgd(y=below), lambda: pgd(y=real), lambda: pgd(y=y[:3])),
         "sgld": (lambda: sgld(-1), lambda: sgld(step_size=-1.0), lambda: sgld(noise_std=-1.0), lambda: sgld(y=far), lambda: sgld(y=real), lambda: sgld(step_size=nan), lambda: sgld(noise_std=nan), lambda: sgld(y=y[:3])),
@@ -423,31 +430,31 @@ def calls(folder):
         "buffer": (lambda: buffer(0), lambda: buffer(reinit_prob=1.1), lambda: buffer(reinit_prob=nan), lambda: buffer().draw(5), lambda: buffer().draw(0)),
         "prior": (lambda: fit(jitter=0.0), lambda: fit(tensor([0, 0, 1, 2])), lambda: fit(tensor([0, 0, 0, 1])), lambda: prior.sample(far), lambda: prior.sample(below), lambda: fit(jitter=nan), lambda: fit(y[:3]),
                   lambda: fit(real), lambda: GaussianMixturePrior.fit(x * nan, tensor([0, 0, 1, 1]), 2), lambda: prior.sample(real)),
-        "metrics": (lambda: frechet(mean[:2], covariance[:2, :2]), lambda: frechet(mean * nan, covariance), lambda: metrics.inception_score(f.softmax(1), 0), lambda: metrics.inception_score(f.softmax(1), 21),
-                    lambda: metrics.inception_score(f, 1), lambda: metrics.kernel_distance(f, f[:, :2]), lambda: metrics.kernel_distance(f * nan, f), lambda: metrics.kernel_distance(f, f, subsets=0), lambda: metrics.kernel_distance(f[:1], f)),
-        "extractor": (lambda: metrics.feature_extractor("missing.pt"), lambda: metrics.feature_extractor("classifier:nowhere"), lambda: metrics.feature_extractor("runs")),
-        "accuracy": (lambda: evaluation.accuracy(m, x, y), lambda: evaluation.accuracy(broken, x8, y), lambda: robust(-1.0), lambda: robust(norm="l1"), lambda: robust(steps=-1), lambda: robust(restarts=0),
-                     lambda: evaluation.accuracy(m, x8, y[:3]), lambda: evaluation.accuracy(m, x8[:0], y[:0]), lambda: robust(batch_size=0)),
+        "metrics": (lambda: frechet(mean[:2], covariance[:2, :2]), lambda: frechet(mean * nan, covariance), lambda: sample_scores.inception_score(f.softmax(1), 0), lambda: sample_scores.inception_score(f.softmax(1), 21),
+                    lambda: sample_scores.inception_score(f, 1), lambda: sample_scores.kernel_distance(f, f[:, :2]), lambda: sample_scores.kernel_distance(f * nan, f), lambda: sample_scores.kernel_distance(f, f, subsets=0), lambda: sample_scores.kernel_distance(f[:1], f)),
+        "extractor": (lambda: extractors.feature_extractor("missing.pt"), lambda: extractors.feature_extractor("classifier:nowhere"), lambda: extractors.feature_extractor("runs")),
+        "accuracy": (lambda: robustness.accuracy(m, x, y), lambda: robustness.accuracy(broken, x8, y), lambda: robust(-1.0), lambda: robust(norm="l1"), lambda: robust(steps=-1), lambda: robust(restarts=0),
+                     lambda: robustness.accuracy(m, x8, y[:3]), lambda: robustness.accuracy(m, x8[:0], y[:0]), lambda: robust(batch_size=0)),
         "energy": (lambda: energy.joint_energy(logits, far), lambda: energy.energy(m, x, below), lambda: energy.joint_energy(logits, real), lambda: energy.score(m, x, far), lambda: energy.untouched(m, "both").__enter__(),
                    lambda: energy.joint_energy(logits, y[:3])),
         "loss": (lambda: objectives.likelihood_loss(m, x, x, y), lambda: objectives.hybrid_loss(m, objectives.Terms(clean=1.0), y), lambda: objectives.hybrid_loss(m, objectives.Terms(likelihood=1.0), y, x_real=x),
                  lambda: objectives.classification_loss(m, x, far)),
         "calibration": (lambda: calibrate(y=y[:3]), lambda: calibrate(y=far), lambda: calibrate(logits * nan), lambda: calibrate(bins=0)),
-        "detection": (lambda: detection.familiarity(broken, x8), lambda: detection.auroc(f[0], f[0, :0]), lambda: detection.auroc(f[0] * nan, f[0]), lambda: detection.strangers("mnist", x8, 4)),
+        "detection": (lambda: ood.familiarity(broken, x8), lambda: ood.auroc(f[0], f[0, :0]), lambda: ood.auroc(f[0] * nan, f[0]), lambda: ood.strangers("mnist", x8, 4)),
         "diversity": (lambda: diversity.precision_recall(f, f, 20), lambda: diversity.precision_recall(f, f[:, :2]), lambda: diversity.density_coverage(f, f / 0), lambda: diversity.density_coverage(x, x),
                       lambda: diversity.class_frechet(f, y, f, y, 10), lambda: diversity.nearest(f, f, 21), lambda: diversity.memorisation(f, f[:, :2], f), lambda: diversity.class_frechet(f[:4], far, f[:4], y, 10)),
-        "network": (lambda: networks.WideResNet(11), lambda: networks.WideResNet(10, 0), lambda: networks.WideResNet(10, 1, norm="layer"), lambda: execution.resolve_device("gpu"), lambda: execution.resolve_device("cuda:99"),
-                    lambda: execution.choose_policy(torch.device("cpu"), "float64")),
+        "network": (lambda: wide_resnet.WideResNet(11), lambda: wide_resnet.WideResNet(10, 0), lambda: wide_resnet.WideResNet(10, 1, norm="layer"), lambda: runtime.resolve_device("gpu"), lambda: runtime.resolve_device("cuda:99"),
+                    lambda: runtime.choose_policy(torch.device("cpu"), "float64")),
         "generate": (lambda: generate("gan"), lambda: generate(contrast=0), lambda: generate("energy", outer_steps=-1), lambda: generate("attack", eps=-1.0), lambda: generate(attack_statistics="both")),
         "model": (lambda: jem.generate(far), lambda: jem.energy(x, far), lambda: RobustJEM.from_run("nowhere"), lambda: RobustJEM.from_pretrained("no/such/folder"), lambda: RobustJEM.from_pretrained(path),
                   lambda: RobustJEM(m, UniformPrior((1, 8, 8)), run.config, images.classes, (1, 8, 8)).save_pretrained("new"), lambda: jem.save_pretrained(path / "config.json"), lambda: jem.classify(x8),
                   lambda: jem.classify(x.expand(-1, 3, -1, -1)), lambda: jem.energy(x8)),
         "run": (lambda: Run("nowhere"), lambda: Run(path / "config.json"), lambda: Run("a\0b"), lambda: Run(path).samples("gan"), lambda: Run(path).strip(".."),
                 lambda: Run.create(configure(TrainConfig, "jem", out=str(path))), lambda: Run.create(configure(TrainConfig, out="runs")), lambda: Run(5), lambda: Run("x" * 5000)),
-        "file": (lambda: read_tensors(Path("nowhere")), lambda: read_tensors(path), lambda: read_tensors(path / "config.json"), lambda: runs.read_json(path / "model.safetensors"), lambda: runs.write_json(path / "config.json/x", {})),
+        "file": (lambda: read_tensors(Path("nowhere")), lambda: read_tensors(path), lambda: read_tensors(path / "config.json"), lambda: files.read_json(path / "model.safetensors"), lambda: files.write_json(path / "config.json/x", {})),
         "stage": (lambda: fitted(batch_size=5000, buffer_size=5000), lambda: fitted(pad=8), lambda: fitted(dataset="mnist"), lambda: fitted(device="gpu"), lambda: draw(run="nowhere"), lambda: draw(num_samples=30),
                   lambda: draw(name="new", device="gpu"),
-                  lambda: evaluate(run="nowhere"), lambda: evaluate(extractor="missing.pt"), lambda: reporting.collect("nowhere"), lambda: reporting.collect("runs")),
+                  lambda: evaluate(run="nowhere"), lambda: evaluate(extractor="missing.pt"), lambda: tables.collect("nowhere"), lambda: tables.collect("runs")),
         "values": [lambda kind=kind, values=values: kind.from_dict(values) for kind, values in hostile.VALUES],
     }
     return {f"{name} {i}": (None, call) for name, some in found.items() for i, call in enumerate(some)}
@@ -481,7 +488,7 @@ def refusals(folder, source, cases, attempt, every=1):
     "Try bad inputs beside copies of trained runs and an image tree: each must be an `InputError` of one line, and every file must stay as it was."
     found, back, here = SimpleNamespace(inputs=0, clear=0, tracebacks=[], other=[], changed=[]), Path.cwd(), None
     never = mock.Mock(side_effect=AssertionError("a notebook was started"))      # a replication that isn't refused fails here, not in ten minutes
-    with mock.patch.dict(os.environ, environment(), clear=True), mock.patch.object(stages, "notebook_path", never), warnings.catch_warnings():
+    with mock.patch.dict(os.environ, environment(), clear=True), mock.patch.object(replicate, "notebook_path", never), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             for name, (prepare, what) in list(cases.items())[::every]:

@@ -14,15 +14,17 @@ import torch
 from conftest import one_line, snapshot
 from PIL import Image
 
-from robust_jem import data, runs as run_folders, trail
-from robust_jem.benchmark import BenchmarkConfig
-from robust_jem.cli import EXAMPLES, parse
-from robust_jem.data import Images, InputError
-from robust_jem.priors import GaussianMixturePrior
-from robust_jem.reporting import ReportConfig
-from robust_jem.runs import Run
-from robust_jem.stages import ReplicateConfig
-from robust_jem.systems import SYSTEMS, EvaluateConfig, GenerateConfig, TrainConfig, configure
+from robust_jem.app.cli import EXAMPLES, parse
+from robust_jem.app.replicate import ReplicateConfig
+from robust_jem.bench.benchmark import BenchmarkConfig
+from robust_jem.core import images as core_images
+from robust_jem.core.errors import InputError
+from robust_jem.core.images import Images
+from robust_jem.ebm.priors import GaussianMixturePrior
+from robust_jem.engine import run_log
+from robust_jem.engine.runs import Run
+from robust_jem.report.tables import ReportConfig
+from robust_jem.systems.catalog import SYSTEMS, EvaluateConfig, GenerateConfig, TrainConfig, configure
 
 
 # Options
@@ -172,7 +174,7 @@ def full_disk(*_, **__): raise OSError(errno.ENOSPC, "No space left on device")
 
 
 def test_full_disk_leaves_no_half_written_file(refused, runs, monkeypatch):
-    monkeypatch.setattr(run_folders.os, "fsync", full_disk)
+    monkeypatch.setattr("os.fsync", full_disk)
     refused("train", "--out", "out", *TINY, says=["out/config.json", "No space left on device"])
     refused("generate", "--run", "runs/robust_jem", "--num-samples", 10, "--outer-steps", 1, "--name", "few", says=["samples/few", "No space left on device"])
 
@@ -180,7 +182,7 @@ def test_full_disk_leaves_no_half_written_file(refused, runs, monkeypatch):
 def test_disk_that_fills_while_training_is_one_line(cli, here, monkeypatch):
     def append(path, mode="r", *a, **kw):
         return full_disk() if mode == "a" else open(path, mode, *a, **kw)
-    monkeypatch.setattr(trail, "open", append, raising=False)
+    monkeypatch.setattr(run_log, "open", append, raising=False)
     result = cli("train", "--out", "out", *TINY)
     assert result.code == 2
     message = one_line(result.err)
@@ -343,7 +345,7 @@ def test_help_shows_examples_that_parse(cli, documented_runs, monkeypatch, comma
     monkeypatch.setenv("COLUMNS", "200")
     result = cli(command, "--help")
     assert result.code == 0 and result.err == ""
-    start = re.compile(rf"(robust-jem|torchrun .* -m robust_jem.cli) {command} ?")
+    start = re.compile(rf"(robust-jem|torchrun .* -m robust_jem.app.cli) {command} ?")
     examples = [line.strip() for line in result.out.splitlines() if start.match(line.strip())]
     assert examples == EXAMPLES[command][1].splitlines()
     for line in examples: assert type(parse(command, shlex.split(start.sub("", line)))) is CONFIG_OF[command]
@@ -370,4 +372,4 @@ def test_readme_shows_commands_that_parse(documented_runs):
 
 
 def test_dataset_error_names_every_accepted_name(cli, here):
-    assert all(name in cli("train", "--dataset", "nothing").err for name in data.DATASETS)
+    assert all(name in cli("train", "--dataset", "nothing").err for name in core_images.DATASETS)

@@ -17,7 +17,8 @@ import torch
 import torchvision
 from PIL import Image
 
-from robust_jem.data import InputError, load_images
+from robust_jem.core.errors import InputError
+from robust_jem.core.images import load_images
 
 
 def forbid_decoding(monkeypatch):

@@ -12,26 +12,27 @@ import time
 import pytest
 import torch
 
-from robust_jem.runs import Run, read_tensors
+from robust_jem.core.files import read_tensors
+from robust_jem.engine.runs import Run
 
 OPTIONS = "--system robust_jem --dataset digits@0-4 --epochs 2 --attack-steps 2 --outer-steps 2 --buffer-size 200 --warmup-steps 0 --ema-decay 0.9 --threads 1 --device cpu --log-every 5".split()
 
 GRADIENT = '''
 import gc, sys, torch
-import robust_jem.state as state
-from robust_jem.data import load_images, to_unit
-from robust_jem.execution import executing
-from robust_jem.systems import TrainConfig, configure
+from robust_jem.core.images import load_images, to_unit
+from robust_jem.engine import checkpoints
+from robust_jem.engine.runtime import executing
+from robust_jem.systems.catalog import TrainConfig, configure
 
-build = state.build_model
-state.build_model = lambda *a: build(*a).double()
+build = checkpoints.build_model
+checkpoints.build_model = lambda *a: build(*a).double()
 images = load_images("digits")
 
 def settings(norm):
     return configure(TrainConfig, "robust_jem", norm=norm, batch_size=16, buffer_size=16, device="cpu", precision="float32", clean_weight=0.5, energy_penalty=0.01)
 
 def measure(norm, at):
-    s = state.TrainState(settings(norm), images, at)
+    s = checkpoints.TrainState(settings(norm), images, at)
     g = torch.Generator().manual_seed(0)
     x, y = to_unit(images.train_x[:16]).double(), images.train_y[:16]
     adv, sampled = (x + 0.1 * torch.randn(x.shape, generator=g, dtype=torch.float64) for _ in range(2))
@@ -119,7 +120,7 @@ def test_two_processes_compute_the_gradient_of_the_whole_batch(ranks, here):
 
 
 def test_two_processes_train_resume_and_generate(torchrun, ranks, here, cli):
-    codes, said = ended(ranks("-m", "robust_jem.cli", "train", *OPTIONS, "--out", "whole"))
+    codes, said = ended(ranks("-m", "robust_jem.app.cli", "train", *OPTIONS, "--out", "whole"))
     assert codes == [0, 0], said
     whole = Run(here / "whole")
     assert whole.summary["processes"] == 2 and whole.summary["updates"] == 22 and [r["step"] for r in whole.metrics()] == [5, 10, 11, 15, 20, 22]
@@ -132,7 +133,7 @@ def test_two_processes_train_resume_and_generate(torchrun, ranks, here, cli):
     codes, said = ended(ranks("late.py", "train", *OPTIONS, "--out", "pieces"))
     assert all(codes) and said.count("robust-jem: pieces: stopped at update 15 of 22") == 1, said
     shutil.copytree(here / "pieces", here / "alone")
-    codes, said = ended(ranks("-m", "robust_jem.cli", "train", *OPTIONS, "--out", "pieces"))
+    codes, said = ended(ranks("-m", "robust_jem.app.cli", "train", *OPTIONS, "--out", "pieces"))
     assert codes == [0, 0], said
     for file in (lambda run: run.path / "model.safetensors", lambda run: run.checkpoints()[0]):
         x, y = (read_tensors(file(Run(here / f)))[0] for f in ("whole", "pieces"))
@@ -146,7 +147,7 @@ def test_two_processes_train_resume_and_generate(torchrun, ranks, here, cli):
 
     # samples don't depend on the number of processes
     options = ("--num-samples", 50, "--batch-size", 20, "--outer-steps", 2, "--device", "cpu")
-    succeeded(torchrun("-m", "robust_jem.cli", "generate", "whole", *options, "--name", "two"))
+    succeeded(torchrun("-m", "robust_jem.app.cli", "generate", "whole", *options, "--name", "two"))
     assert cli("generate", "whole", *options, "--name", "one").code == 0
     (x, y, two), (a, b, _) = (whole.samples(n) for n in ("two", "one"))
     assert torch.equal(x, a) and torch.equal(y, b) and len(x) == 50 and two["processes"] == 2
@@ -155,7 +156,7 @@ def test_two_processes_train_resume_and_generate(torchrun, ranks, here, cli):
 
 def test_killed_process_ends_the_job_and_leaves_a_whole_checkpoint(here, ranks):
     argv = ["train", *OPTIONS, "--epochs", "50", "--out", "run"]
-    first, second = processes = ranks("-m", "robust_jem.cli", *argv)
+    first, second = processes = ranks("-m", "robust_jem.app.cli", *argv)
     end = time.monotonic() + 120
     while not list((here / "run").glob("checkpoints/step-*.safetensors")):
         assert first.poll() is None and second.poll() is None and time.monotonic() < end, ended(processes)
@@ -175,11 +176,11 @@ def test_killed_process_ends_the_job_and_leaves_a_whole_checkpoint(here, ranks):
 @pytest.mark.parametrize("options, says", (("--batch-size 63", "batch_size: 63 can't be divided among 2 processes"),
                                            pytest.param("--buffer-size 201", "buffer_size: 201 can't be divided", marks=pytest.mark.long)))
 def test_shares_that_are_not_whole_are_refused_once(torchrun, here, options, says):
-    done = torchrun("-m", "robust_jem.cli", "train", *OPTIONS, *options.split(), "--out", "run")
+    done = torchrun("-m", "robust_jem.app.cli", "train", *OPTIONS, *options.split(), "--out", "run")
     assert done.returncode != 0 and done.stderr.count(f"robust-jem: {says}") == 1 and not os.path.exists(here / "run")
     assert "InputError" not in done.stderr      # nor does the process that torchrun terminates add a traceback
 
 
 def test_evaluation_is_not_for_several_processes(torchrun, runs):
-    done = torchrun("-m", "robust_jem.cli", "evaluate", runs / "robust_jem", "--extractor", f"classifier:{runs / 'judge'}")
+    done = torchrun("-m", "robust_jem.app.cli", "evaluate", runs / "robust_jem", "--extractor", f"classifier:{runs / 'judge'}")
     assert done.returncode != 0 and "start it without torchrun" in done.stderr

@@ -14,18 +14,21 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from robust_jem import benchmark, execution, generation
-from robust_jem.attacks import pgd
-from robust_jem.card import write_pretrained
-from robust_jem.data import InputError, load_images, to_unit
-from robust_jem.energy import input_gradient, marginal_energy, untouched
-from robust_jem.evaluation import accuracy, robust_accuracy
-from robust_jem.execution import Accelerated, at_a_size_that_fits, choose_policy, resolve_device
-from robust_jem.networks import WideResNet
-from robust_jem.runs import Run, read_json, write_json
-from robust_jem.samplers import proximal_sgld
-from robust_jem.systems import GenerateConfig, TrainConfig, configure
-from robust_jem.training import train
+from robust_jem.bench import benchmark
+from robust_jem.core.errors import InputError
+from robust_jem.core.files import read_json, write_json
+from robust_jem.core.images import load_images, to_unit
+from robust_jem.ebm.attacks import pgd
+from robust_jem.ebm.energy import input_gradient, marginal_energy, untouched
+from robust_jem.ebm.samplers import proximal_sgld
+from robust_jem.engine import runtime, sample
+from robust_jem.engine.runs import Run
+from robust_jem.engine.runtime import Accelerated, at_a_size_that_fits, choose_policy, resolve_device
+from robust_jem.engine.train import train
+from robust_jem.judge.robustness import accuracy, robust_accuracy
+from robust_jem.networks.wide_resnet import WideResNet
+from robust_jem.report.card import write_pretrained
+from robust_jem.systems.catalog import GenerateConfig, TrainConfig, configure
 
 CPU = torch.device("cpu")
 
@@ -124,14 +127,14 @@ def test_policy_is_recorded(here, device, precision, compile, monkeypatch):
 @pytest.mark.parametrize("float32, bfloat16, precision", ((2.0, 1.0, "bfloat16"), (1.0, 1.0, "float32"), (1.0, 2.0, "float32")))
 def test_auto_follows_the_device(monkeypatch, float32, bfloat16, precision):
     seconds = {torch.float32: float32, torch.bfloat16: bfloat16}
-    monkeypatch.setattr(execution, "_convolution_seconds", seconds.__getitem__)
+    monkeypatch.setattr(runtime, "_convolution_seconds", seconds.__getitem__)
     assert choose_policy(CPU).precision == precision and choose_policy(CPU).compile == "off"
 
 
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="ONEDNN_MAX_CPU_ISA limits x86 processors only")
 def test_processor_without_bfloat16_is_asked_at_little_cost():
     "oneDNN imitates such a processor, whatever this one claims to have."
-    ask = "import time, torch; from robust_jem.execution import fast_bfloat16; began = time.perf_counter(); print(fast_bfloat16(torch.device('cpu')), time.perf_counter() - began)"
+    ask = "import time, torch; from robust_jem.engine.runtime import fast_bfloat16; began = time.perf_counter(); print(fast_bfloat16(torch.device('cpu')), time.perf_counter() - began)"
     done = subprocess.run([sys.executable, "-c", ask], env=os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX2"}, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     fast, took = done.stdout.split()
@@ -152,7 +155,7 @@ def test_benchmark_says_that_it_leaves_bfloat16_out(monkeypatch, fast):
 def test_freed_memory_serves_again():
     count = """
 import resource, torch
-from robust_jem.execution import keep_freed_memory
+from robust_jem.engine.runtime import keep_freed_memory
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(4): torch.ones(2**24)
@@ -181,8 +184,8 @@ def test_progress_moves_within_a_batch(runs, monkeypatch):
         def update(self, n=1):
             assert n >= 0
             super().update(n); shown.append(self.n)
-    monkeypatch.setattr(generation, "progress_bar", Recorded)
-    draw = lambda method, **kw: generation.generate_samples(configure(GenerateConfig, "robust_jem", run=str(runs / "robust_jem"), method=method, name=method + "-shown", batch_size=10, target_steps=2, device="cpu", **kw))
+    monkeypatch.setattr(sample, "progress_bar", Recorded)
+    draw = lambda method, **kw: sample.generate_samples(configure(GenerateConfig, "robust_jem", run=str(runs / "robust_jem"), method=method, name=method + "-shown", batch_size=10, target_steps=2, device="cpu", **kw))
     draw("combined", num_samples=15, outer_steps=3)
     assert shown == [0, 4, 4, 6, 8, 10, 10, 10, 14, 14, 15, 15, 15, 15]      # prior, attack (2 of 5), contrast, three steps, the batch
     shown.clear(); draw("attack", num_samples=10)

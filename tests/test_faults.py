@@ -18,14 +18,16 @@ from conftest import one_line, snapshot
 from faults import CONFIG, SHORT, lines, options, running, undisturbed, until
 from PIL import Image
 
-from robust_jem import execution
-from robust_jem.data import InputError, load_images
-from robust_jem.execution import OutOfTime
-from robust_jem.generation import RobustJEM
-from robust_jem.runs import Run, read_tensors, write_tensors
-from robust_jem.stages import ReplicateConfig
-from robust_jem.systems import EvaluateConfig, GenerateConfig, TrainConfig, configure
-from robust_jem.training import train
+from robust_jem.app.replicate import ReplicateConfig
+from robust_jem.core.errors import InputError
+from robust_jem.core.files import read_tensors, write_tensors
+from robust_jem.core.images import load_images
+from robust_jem.engine import runtime
+from robust_jem.engine.runs import Run
+from robust_jem.engine.runtime import OutOfTime
+from robust_jem.engine.sample import RobustJEM
+from robust_jem.engine.train import train
+from robust_jem.systems.catalog import EvaluateConfig, GenerateConfig, TrainConfig, configure
 
 QUIET = pytest.mark.filterwarnings("ignore::UserWarning")
 
@@ -75,7 +77,7 @@ def test_recovered_run_that_is_killed_keeps_its_events(tmp_path, whole_recovered
 def test_recovered_run_that_runs_out_of_time_keeps_its_events(here, monkeypatch, whole_recovered):
     config, expected = faults.RECOVERING, whole_recovered.digest
     with monkeypatch.context() as m:
-        m.setattr(execution.Deadline, "reached", lambda _: any("event" in r for r in lines(here / "run")))
+        m.setattr(runtime.Deadline, "reached", lambda _: any("event" in r for r in lines(here / "run")))
         with pytest.raises(OutOfTime): train(configure(TrainConfig, **config, max_minutes=1, out=str(here / "run")), progress=False)
     assert undisturbed(here / "run", config=config) == expected and json.loads(expected["events"])
 
@@ -455,7 +457,7 @@ def test_hostile_extractor(refused, runs, here, kind):
 
 def test_duplicate_options_take_the_last(cli, here):
     "As everywhere on a command line; the first parsing and the real one agree."
-    from robust_jem.cli import parse
+    from robust_jem.app.cli import parse
     c = parse("train", ["--system", "jem", "--epochs", "3", "--system=jempp", "--epochs=4"])
     assert c.system == "jempp" and c.epochs == 4 and c == configure(TrainConfig, "jempp", epochs=4)
 

@@ -12,9 +12,9 @@ pytest.importorskip("triton")
 CHECK = """
 import copy, sys, torch
 import torch.nn.functional as F
-from robust_jem.energy import frozen_statistics
-from robust_jem.fused import can_fuse, fused_forward
-from robust_jem.networks import WideResNet
+from robust_jem.ebm.energy import frozen_statistics
+from robust_jem.networks.fused import can_fuse, fused_forward
+from robust_jem.networks.wide_resnet import WideResNet
 torch.manual_seed(0)
 training, width, tracked = sys.argv[1] == "train", int(sys.argv[2]), sys.argv[3] == "tracked"
 net = WideResNet(16, width, num_classes=5).to(memory_format=torch.channels_last)

@@ -11,13 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from robust_jem import energy, metrics
-from robust_jem.attacks import pgd
-from robust_jem.data import load_images, to_unit
-from robust_jem.generation import METHODS, generate
-from robust_jem.priors import UniformPrior
-from robust_jem.samplers import proximal_sgld, sgld
-from robust_jem.systems import TrainConfig
+from robust_jem.core.images import load_images, to_unit
+from robust_jem.ebm import energy
+from robust_jem.ebm.attacks import pgd
+from robust_jem.ebm.priors import UniformPrior
+from robust_jem.ebm.samplers import proximal_sgld, sgld
+from robust_jem.engine.sample import METHODS, generate
+from robust_jem.judge import sample_scores
+from robust_jem.systems.catalog import TrainConfig
 
 modest = settings(max_examples=30, deadline=None, derandomize=True)
 
@@ -173,29 +174,29 @@ def test_distances_equal_clean_fid(n, m, d, shift, scale, seed):
     f2 = scale * torch.randn(m, d, generator=g, dtype=torch.float64) + shift
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")                                      # clean-fid calls SciPy in a way that SciPy is retiring
-        frechet = cleanfid.fid.frechet_distance(*metrics.moments(f1), *metrics.moments(f2))
-    assert np.isclose(metrics.frechet_distance(*metrics.moments(f1), *metrics.moments(f2)), frechet, rtol=1e-6, atol=1e-6)
+        frechet = cleanfid.fid.frechet_distance(*sample_scores.moments(f1), *sample_scores.moments(f2))
+    assert np.isclose(sample_scores.frechet_distance(*sample_scores.moments(f1), *sample_scores.moments(f2)), frechet, rtol=1e-6, atol=1e-6)
     # one subset of everything: then no draw of subsets differs between the two
     k = min(n, m)
     kernel = cleanfid.fid.kernel_distance(f1[:k].numpy(), f2[:k].numpy(), num_subsets=1, max_subset_size=k)
-    assert np.isclose(metrics.kernel_distance(f1[:k], f2[:k], subsets=1)[0], kernel, rtol=1e-6, atol=1e-6)
+    assert np.isclose(sample_scores.kernel_distance(f1[:k], f2[:k], subsets=1)[0], kernel, rtol=1e-6, atol=1e-6)
 
 
 @modest
 @given(n=st.integers(4, 60), k=st.integers(2, 10), splits=st.integers(2, 4), sharpness=st.floats(0, 10), seed=st.integers(0, 2**32))
 def test_inception_score_equals_its_definition(n, k, splits, sharpness, seed):
     p = (sharpness * torch.randn(n, k, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)).softmax(1)
-    mean, std = metrics.inception_score(p, 1)
+    mean, std = sample_scores.inception_score(p, 1)
     assert np.isclose(mean, (p * (p.log() - p.mean(0).log())).nansum(1).mean().exp()) and abs(std) < 1e-9
     # parts are drawn at random but always alike; none can beat the bounds
-    parts = metrics.inception_score(p, splits)
-    assert parts == metrics.inception_score(p, splits) and 1 - 1e-9 <= parts[0] <= k + 1e-9
+    parts = sample_scores.inception_score(p, splits)
+    assert parts == sample_scores.inception_score(p, splits) and 1 - 1e-9 <= parts[0] <= k + 1e-9
 
 
 def test_kernel_distance_is_reproducible_and_grows_with_the_shift():
     g = torch.Generator().manual_seed(0)
     f1, f2 = torch.randn(300, 6, generator=g), torch.randn(300, 6, generator=g)
-    distance = lambda shift: metrics.kernel_distance(f1, f2 + shift, subsets=20, subset_size=50)
+    distance = lambda shift: sample_scores.kernel_distance(f1, f2 + shift, subsets=20, subset_size=50)
     assert distance(0.3) == distance(0.3) and distance(0)[0] < distance(0.3)[0] < distance(1)[0]
 
 
@@ -209,7 +210,7 @@ def test_sampler_default_needs_no_run():
 
 def test_autoattack_and_our_attacks_agree_with_the_exact_margin():
     "On a linear classifier the worst case is known: an image stands exactly when every margin exceeds eps times the L1 norm of the difference of weights."
-    from robust_jem.evaluation import autoattack_accuracy, robust_accuracy
+    from robust_jem.judge.robustness import autoattack_accuracy, robust_accuracy
     g = torch.Generator().manual_seed(0)
     linear = nn.Sequential(nn.Flatten(), nn.Linear(16, 5)).eval()
     with torch.no_grad(): linear[1].weight.copy_(torch.randn(5, 16, generator=g)), linear[1].bias.zero_()

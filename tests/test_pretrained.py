@@ -8,9 +8,9 @@ import pytest
 import torch
 from conftest import REPO
 
-from robust_jem.data import to_unit
-from robust_jem.generation import RobustJEM
-from robust_jem.runs import read_json
+from robust_jem.core.files import read_json
+from robust_jem.core.images import to_unit
+from robust_jem.engine.sample import RobustJEM
 
 FOLDERS = sorted(p.parent for p in (REPO / "data" / "pretrained").glob("*/model.safetensors"))
 

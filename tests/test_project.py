@@ -1,14 +1,15 @@
-"""The repository agrees with itself: modules and README are what the notebooks make, and modules depend only downwards."""
+"""The repository agrees with itself: modules and README are what the notebooks make, and rooms depend only downwards."""
 import ast, json, os, re, shutil, subprocess, sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "robust_jem"
-ORDER = ("data networks energy priors attacks samplers objectives configuration systems recovery distribution execution runs state "
-         "trail training generation metrics diversity calibration detection evaluation suite reference scaling reporting plots card benchmark stages cli").split()
-MODULES = sorted(p.stem for p in PACKAGE.glob("[!_]*.py"))
+ROOMS = "app report bench judge engine systems ebm networks core".split()     # a room imports from the rooms after it
+FILES = sorted(p for p in PACKAGE.rglob("*.py") if p.name not in ("__init__.py", "_modidx.py"))
+MODULES = [".".join(p.relative_to(PACKAGE).with_suffix("").parts) for p in FILES]
 NOTEBOOKS = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
 
 
@@ -26,8 +27,7 @@ def test_modules_match_notebooks(tmp_path):
     (tmp_path / "robust_jem").mkdir()
     shutil.copy(PACKAGE / "__init__.py", tmp_path / "robust_jem")             # by hand, but for the version
     run("-c", "from nbdev.doclinks import nbdev_export; nbdev_export.__wrapped__()", cwd=tmp_path)
-    made = {p.name: p.read_text(encoding="utf-8") for p in (tmp_path / "robust_jem").glob("*.py")}
-    here = {p.name: p.read_text(encoding="utf-8") for p in PACKAGE.glob("*.py")}
+    made, here = ({p.relative_to(folder).as_posix(): p.read_text(encoding="utf-8") for p in folder.rglob("*.py")} for folder in (tmp_path / "robust_jem", PACKAGE))
     assert sorted(made) == sorted(here), "run `make prepare`"
     assert [name for name in made if made[name] != here[name]] == [], "differ from their notebooks: run `make prepare`"
 
@@ -36,7 +36,18 @@ def test_readme_matches_index():
     run("docs/readme.py", "--check")
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_every_module_is_in_a_room_and_every_room_is_a_package():
+    assert {m.split(".")[0] for m in MODULES} == set(ROOMS) and all(m.count(".") == 1 for m in MODULES)
+    assert all((PACKAGE / room / "__init__.py").read_text(encoding="utf-8").strip() == "" for room in ROOMS)
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_notebooks_of_a_room_are_numbered(room):
+    numbers = [p.stem.split("_", 1)[0] for p in NOTEBOOKS if p.parent.name == room]
+    assert numbers == [f"{i:02}" for i in range(len(numbers))]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: "/".join(p.relative_to(ROOT / "nbs").with_suffix("").parts))
 def test_notebook_is_clean(path):
     nb = json.loads(path.read_text(encoding="utf-8"))
     code = [c for c in nb["cells"] if c["cell_type"] == "code"]
@@ -44,6 +55,8 @@ def test_notebook_is_clean(path):
     assert set(nb["metadata"]) <= {"kernelspec"} and all(set(c["metadata"]) <= {"tags"} for c in nb["cells"]), "run `make prepare`"
     ids = [c["id"] for c in nb["cells"]]
     assert len(ids) == len(set(ids))
+    exports = re.findall(r"^#\| *default_exp +(\S+)", "\n".join("".join(c["source"]) for c in code), re.M)
+    assert exports == ([f"{path.parent.name}.{path.stem.split('_', 1)[1]}"] if path.parent.name in ROOMS else []), "a notebook is named as its module"
 
 
 @pytest.mark.parametrize("path", [p for p in NOTEBOOKS if p.parent.name == "replication"], ids=lambda p: p.stem)
@@ -57,22 +70,40 @@ def test_package_needs_neither_nbdev_nor_fastcore():
     assert run("-c", f"import sys, {imports}; print(sorted({{'nbdev', 'fastcore', 'execnb'}} & set(sys.modules)))").strip() == "[]"
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_imports_point_down(module):
-    above = set(ORDER[ORDER.index(module):])
-    tree = ast.parse((PACKAGE / f"{module}.py").read_text(encoding="utf-8"))
-    used = set()
-    for node in ast.walk(tree):                                               # inside functions too
-        if isinstance(node, ast.Import): used |= {a.name.split(".")[1] for a in node.names if a.name.startswith("robust_jem.")}
-        if isinstance(node, ast.ImportFrom):
-            parts = (node.module or "").split(".")
-            if node.level == 0 and parts[0] != "robust_jem": continue
-            parts = parts[node.level == 0:]                                   # from .data import x · from robust_jem.data import x
-            used |= {parts[0]} if parts and parts[0] else {a.name for a in node.names}      # from . import data
-    assert not used & above
+def imported(path: Path) -> set[str]:
+    "Modules (`room.module`, or a room alone) of the package that a file imports, inside functions too."
+    here, used = ("robust_jem", *path.relative_to(PACKAGE).parent.parts), set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import): names = [a.name for a in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = [*here[:len(here) - node.level + 1]] if node.level else []          # from ..core.images import x · from . import runs
+            names = [".".join([*base, *filter(None, [node.module]), a.name]) for a in node.names]
+        else: continue
+        used |= {".".join(parts[1:3]) for name in names if (parts := name.split("."))[0] == "robust_jem" and len(parts) > 1}
+    return {u if u in MODULES else u.split(".")[0] for u in used}
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_module_is_small(module):
-    lines = (PACKAGE / f"{module}.py").read_text(encoding="utf-8").splitlines()
+@pytest.mark.parametrize("path", FILES, ids=MODULES)
+def test_imports_point_down(path):
+    room = path.relative_to(PACKAGE).parts[0]
+    used = {u.split(".")[0] for u in imported(path)}
+    assert used <= {*ROOMS[ROOMS.index(room):], "__version__"}
+
+
+def test_no_circles():
+    TopologicalSorter({m: imported(p) - {m} for m, p in zip(MODULES, FILES)}).prepare()
+
+
+def test_wheel_holds_every_room(tmp_path):
+    for folder in ("robust_jem", "nbs/replication"): shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"))
+    for file in ("setup.py", "settings.ini", "README.md", "LICENSE"): shutil.copy(ROOT / file, tmp_path)
+    run("setup.py", "-q", "build_py", "--build-lib", "lib", cwd=tmp_path)
+    built, here = ({p.relative_to(folder).as_posix() for p in folder.rglob("*.py")} for folder in (tmp_path / "lib/robust_jem", PACKAGE))
+    assert built == here
+    assert {p.name for p in (tmp_path / "lib/robust_jem/replication").glob("*.ipynb")} == {p.name for p in (ROOT / "nbs/replication").glob("*.ipynb")}
+
+
+@pytest.mark.parametrize("path", FILES, ids=MODULES)
+def test_module_is_small(path):
+    lines = path.read_text(encoding="utf-8").splitlines()
     assert sum(bool(line.strip()) and not re.match(r"# %%", line) for line in lines) <= 260

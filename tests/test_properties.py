@@ -8,15 +8,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from robust_jem.attacks import pgd
-from robust_jem.data import Batches, InputError, augment, to_uint8, to_unit
-from robust_jem.energy import conditional_density, joint_energy, marginal_energy, predict, rank
-from robust_jem.evaluation import accuracy, autoattack_accuracy, robust_accuracy
-from robust_jem.priors import GaussianMixturePrior
-from robust_jem.reporting import ReportConfig
-from robust_jem.samplers import ReplayBuffer, proximal_sgld, sgld
-from robust_jem.stages import ReplicateConfig
-from robust_jem.systems import PRESETS, SYSTEMS, EvaluateConfig, GenerateConfig, TrainConfig, configure
+from robust_jem.app.replicate import ReplicateConfig
+from robust_jem.core.errors import InputError
+from robust_jem.core.images import Batches, augment, to_uint8, to_unit
+from robust_jem.ebm.attacks import pgd
+from robust_jem.ebm.energy import conditional_density, joint_energy, marginal_energy, predict, rank
+from robust_jem.ebm.priors import GaussianMixturePrior
+from robust_jem.ebm.replay import ReplayBuffer
+from robust_jem.ebm.samplers import proximal_sgld, sgld
+from robust_jem.judge.robustness import accuracy, autoattack_accuracy, robust_accuracy
+from robust_jem.report.tables import ReportConfig
+from robust_jem.systems.catalog import PRESETS, SYSTEMS, EvaluateConfig, GenerateConfig, TrainConfig, configure
 
 modest = settings(max_examples=30, deadline=None, derandomize=True)
 seeds = st.integers(0, 2**32)

@@ -10,17 +10,18 @@ from PIL import Image
 from safetensors import safe_open
 from conftest import snapshot
 
-from robust_jem import generation
-from robust_jem.attacks import pgd
-from robust_jem.cli import parse
-from robust_jem.data import InputError
-from robust_jem.energy import joint_energy
-from robust_jem.generation import RobustJEM, generate_samples
-from robust_jem.metrics import feature_extractor
-from robust_jem.objectives import Terms, hybrid_loss
-from robust_jem.recovery import Health
-from robust_jem.runs import Run, read_json, read_tensors, write_json, write_tensors
-from robust_jem.systems import GenerateConfig, TrainConfig
+from robust_jem.app.cli import parse
+from robust_jem.core.errors import InputError
+from robust_jem.core.files import read_json, read_tensors, write_json, write_tensors
+from robust_jem.ebm.attacks import pgd
+from robust_jem.ebm.energy import joint_energy
+from robust_jem.ebm.objectives import Terms, hybrid_loss
+from robust_jem.engine import sample
+from robust_jem.engine.recovery import Health
+from robust_jem.engine.runs import Run
+from robust_jem.engine.sample import RobustJEM, generate_samples
+from robust_jem.judge.extractors import feature_extractor
+from robust_jem.systems.catalog import GenerateConfig, TrainConfig
 
 SMALL = ("--num-samples", 12, "--batch-size", 3, "--outer-steps", 1, "--device", "cpu")
 
@@ -35,12 +36,12 @@ def moved(run, by=0.01):
 
 def test_sampling_took_no_longer_than_the_call(runs, monkeypatch):
     "A slow start is counted once, not once a batch."
-    calls, real = [], generation.generate
+    calls, real = [], sample.generate
     def slow_at_first(*a, **kw):
         if not calls: time.sleep(0.5)
         calls.append(1)
         return real(*a, **kw)
-    monkeypatch.setattr(generation, "generate", slow_at_first)
+    monkeypatch.setattr(sample, "generate", slow_at_first)
     began = time.perf_counter()
     folder = generate_samples(GenerateConfig(run=str(runs / "robust_jem"), num_samples=20, batch_size=2, outer_steps=1, name="timed", device="cpu"), progress=False)
     took, summary = time.perf_counter() - began, read_json(folder / "summary.json")
@@ -139,8 +140,8 @@ def test_underscores_are_hyphens():
 def test_replication_looks_for_its_extractor_before_it_trains(cli, image_tree, monkeypatch):
     image_tree("pets")
     def absent(spec, *_, **__): raise InputError(f"extractor: {spec} can't be had")
-    monkeypatch.setattr("robust_jem.stages.feature_extractor", absent)
-    monkeypatch.setattr("robust_jem.stages.subprocess.Popen", lambda *_, **__: pytest.fail("a notebook was started"))
+    monkeypatch.setattr("robust_jem.app.replicate.feature_extractor", absent)
+    monkeypatch.setattr("robust_jem.app.replicate.subprocess.Popen", lambda *_, **__: pytest.fail("a notebook was started"))
     done = cli("replicate", "--dataset", "pets", "--preset", "cpu")
     assert done.code == 2 and "extractor: inception" in done.err
 

@@ -15,11 +15,12 @@ import pytest
 import torch
 from conftest import REPO, snapshot
 
-from robust_jem import stages as command_line
-from robust_jem.reporting import ReportConfig
-from robust_jem.runs import Run, write_json
-from robust_jem.stages import ReplicateConfig, Stage, plan
-from robust_jem.systems import SYSTEMS, EvaluateConfig, TrainConfig, configure, sample_plan
+from robust_jem.app import replicate as command_line
+from robust_jem.app.replicate import ReplicateConfig, Stage, plan
+from robust_jem.core.files import write_json
+from robust_jem.engine.runs import Run
+from robust_jem.report.tables import ReportConfig
+from robust_jem.systems.catalog import SYSTEMS, EvaluateConfig, TrainConfig, configure, sample_plan
 
 STAGES = REPO / "nbs/replication"
 
@@ -232,9 +233,9 @@ def test_stages_run_in_order_in_this_python_and_finished_ones_are_skipped(small_
     assert cli("replicate").code == 0 and started == ["a2", "report"]
 
 
-FAILURES = {"InputError": ("from robust_jem.data import InputError; raise InputError('eps: -1 is outside 0..∞')", 2, "eps: -1 is outside 0..∞"),
+FAILURES = {"InputError": ("from robust_jem.core.errors import InputError; raise InputError('eps: -1 is outside 0..∞')", 2, "eps: -1 is outside 0..∞"),
             "ValueError": ("raise ValueError('something broke')", 1, "ValueError: something broke"),
-            "Diverged": ("from robust_jem.recovery import Diverged; raise Diverged('the loss is nan')", 1, "the loss is nan"),
+            "Diverged": ("from robust_jem.engine.recovery import Diverged; raise Diverged('the loss is nan')", 1, "the loss is nan"),
             "killed kernel": ("import os; os._exit(9)", 1, "died")}
 
 
@@ -303,7 +304,7 @@ def test_gpu_script_makes_a_trunk_for_an_older_pytorch(tmp_path):
 @pytest.mark.parametrize("systems", (["robust_jem"], pytest.param(["robust_classifier", "robust_jem"], marks=pytest.mark.long)), ids="-".join)
 def test_gpu_script_runs_to_the_end_on_a_cpu(here, image_tree, command, systems):
     "The very commands of a GPU's minutes, small: each stage leaves what the next one needs, and what is brought back loads without the data."
-    from robust_jem.generation import RobustJEM
+    from robust_jem.engine.sample import RobustJEM
     image_tree("cifar10", classes=[f"c{i}" for i in range(4)], train=8, test=4, size=16)
     script = command_line.notebook_path("train").parent / "gpu.sh"
     judge = subprocess.run([*command.argv, *"train --system wide_resnet --dataset cifar10 --preset cifar10-cpu --depth 10 --width 1 --batch-size 16 --epochs 1 --warmup-steps 0 --device cpu --out judge".split()], env=command.env, capture_output=True, text=True)

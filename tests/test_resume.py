@@ -7,7 +7,8 @@ import pytest
 import torch
 from faults import CONFIG, digest, lines, options, running, until
 
-from robust_jem.runs import Run, read_tensors
+from robust_jem.core.files import read_tensors
+from robust_jem.engine.runs import Run
 
 OPTIONS = options(CONFIG)
 PER_EPOCH = 1437 // CONFIG["batch_size"]
@@ -64,7 +65,7 @@ def test_finished_run_returns_at_once(uninterrupted, here, cli, monkeypatch):
     shutil.copytree(uninterrupted.path, here / "run")
     files = lambda: {p: p.stat().st_mtime_ns for p in (here / "run").rglob("*")}
     before = files()
-    monkeypatch.setattr("robust_jem.training.load_images", lambda *_: pytest.fail("loaded the data"))
+    monkeypatch.setattr("robust_jem.engine.train.load_images", lambda *_: pytest.fail("loaded the data"))
     result = cli("train", "--system", "robust_jem", *OPTIONS, "--out", "run")
     assert result.code == 0 and result.out == "run\n" and files() == before
 

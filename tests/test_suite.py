@@ -11,12 +11,14 @@ import torch
 from conftest import snapshot
 from torch import nn
 
-from robust_jem import evaluation
-from robust_jem.data import InputError, load_images, to_unit
-from robust_jem.evaluation import robust_accuracy
-from robust_jem.runs import Run, write_tensors
-from robust_jem.systems import EvaluateConfig, TrainConfig, configure
-from robust_jem.training import train
+from robust_jem.core.errors import InputError
+from robust_jem.core.files import write_tensors
+from robust_jem.core.images import load_images, to_unit
+from robust_jem.engine.runs import Run
+from robust_jem.engine.train import train
+from robust_jem.judge import robustness
+from robust_jem.judge.robustness import robust_accuracy
+from robust_jem.systems.catalog import EvaluateConfig, TrainConfig, configure
 
 QUICK = "--attack-eps 0.1 0.3 --l2-eps 0.5 --attack-steps 2 --num-robust 30 --num-restarts 20 --restarts 2 --num-autoattack 0 --num-strangers 40 --device cpu".split()
 MODELS = """
@@ -88,10 +90,10 @@ def test_one_part_alone_needs_no_extractor(runs, here, cli):
 
 
 def test_results_of_other_weights_are_left_out(runs, here, cli):
-    from robust_jem.plots import Findings
+    from robust_jem.report.figures import Findings
     suite(cli, "runs/robust_jem", "--suite", "calibration")
     file = here / "runs/robust_jem/model.safetensors"
-    from robust_jem.runs import read_tensors
+    from robust_jem.core.files import read_tensors
     write_tensors(file, {k: v + 0.01 if v.is_floating_point() else v for k, v in read_tensors(file)[0].items()})
     suite(cli, "runs/robust_jem", "--suite", "distal")
     assert set(Findings("runs/robust_jem/suite").parts) == {"distal"}
@@ -103,7 +105,7 @@ def test_time_limit_of_the_suite_goes_on_to_the_same_results(runs, here, cli, mo
     assert suite(cli, *argv, "--out", "whole").code == 0
     asked = []
     late = lambda self: asked.append(1) or len(asked) % 3 == 0                # the clock runs out at every third look
-    monkeypatch.setattr("robust_jem.execution.Deadline.reached", late)
+    monkeypatch.setattr("robust_jem.engine.runtime.Deadline.reached", late)
     codes = [suite(cli, *argv, "--out", "pieces").code for _ in range(16)]
     assert codes[0] == 3 and 0 in codes and set(codes) <= {0, 3}
     curves = lambda folder: {p.name: json.loads(p.read_text())["curve"] for p in sorted((here / folder).glob("robustness*.json"))}
@@ -183,13 +185,13 @@ def test_autoattack_is_no_weaker_than_pgd(robust_classifier):
     "On a trained network; that it is exact on a linear one, see the peers."
     digits = load_images("digits")
     x, y = digits.test_x[:80], digits.test_y[:80]
-    assert evaluation.autoattack_accuracy(robust_classifier, x, y, 0.2) <= robust_accuracy(robust_classifier, x, y, 0.2, 20) + 1e-9
+    assert robustness.autoattack_accuracy(robust_classifier, x, y, 0.2) <= robust_accuracy(robust_classifier, x, y, 0.2, 20) + 1e-9
 
 
 def test_unit_interval_adapters_are_each_others_inverse():
     net = nn.Sequential(nn.Flatten(), nn.Linear(4, 3))
     x = torch.rand(5, 1, 2, 2) * 2 - 1
-    assert torch.allclose(evaluation.SignedInterval(evaluation.UnitInterval(net))(x), net(x)) and torch.allclose(evaluation.UnitInterval(net)((x + 1) / 2), net(x))
+    assert torch.allclose(robustness.SignedInterval(robustness.UnitInterval(net))(x), net(x)) and torch.allclose(robustness.UnitInterval(net)((x + 1) / 2), net(x))
 
 
 def test_configuration_of_the_suite_is_checked():

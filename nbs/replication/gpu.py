@@ -21,22 +21,24 @@ from pathlib import Path
 
 import torch
 
-from robust_jem import runs as run_folders
-from robust_jem import state as states
-from robust_jem.data import Batches, Images, load_images, stream
-from robust_jem.distribution import World
-from robust_jem.energy import marginal_energy, untouched, input_gradient
-from robust_jem.evaluation import accuracy, evaluate_run, robust_accuracy
-from robust_jem.execution import Deadline, Execution, choose_policy, executing
-from robust_jem.fused import can_fuse
-from robust_jem.generation import RobustJEM, generate_samples
-from robust_jem.graphs import Captured
-from robust_jem.networks import WideResNet
-from robust_jem.recovery import Diverged, Health
-from robust_jem.reference import Reference, flops, step_flops
-from robust_jem.runs import Run, provenance, write_json, write_tensors
-from robust_jem.systems import EvaluateConfig, GenerateConfig, TrainConfig, configure
-from robust_jem.training import HotPaths, lr_factor, train_step
+from robust_jem.bench.naive import Reference, flops, step_flops
+from robust_jem.core.files import write_json, write_tensors
+from robust_jem.core.images import Batches, Images, load_images
+from robust_jem.core.random import stream
+from robust_jem.ebm.energy import marginal_energy, untouched, input_gradient
+from robust_jem.engine import checkpoints as states, runs as run_folders, sample
+from robust_jem.engine.distributed import World
+from robust_jem.engine.graphs import Captured
+from robust_jem.engine.recovery import Diverged, Health
+from robust_jem.engine.runs import Run, provenance
+from robust_jem.engine.runtime import Deadline, Execution, choose_policy, executing
+from robust_jem.engine.sample import RobustJEM, generate_samples
+from robust_jem.engine.train import HotPaths, lr_factor, train_step
+from robust_jem.judge.evaluate import evaluate_run
+from robust_jem.judge.robustness import accuracy, robust_accuracy
+from robust_jem.networks.fused import can_fuse
+from robust_jem.networks.wide_resnet import WideResNet
+from robust_jem.systems.catalog import EvaluateConfig, GenerateConfig, TrainConfig, configure
 
 BEGAN = time.perf_counter()
 SYSTEMS = ("robust_jem", "jempp", "robust_classifier")
@@ -433,8 +435,7 @@ def share_prior():
             fitted[key] = fit(config, images, "cuda" if torch.cuda.is_available() else "cpu")
         return fitted[key].to(device)
     run_folders.build_prior = states.build_prior = build_prior
-    from robust_jem import generation
-    generation.build_prior = build_prior
+    sample.build_prior = build_prior
 
 
 def all_systems(args):

@@ -15,7 +15,7 @@
 set -euo pipefail
 stage=${1:?measure, pace, train, sample, judge, table or trunk}; out=${2:?a folder for what is brought back}; runs=${3:-runs}; system=${4:-robust_jem}
 minutes=${MINUTES:-8.5}; budget=${BUDGET:-25}; preset=${PRESET:-h100}; device=${DEVICE:-auto}; seed=${SEED:-0}; small=(${SMALL:-})
-jem() { ${PYTHON:-python3} -m robust_jem.cli "$@"; }
+jem() { ${PYTHON:-python3} -m robust_jem.app.cli "$@"; }
 run=$runs/$system-s$seed; mkdir -p "$out"
 common=(--system "$system" --dataset cifar10 --preset "$preset" --seed "$seed" --device "$device" "${small[@]}")
 export PYTHONUNBUFFERED=1
@@ -25,7 +25,7 @@ bring_back() {                                   # weights in two bytes each, an
 import shutil, sys
 from pathlib import Path
 import torch
-from robust_jem.generation import RobustJEM
+from robust_jem.engine.sample import RobustJEM
 run, out = map(Path, sys.argv[1:])
 out.mkdir(parents=True, exist_ok=True)
 for file in ("config.json", "summary.json", "metrics.jsonl"):
@@ -44,8 +44,9 @@ case $stage in
     [ $code -eq 3 ] || { echo "expected the time limit (3), got $code" >&2; exit 1; }
     ${PYTHON:-python3} - "$runs/pace" "$budget" "$out/pace-$system.json" <<'P'
 import json, sys
-from robust_jem.data import load_images
-from robust_jem.runs import Run, read_tensors
+from robust_jem.core.files import read_tensors
+from robust_jem.core.images import load_images
+from robust_jem.engine.runs import Run
 run, budget, out = Run(sys.argv[1]), float(sys.argv[2]), sys.argv[3]
 rows = [r for r in run.metrics() if "loss" in r]
 meta = read_tensors(run.checkpoints()[0])[1]
