@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core.errors import InputError
-from .energy import check_labels, energy, float_logits, frozen_statistics
+from .energy import check_labels, energy, frozen_statistics, widened
 
 # %% ../../nbs/ebm/05_objectives.ipynb #e933d65b
 def classification_loss(
@@ -23,7 +23,7 @@ def classification_loss(
     y: Tensor, # labels [B]
 ) -> tuple[Tensor, Tensor]: # the loss, and the share of right answers
     "Mean cross-entropy -log p(y | x), and the batch's accuracy."
-    logits = float_logits(model(x))
+    logits = widened(model(x))
     if len(y) != len(x):
         raise InputError(f"labels: {len(y)} for {len(x)} images")
     check_labels(y, logits.shape[-1])

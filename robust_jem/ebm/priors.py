@@ -69,7 +69,7 @@ class GaussianMixturePrior:
         device, # where to draw
         dtype: torch.dtype | None = None, # of the factors
     ) -> "GaussianMixturePrior":
-        "The same prior on a device. Factors in bfloat16: half the memory, and faster where a device multiplies it fast."
+        "The same prior on a device. Factors in bfloat16 take half the memory, and less time where a device has it."
         return type(self)(self.mean.to(device), self.factor.to(device, dtype), self.weights.to(device), self.shape)
 
     def sample_labels(self, n: int, generator: torch.Generator | None = None) -> Tensor:
