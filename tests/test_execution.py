@@ -19,7 +19,7 @@ from robust_jem.core.errors import InputError
 from robust_jem.core.files import read_json, write_json
 from robust_jem.core.images import load_images, to_unit
 from robust_jem.ebm.attacks import pgd
-from robust_jem.ebm.energy import input_gradient, marginal_energy, untouched
+from robust_jem.ebm.energy import input_gradient, marginal_energy, score_of, untouched
 from robust_jem.ebm.samplers import proximal_sgld
 from robust_jem.engine import runtime, sample
 from robust_jem.engine.runs import Run
@@ -73,7 +73,8 @@ def test_accelerated_network_is_a_classifier_like_any_other(digits, precision):
     network, x = WideResNet(10, 1, in_channels=1), to_unit(digits.test_x[:8])
     fast, before = choose_policy(CPU, precision).accelerate(network), copy.deepcopy(network.state_dict())
     y = torch.arange(8)
-    adv, chain = pgd(fast, x, y, 0.1, 3, generator=torch.Generator().manual_seed(0)), proximal_sgld(fast, x, 3, 5, 0.04)
+    adv = pgd(fast, x, y, 0.1, 3, generator=torch.Generator().manual_seed(0))
+    chain = proximal_sgld(score_of(fast), x, 3, 5, 0.04)
     assert adv.dtype == chain.dtype == torch.float32 and (adv - x).abs().max() <= 0.1 + 1e-6
     assert all(torch.equal(v, before[k]) for k, v in network.state_dict().items()) and all(p.requires_grad and p.grad is None for p in network.parameters())
     F.cross_entropy(fast(x), y).backward()
@@ -84,7 +85,7 @@ def test_network_without_a_stem_runs_under_a_policy():
     import torchvision
     network, x = torchvision.models.resnet18(num_classes=10), torch.rand(4, 3, 32, 32)
     fast = choose_policy(CPU, "bfloat16").accelerate(network)
-    assert fast(x).dtype == torch.float32 and proximal_sgld(fast, x, 1, 5, 0.1).shape == x.shape
+    assert fast(x).dtype == torch.float32 and proximal_sgld(score_of(fast), x, 1, 5, 0.1).shape == x.shape
 
 
 class Shallow(nn.Module):

@@ -21,6 +21,7 @@ from ..core.config import Config, option
 from ..core.files import write_bytes, write_json
 from ..core.images import Images, progress_bar
 from ..ebm.attacks import pgd
+from ..ebm.energy import score_of
 from ..ebm.samplers import proximal_sgld
 from ..engine.checkpoints import TrainState
 from ..engine.runs import provenance
@@ -130,7 +131,7 @@ def our_works(c: BenchmarkConfig, config: TrainConfig, at: Execution, images: Im
     state.model.train(); prior, labels = state.buffer.prior, torch.arange(2000) % 10
     def score():
         with torch.no_grad(): _frechet(state.model.features(x))
-    return {"sampler": lambda: proximal_sgld(state.fast, x, c.steps, config.inner_steps, config.sampler_step_size),
+    return {"sampler": lambda: proximal_sgld(score_of(state.fast), x, c.steps, config.inner_steps, config.sampler_step_size),
             "attack": lambda: pgd(state.fast, x, y, config.eps, c.steps), "update": lambda: train_step(state, raw, y, 1e-3), "prior": lambda: prior.sample(labels),
             "generation": lambda: generate(state.fast, prior, y.cpu(), "combined", sampler=config, target_steps=c.steps, outer_steps=c.steps, attack_statistics="batch"), "scoring": score}
 
@@ -146,7 +147,7 @@ def _growth(c: BenchmarkConfig, at: Execution, images: Images, late: Callable) -
     b, out = c.batches[0], {}
     def chain(width: int = c.width, batch: int = b, steps: int = 2) -> Callable:
         net, x = at.policy.accelerate(WideResNet(c.depth, width).to(at.device).train()), _fixed(c, batch, at.device)[0]
-        return lambda: proximal_sgld(net, x, steps, 5, 0.2)
+        return lambda: proximal_sgld(score_of(net), x, steps, 5, 0.2)
     for name, values, gradients in (("batch", (b // 4, b // 2, b, 2 * b), 2), ("width", sorted({max(1, c.width // 2), c.width, 2 * c.width}), 2), ("steps", (1, 2, 4, 8), 1)):
         if late(): break
         times = alternate({str(v): chain(**{name: v}) for v in values if v}, at.device, c.repeats)      # in turns too, or the machine's moods look like growth

@@ -11,31 +11,56 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core.errors import InputError
-from .energy import _check_labels, input_gradient, untouched
+from .energy import check_labels, input_gradient, untouched
 
 # %% ../../nbs/ebm/02_attacks.ipynb #114d9a6f
-def _per_image(x: Tensor, v: Tensor) -> Tensor: return v.view(-1, *[1] * (x.ndim - 1))
-def _l2(x: Tensor) -> Tensor: return _per_image(x, x.flatten(1).norm(dim=1))
+def _per_image(x: Tensor, v: Tensor) -> Tensor:
+    "One value an image `[B]`, shaped to multiply images `x`."
+    return v.view(-1, *[1] * (x.ndim - 1))
+
+def _l2(x: Tensor) -> Tensor:
+    "The Euclidean length of each image, shaped to divide them."
+    return _per_image(x, x.flatten(1).norm(dim=1))
 
 class Linf:
     "Every pixel may move by at most eps."
+
     @staticmethod
-    def ascent(g: Tensor) -> Tensor: return torch.where(g.isnan(), g, g.sign())      # the sign of NaN is 0: an image that hasn't moved would pass for a robust one
+    def ascent(g: Tensor) -> Tensor:
+        "The gradient's sign; NaN stays NaN."
+        # the sign of NaN is 0: an image that hasn't moved would pass for a robust one
+        return torch.where(g.isnan(), g, g.sign())
+
     @staticmethod
-    def project(delta: Tensor, eps: float) -> Tensor: return delta.clamp(-eps, eps)
+    def project(delta: Tensor, eps: float) -> Tensor:
+        "The nearest point of the ball."
+        return delta.clamp(-eps, eps)
+
     @staticmethod
-    def draw(x: Tensor, eps: float, generator) -> Tensor: return (torch.rand(x.shape, device=x.device, dtype=x.dtype, generator=generator) * 2 - 1) * eps
+    def draw(x: Tensor, eps: float, generator) -> Tensor:
+        "A uniform draw from the ball, in the shape of `x`."
+        uniform = torch.rand(x.shape, device=x.device, dtype=x.dtype, generator=generator)
+        return (uniform * 2 - 1) * eps
 
 class L2:
     "The whole image may move by at most eps in Euclidean distance."
+
     @staticmethod
-    def ascent(g: Tensor) -> Tensor: return g / _l2(g).clamp_min(torch.finfo(g.dtype).tiny)
+    def ascent(g: Tensor) -> Tensor:
+        "The gradient's direction; a gradient of zero stays zero."
+        return g / _l2(g).clamp_min(torch.finfo(g.dtype).tiny)
+
     @staticmethod
-    def project(delta: Tensor, eps: float) -> Tensor: return delta * (eps / _l2(delta).clamp_min(1e-12)).clamp_max(1)
+    def project(delta: Tensor, eps: float) -> Tensor:
+        "The nearest point of the ball."
+        return delta * (eps / _l2(delta).clamp_min(1e-12)).clamp_max(1)
+
     @staticmethod
     def draw(x: Tensor, eps: float, generator) -> Tensor:
+        "A draw that is uniform in the ball's volume: P(radius ≤ t eps) = t^D."
         direction = L2.ascent(torch.randn(x.shape, device=x.device, dtype=x.dtype, generator=generator))
-        radius = torch.rand(len(x), device=x.device, dtype=x.dtype, generator=generator) ** (1 / x[0].numel())   # uniform in the ball's volume
+        uniform = torch.rand(len(x), device=x.device, dtype=x.dtype, generator=generator)
+        radius = uniform ** (1 / x[0].numel())
         return direction * _per_image(x, radius) * eps
 
 BALLS = {"linf": Linf, "l2": L2}
@@ -44,8 +69,18 @@ BALLS = {"linf": Linf, "l2": L2}
 def _clip(x: Tensor, bounds: tuple[float, float] | None) -> Tensor:
     return x if bounds is None else x.clamp(*bounds)
 
-def attack_start(x0: Tensor, eps, norm: str = "linf", bounds: tuple[float, float] | None = (-1, 1), generator: torch.Generator | None = None) -> Tensor:
-    "A uniform draw from the ball around `x0` `[B,C,H,W]`, moved into the bounds."
+def _check_norm(norm: str):
+    if norm not in BALLS:
+        raise InputError(f"norm: {norm!r} is unknown; accepted: {', '.join(BALLS)}")
+
+def attack_start(
+    x0: Tensor, # the ball's centre [B,C,H,W]
+    eps: float | Tensor, # radius
+    norm: str = "linf", # "linf" or "l2"
+    bounds: tuple[float, float] | None = (-1, 1), # range of the images
+    generator: torch.Generator | None = None, # on the images' device
+) -> Tensor: # [B,C,H,W]
+    "A uniform draw from the ball around `x0`, moved into the bounds."
     return _clip(x0 + BALLS[norm].draw(x0, eps, generator), bounds)
 
 def climb(
@@ -57,12 +92,13 @@ def climb(
     step: float | Tensor, # length of a step, negative to go down
     steps: int, # gradients
     norm: str = "linf", # "linf" or "l2"
+    *,
     bounds: tuple[float, float] | None = (-1, 1), # range of the images
 ) -> Tensor: # [B,C,H,W]
     "The steps of projected gradient descent; `pgd` checks its arguments and chooses the start."
     ball = BALLS[norm]
     def loss(logits):
-        _check_labels(y, logits.shape[-1])
+        check_labels(y, logits.shape[-1])
         return F.cross_entropy(logits, y.long(), reduction="sum")
     with untouched(model):
         for _ in range(steps):
@@ -77,6 +113,7 @@ def pgd(
     eps: float, # radius of the ball on the [-1,1] scale (paper: 0.1 for training, 0.5 for generation)
     steps: int, # gradient steps (paper: 15)
     step_size: float | None = None, # α; default 2.5 * eps / steps
+    *,
     norm: str = "linf", # "linf" (paper) or "l2"
     targeted: bool = False, # minimise the loss of `y` instead of maximising it
     random_start: bool = True, # begin at a uniform draw from the ball
@@ -85,18 +122,24 @@ def pgd(
 ) -> Tensor: # [B,C,H,W], within the ball and the bounds
     """Projected gradient descent on the cross-entropy (Madry et al. 2018; the paper's eq. 2).
 
-    A pixel whose gradient isn't a number becomes NaN. Raises `InputError` for eps < 0, steps < 0, step_size <= 0, an unknown norm, labels outside 0..K-1,
-    or x and y of different lengths.
+    A pixel whose gradient isn't a number becomes NaN. Raises `InputError` for eps < 0, steps < 0, step_size <= 0,
+    an unknown norm, labels outside 0..K-1, or x and y of different lengths.
     """
-    if norm not in BALLS: raise InputError(f"norm: {norm!r} is unknown; accepted: {', '.join(BALLS)}")
-    if not eps >= 0: raise InputError(f"eps: {eps} is below 0, or no number")
-    if steps < 0: raise InputError(f"steps: {steps} is below 0")
-    if step_size is not None and not step_size > 0: raise InputError(f"step_size: {step_size} must be above 0")
-    if len(x) != len(y): raise InputError(f"labels: {len(y)} for {len(x)} images")
+    _check_norm(norm)
+    if not eps >= 0:
+        raise InputError(f"eps: {eps} is below 0, or no number")
+    if steps < 0:
+        raise InputError(f"steps: {steps} is below 0")
+    if step_size is not None and not step_size > 0:
+        raise InputError(f"step_size: {step_size} must be above 0")
+    if len(x) != len(y):
+        raise InputError(f"labels: {len(y)} for {len(x)} images")
     step = 2.5 * eps / max(steps, 1) if step_size is None else step_size
     x0 = _clip(x.detach(), bounds)
-    adv = attack_start(x0, eps, norm, bounds, generator) if random_start and eps > 0 else x0.clone()
-    return climb(model, x0, adv, y, eps, -step if targeted else step, steps if eps > 0 else 0, norm, bounds)
+    if eps == 0:
+        return x0.clone()
+    start = attack_start(x0, eps, norm, bounds, generator) if random_start else x0.clone()
+    return climb(model, x0, start, y, eps, -step if targeted else step, steps, norm, bounds=bounds)
 
 # %% ../../nbs/ebm/02_attacks.ipynb #7aefcb7c
 def distal(
@@ -111,23 +154,33 @@ def distal(
 ) -> tuple[Tensor, Tensor, Tensor]: # images [B,C,H,W], their p(y|x) [B], and the steps each took [B]
     """Climb log p(y|x) from x until the model is sure; no ball (Grathwohl et al. 2020, Figure 6).
 
-    Raises `InputError` for confidence outside 0..1, max_steps < 0, step_size <= 0, an unknown norm, or labels outside 0..K-1.
+    Raises `InputError` for confidence outside 0..1, max_steps < 0, step_size <= 0, an unknown norm,
+    or labels outside 0..K-1.
     """
-    if norm not in BALLS: raise InputError(f"norm: {norm!r} is unknown; accepted: {', '.join(BALLS)}")
-    if not 0 <= confidence <= 1: raise InputError(f"confidence: {confidence} is outside 0..1")
-    if max_steps < 0 or not step_size > 0: raise InputError(f"max_steps, step_size: {max_steps} and {step_size}; accepted: at least 0, and above 0")
-    if len(x) != len(y): raise InputError(f"labels: {len(y)} for {len(x)} images")
-    clip = (lambda t: t) if bounds is None else (lambda t: t.clamp(*bounds))
-    x, taken = clip(x.detach()), torch.zeros(len(x), dtype=torch.long, device=x.device)
+    _check_norm(norm)
+    if not 0 <= confidence <= 1:
+        raise InputError(f"confidence: {confidence} is outside 0..1")
+    if max_steps < 0 or not step_size > 0:
+        raise InputError(f"max_steps, step_size: {max_steps} and {step_size}; accepted: at least 0, and above 0")
+    if len(x) != len(y):
+        raise InputError(f"labels: {len(y)} for {len(x)} images")
+    x = _clip(x.detach(), bounds)
+    taken = torch.zeros(len(x), dtype=torch.long, device=x.device)
     with untouched(model):
         for i in range(max_steps + 1):
-            def log_p(logits):
-                _check_labels(y, logits.shape[-1])
-                seen.append(-F.cross_entropy(logits, y.long(), reduction="none")); return seen[0]
-            seen: list[Tensor] = []
-            g = input_gradient(model, x, log_p)
-            p = seen[0].detach().exp()
+            g, p = _confidence_gradient(model, x, y)
             going = p < confidence
-            if i == max_steps or not going.any(): return x, p, taken
-            x = torch.where(_per_image(x, going), clip(x + step_size * BALLS[norm].ascent(g)), x)
+            if i == max_steps or not going.any():
+                return x, p, taken
+            x = torch.where(_per_image(x, going), _clip(x + step_size * BALLS[norm].ascent(g), bounds), x)
             taken += going
+
+def _confidence_gradient(model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    "∂ log p(y|x) / ∂x and p(y|x) `[B]`, from one pass."
+    seen = []
+    def log_p(logits):
+        check_labels(y, logits.shape[-1])
+        seen.append(-F.cross_entropy(logits, y.long(), reduction="none"))
+        return seen[0]
+    g = input_gradient(model, x, log_p)
+    return g, seen[0].detach().exp()

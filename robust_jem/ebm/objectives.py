@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core.errors import InputError
-from .energy import _check_labels, _wide, energy, frozen_statistics
+from .energy import check_labels, energy, frozen_statistics, widened
 
 # %% ../../nbs/ebm/05_objectives.ipynb #e933d65b
 def classification_loss(
@@ -23,9 +23,10 @@ def classification_loss(
     y: Tensor, # labels [B]
 ) -> tuple[Tensor, Tensor]: # the loss, and the share of right answers
     "Mean cross-entropy -log p(y | x), and the batch's accuracy."
-    logits = _wide(model(x))
-    if len(y) != len(x): raise InputError(f"labels: {len(y)} for {len(x)} images")
-    _check_labels(y, logits.shape[-1])
+    logits = widened(model(x))
+    if len(y) != len(x):
+        raise InputError(f"labels: {len(y)} for {len(x)} images")
+    check_labels(y, logits.shape[-1])
     return F.cross_entropy(logits, y.long()), (logits.detach().argmax(1) == y).float().mean()
 
 def likelihood_loss(
@@ -41,9 +42,11 @@ def likelihood_loss(
     Real and sampled images go through the network in separate passes, as in JEM++, so that batch norm
     normalises each by its own statistics. Raises `InputError` where only one kind of label is given.
     """
-    if (y_real is None) != (y_sampled is None): raise InputError("likelihood_loss: give both y_real and y_sampled (class-conditional) or neither (marginal)")
+    if (y_real is None) != (y_sampled is None):
+        raise InputError("likelihood_loss: give both y_real and y_sampled (class-conditional) or neither (marginal)")
     real = energy(model, x_real, y_real)
-    with nullcontext() if track_sampled else frozen_statistics(model): sampled = energy(model, x_sampled.detach(), y_sampled)
+    with nullcontext() if track_sampled else frozen_statistics(model):
+        sampled = energy(model, x_sampled.detach(), y_sampled)
     return real.mean() - sampled.mean(), real, sampled
 
 # %% ../../nbs/ebm/05_objectives.ipynb #564b7a1b
@@ -59,6 +62,7 @@ def hybrid_loss(
     model: nn.Module, # [B,C,H,W] -> [B,K]
     terms: Terms, # the weights
     y: Tensor, # labels of x_clean and x_adversarial [B]
+    *,
     x_clean: Tensor | None = None, # needed when terms.clean > 0
     x_adversarial: Tensor | None = None, # needed when terms.adversarial > 0
     x_real: Tensor | None = None, # needed when terms.likelihood > 0
@@ -67,19 +71,33 @@ def hybrid_loss(
     y_sampled: Tensor | None = None, # … and of x_sampled
     track_sampled: bool = True, # let sampled images move batch norm's running statistics
 ) -> tuple[Tensor, dict[str, Tensor]]: # the loss and its parts, detached
-    "The weighted sum of the terms, each from a forward pass of its own (as in JEM++, for batch norm's sake)."
-    needed = {"clean": (x_clean,), "adversarial": (x_adversarial,), "likelihood": (x_real, x_sampled)}
-    for name, images in needed.items():
-        if getattr(terms, name) and any(i is None for i in images): raise InputError(f"hybrid_loss: terms.{name} = {getattr(terms, name)} but its images are missing")
-    if terms.energy_penalty and not terms.likelihood: raise InputError(f"hybrid_loss: terms.energy_penalty = {terms.energy_penalty} without terms.likelihood, whose energies it holds down")
+    """The weighted sum of the terms, each from a forward pass of its own (as in JEM++, for batch norm's sake).
+
+    Raises `InputError` where a term's images are missing, or an energy penalty has no likelihood.
+    """
+    _check_terms(terms, clean=(x_clean,), adversarial=(x_adversarial,), likelihood=(x_real, x_sampled))
     loss, parts = torch.zeros((), device=y.device), {}
-    for name, x in (("clean", x_clean), ("adversarial", x_adversarial)):
-        if weight := getattr(terms, name):
-            ce, parts[f"{name}_accuracy"] = classification_loss(model, x, y)
-            parts[f"{name}_loss"], loss = ce.detach(), loss + weight * ce
+    for name, weight, x in (("clean", terms.clean, x_clean), ("adversarial", terms.adversarial, x_adversarial)):
+        if weight:
+            cross_entropy, parts[f"{name}_accuracy"] = classification_loss(model, x, y)
+            parts[f"{name}_loss"] = cross_entropy.detach()
+            loss = loss + weight * cross_entropy
     if terms.likelihood:
         gap, real, sampled = likelihood_loss(model, x_real, x_sampled, y_real, y_sampled, track_sampled)
-        parts |= {"energy_gap": gap.detach(), "energy_real": real.detach().mean(), "energy_sampled": sampled.detach().mean()}
+        parts["energy_gap"] = gap.detach()
+        parts["energy_real"] = real.detach().mean()
+        parts["energy_sampled"] = sampled.detach().mean()
         loss = loss + terms.likelihood * gap
-        if terms.energy_penalty: loss = loss + terms.energy_penalty * (real.square().mean() + sampled.square().mean())
+        if terms.energy_penalty:
+            loss = loss + terms.energy_penalty * (real.square().mean() + sampled.square().mean())
     return loss, {"loss": loss.detach()} | parts
+
+def _check_terms(terms: Terms, **images: tuple[Tensor | None, ...]):
+    "Each term that counts has its images."
+    for name, needed in images.items():
+        weight = getattr(terms, name)
+        if weight and any(x is None for x in needed):
+            raise InputError(f"hybrid_loss: terms.{name} = {weight} but its images are missing")
+    if terms.energy_penalty and not terms.likelihood:
+        raise InputError(f"hybrid_loss: terms.energy_penalty = {terms.energy_penalty} without terms.likelihood, "
+                         "whose energies it holds down")

@@ -34,23 +34,42 @@ class GaussianMixturePrior:
 
         Raises `InputError` for labels outside 0..K-1, a class with fewer than two images, or jitter <= 0.
         """
-        if len(x) != len(y) or not len(y) or y.is_floating_point(): raise InputError(f"labels: {len(y)} of {y.dtype} for {len(x)} images; expected one whole number each, at least one")
-        if not jitter > 0: raise InputError(f"jitter: {jitter} must be above 0, or covariances may be singular")
-        if y.min() < 0 or y.max() >= num_classes: raise InputError(f"labels: {int(y.min())}..{int(y.max())} are outside 0..{num_classes - 1}")
-        counts = torch.bincount(y, minlength=num_classes)
-        if counts.min() < 2: raise InputError(f"class {int(counts.argmin())} has {int(counts.min())} images; a covariance needs at least two")
-        flat, eye = x.flatten(1), torch.eye(x[0].numel(), dtype=torch.float64, device=x.device)
+        counts = cls._class_counts(x, y, num_classes, jitter)
+        flat = x.flatten(1)
+        eye = torch.eye(flat.shape[1], dtype=torch.float64, device=x.device)
         mean = torch.empty(num_classes, flat.shape[1], device=x.device)
         factor = torch.empty(num_classes, *eye.shape, device=x.device)      # CIFAR-10: 0.4 GB, CIFAR-100: 3.8 GB
         for k in range(num_classes):
-            d = flat[y == k].double()
-            mean[k], d = d.mean(0), d - d.mean(0)
-            if not mean[k].isfinite().all(): raise InputError(f"class {k}: some pixels aren't finite")
-            factor[k] = torch.linalg.cholesky(d.T @ d / (len(d) - 1) + jitter * eye)
+            members = flat[y == k].double()
+            mean[k] = members.mean(0)
+            if not mean[k].isfinite().all():
+                raise InputError(f"class {k}: some pixels aren't finite")
+            centred = members - members.mean(0)
+            covariance = centred.T @ centred / (len(centred) - 1)
+            factor[k] = torch.linalg.cholesky(covariance + jitter * eye)
         return cls(mean, factor, counts.double() / len(y), x.shape[1:])
 
-    def to(self, device, dtype: torch.dtype | None = None) -> "GaussianMixturePrior":
-        "On a device; `dtype` is that of the factors (bfloat16: half the memory, and faster where a device multiplies it fast)."
+    @staticmethod
+    def _class_counts(x: Tensor, y: Tensor, num_classes: int, jitter: float) -> Tensor:
+        "Images a class `[K]`, once `fit`'s arguments are found to be usable."
+        if len(x) != len(y) or not len(y) or y.is_floating_point():
+            raise InputError(f"labels: {len(y)} of {y.dtype} for {len(x)} images; "
+                             "expected one whole number each, at least one")
+        if not jitter > 0:
+            raise InputError(f"jitter: {jitter} must be above 0, or covariances may be singular")
+        if y.min() < 0 or y.max() >= num_classes:
+            raise InputError(f"labels: {int(y.min())}..{int(y.max())} are outside 0..{num_classes - 1}")
+        counts = torch.bincount(y, minlength=num_classes)
+        if counts.min() < 2:
+            few = int(counts.argmin())
+            raise InputError(f"class {few} has {int(counts.min())} images; a covariance needs at least two")
+        return counts
+
+    def to(self,
+        device, # where to draw
+        dtype: torch.dtype | None = None, # of the factors
+    ) -> "GaussianMixturePrior":
+        "The same prior on a device. Factors in bfloat16 take half the memory, and less time where a device has it."
         return type(self)(self.mean.to(device), self.factor.to(device, dtype), self.weights.to(device), self.shape)
 
     def sample_labels(self, n: int, generator: torch.Generator | None = None) -> Tensor:
@@ -61,28 +80,47 @@ class GaussianMixturePrior:
         y: Tensor, # labels [B]: one image of each class named; on the CPU they cost a GPU no waiting
         generator: torch.Generator | None = None, # on the prior's device
     ) -> Tensor: # [B,C,H,W] in [-1,1]
-        "Draw x ~ N(mean_y, covariance_y), clipped to [-1, 1]: all images of a class in one product that skips the factor's zeros."
-        device, (classes, dim), labels = self.mean.device, self.mean.shape, y.cpu()
-        if y.ndim != 1 or y.is_floating_point(): raise InputError(f"labels: {y.dtype} {tuple(y.shape)}; expected whole numbers [B]")
-        if len(y) and (labels.min() < 0 or labels.max() >= classes): raise InputError(f"labels: {int(labels.min())}..{int(labels.max())} are outside 0..{classes - 1}")
-        z, x = torch.randn(len(y), dim, device=device, generator=generator).to(self.factor.dtype), torch.empty(len(y), dim, device=device)
-        order, counts, block = labels.argsort(stable=True).to(device, non_blocking=True), torch.bincount(labels, minlength=classes).tolist(), max(256, -(-dim // 8))
-        z, first = z[order], 0
-        for k, n in enumerate(counts):
-            for i in range(0, dim, block) if n else ():        # rows i … of a lower triangular factor end at column i + block
-                x[first:first + n, i:i + block] = z[first:first + n, :i + block] @ self.factor[k, i:i + block, :i + block].T
-            x[first:first + n] += self.mean[k]
+        "Draw x ~ N(mean_y, covariance_y), clipped to [-1, 1]: all images of a class in one product."
+        device, (num_classes, dim) = self.mean.device, self.mean.shape
+        labels = y.cpu()
+        if y.ndim != 1 or y.is_floating_point():
+            raise InputError(f"labels: {y.dtype} {tuple(y.shape)}; expected whole numbers [B]")
+        if len(y) and (labels.min() < 0 or labels.max() >= num_classes):
+            raise InputError(f"labels: {int(labels.min())}..{int(labels.max())} are outside 0..{num_classes - 1}")
+        order = labels.argsort(stable=True).to(device, non_blocking=True)
+        z = torch.randn(len(y), dim, device=device, generator=generator).to(self.factor.dtype)[order]
+        x = torch.empty(len(y), dim, device=device)
+        first = 0
+        for k, n in enumerate(torch.bincount(labels, minlength=num_classes).tolist()):
+            if n:
+                x[first:first + n] = self._correlate(z[first:first + n], k)
             first += n
         return torch.empty_like(x).index_copy_(0, order, x.clamp_(-1, 1)).view(-1, *self.shape)
+
+    def _correlate(self, z: Tensor, k: int) -> Tensor:
+        "mean_k + factor_k z for noise z `[n,D]`, in blocks: the zeros above the factor's diagonal cost nothing."
+        factor, (n, dim) = self.factor[k], z.shape
+        block = max(256, -(-dim // 8))
+        x = torch.empty(n, dim, device=z.device)
+        for row in range(0, dim, block):
+            end = row + block                 # rows row..end of a lower triangular factor end at column `end`
+            x[:, row:end] = z[:, :end] @ factor[row:end, :end].T
+        return x + self.mean[k]
 
 # %% ../../nbs/ebm/01_priors.ipynb #e78cfffb
 class UniformPrior:
     "Uniform noise in [-1, 1] (JEM): `sample(y)` draws `len(y)` images of a given shape."
 
-    def __init__(self, shape: tuple[int, int, int], num_classes: int = 10, device="cpu"):
+    def __init__(self,
+        shape: tuple[int, int, int], # (C, H, W)
+        num_classes: int = 10, # K, for `sample_labels`
+        device="cpu", # where to draw
+    ):
         self.shape, self.num_classes, self.device = tuple(shape), num_classes, device
 
-    def to(self, device, dtype: torch.dtype | None = None) -> "UniformPrior": return type(self)(self.shape, self.num_classes, device)
+    def to(self, device, dtype: torch.dtype | None = None) -> "UniformPrior":
+        "The same prior on a device; it holds nothing that `dtype` could be the type of."
+        return type(self)(self.shape, self.num_classes, device)
 
     def sample_labels(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         "Draw `n` labels, all classes alike."

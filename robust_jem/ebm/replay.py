@@ -13,7 +13,7 @@ from ..core.errors import InputError
 
 # %% ../../nbs/ebm/04_replay.ipynb #d348be1a
 class ReplayBuffer:
-    "Persistent chains (JEM: 10,000 of them), each restarted from the prior with probability `reinit_prob` when it is drawn."
+    "Persistent chains (JEM: 10,000), each restarted from the prior with probability `reinit_prob` when it is drawn."
 
     def __init__(self,
         capacity: int, # number of chains (JEM++: 10,000)
@@ -21,33 +21,59 @@ class ReplayBuffer:
         reinit_prob: float = 0.05, # ρ
         generator: torch.Generator | None = None, # on the prior's device
     ):
-        if capacity < 1: raise InputError(f"buffer_size: {capacity} is below 1")
-        if not 0 <= reinit_prob <= 1: raise InputError(f"reinit_prob: {reinit_prob} is outside 0..1")
+        if capacity < 1:
+            raise InputError(f"buffer_size: {capacity} is below 1")
+        if not 0 <= reinit_prob <= 1:
+            raise InputError(f"reinit_prob: {reinit_prob} is outside 0..1")
         self.prior, self.reinit_prob = prior, reinit_prob
         y = prior.sample_labels(capacity, generator)
-        self.fill(torch.cat([prior.sample(part, generator) for part in y.split(1000)]), y)      # in parts: the noise of 10,000 images takes as much memory as they do
+        # in parts: the noise of 10,000 images takes as much memory as they do
+        x = torch.cat([prior.sample(part, generator) for part in y.split(1000)])
+        self.fill(x, y)
 
-    def fill(self, x: Tensor, y: Tensor):
+    def fill(self,
+        x: Tensor, # [capacity,C,H,W]
+        y: Tensor, # [capacity]
+    ):
         "Put other chains in place of all, as read from a checkpoint."
-        self.x, self.y, self.labels = x, y.to(x.device), y.cpu()        # labels: a copy that the host reads without waiting for a GPU
+        self.x, self.y = x, y.to(x.device)
+        self.labels = y.cpu()        # a copy that the host reads without waiting for a GPU
 
-    def __len__(self): return len(self.x)
+    def __len__(self):
+        return len(self.x)
 
     def draw(self,
         n: int, # chains to continue; at most the capacity
         generator: torch.Generator | None = None, # of the noise, on the prior's device
         choices: torch.Generator | None = None, # of the choices, on the CPU; default: made from `generator`
     ) -> tuple[Tensor, Tensor]: # images [n,C,H,W] and the slots [n] they belong to
-        "Draw `n` different chains; each is fresh from the prior with probability `reinit_prob`. With `choices` given, a GPU is never waited for."
-        if not 1 <= n <= len(self): raise InputError(f"batch_size: {n} chains asked of a buffer of {len(self)}")
-        if choices is None: choices = generator if generator is None or generator.device.type == "cpu" else torch.Generator().manual_seed(int(torch.randint(2**62, (), device=generator.device, generator=generator)))
+        """Draw `n` different chains; each is fresh from the prior with probability `reinit_prob`.
+
+        With `choices` given, a GPU is never waited for. Raises `InputError` unless 1 <= n <= capacity.
+        """
+        if not 1 <= n <= len(self):
+            raise InputError(f"batch_size: {n} chains asked of a buffer of {len(self)}")
+        if choices is None:
+            choices = _on_cpu(generator)
         chosen = torch.randperm(len(self), generator=choices)[:n]
-        rows = (torch.rand(n, generator=choices) < self.reinit_prob).nonzero().squeeze(1)
+        restarted = (torch.rand(n, generator=choices) < self.reinit_prob).nonzero().squeeze(1)
         index = chosen.to(self.x.device, non_blocking=True)
         x = self.x[index]
-        if len(rows): x[rows.to(x.device, non_blocking=True)] = self.prior.sample(self.labels[chosen[rows]], generator)
+        if len(restarted):
+            fresh = self.prior.sample(self.labels[chosen[restarted]], generator)
+            x[restarted.to(x.device, non_blocking=True)] = fresh
         return x, index
 
-    def store(self, index: Tensor, x: Tensor):
+    def store(self,
+        index: Tensor, # slots [n], as `draw` gave them
+        x: Tensor, # the chains' ends [n,C,H,W]
+    ):
         "Put the chains' ends back into their slots."
         self.x[index] = x.detach().to(self.x.dtype)
+
+def _on_cpu(generator: torch.Generator | None) -> torch.Generator | None:
+    "A generator itself where it lives on the CPU, else one on the CPU that it seeds."
+    if generator is None or generator.device.type == "cpu":
+        return generator
+    seed = torch.randint(2**62, (), device=generator.device, generator=generator)
+    return torch.Generator().manual_seed(int(seed))

@@ -7,74 +7,89 @@ __all__ = ['sgld', 'proximal_sgld']
 
 # %% ../../nbs/ebm/03_samplers.ipynb #d6ea8b1a
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..core.errors import InputError
-from .energy import input_gradient, joint_energy, marginal_energy, untouched
 
 # %% ../../nbs/ebm/03_samplers.ipynb #f539326e
-def _log_density(y: Tensor | None) -> Callable[[Tensor], Tensor]:
-    return (lambda logits: -marginal_energy(logits)) if y is None else (lambda logits: -joint_energy(logits, y))
-
 def _check_chain(**values):
     for name, value in values.items():
-        if not 0 <= value < float("inf"): raise InputError(f"{name}: {value} is below 0, or not finite")
+        if not 0 <= value < float("inf"):
+            raise InputError(f"{name}: {value} is below 0, or not finite")
+
+def _chain_block(score: Callable[[Tensor], Tensor]) -> AbstractContextManager:
+    "What a chain runs in: the score's own block where it has one, so that it prepares its model once."
+    return score if isinstance(score, AbstractContextManager) else nullcontext()
+
+def _add_noise(x: Tensor, noise_std: float, generator: torch.Generator | None) -> Tensor:
+    return x + noise_std * torch.randn(x.shape, device=x.device, dtype=x.dtype, generator=generator)
 
 def sgld(
-    model: nn.Module, # any module [B,C,H,W] -> [B,K]; left as it was found
-    x: Tensor, # the chains' starts [B,C,H,W]
+    score: Callable[[Tensor], Tensor], # ∂ log p/∂x of a batch of any shape; `score_of` makes one from a classifier
+    x: Tensor, # the chains' starts [B,…], images [B,C,H,W] say
     steps: int, # Langevin steps
     step_size: float, # α of the paper's eq. 1
-    noise_std: float, # √α for Langevin dynamics proper (JEM: 0.01)
-    y: Tensor | None = None, # labels: sample p(x | y); none: p(x)
+    *,
+    noise_std: float | None = None, # none: √α, Langevin dynamics proper (JEM: 0.01)
     bounds: tuple[float, float] | None = None, # clamp every state to this range
-    generator: torch.Generator | None = None, # on the images' device
+    generator: torch.Generator | None = None, # on the chains' device
     on_step: Callable[[int, Tensor], None] | None = None, # called with (step, x) after each step
-) -> Tensor: # the chains' ends [B,C,H,W]
-    """`x + step_size/2 * score + noise_std * N(0, I)`, `steps` times (the paper's eq. 1).
+) -> Tensor: # the chains' ends, like x
+    """`x + step_size/2 * score(x) + noise_std * N(0, I)`, `steps` times (the paper's eq. 1).
 
     Raises `InputError` for negative steps, step size or noise.
     """
-    _check_chain(steps=steps, step_size=step_size, noise_std=noise_std)
-    x, log_density = x.detach(), _log_density(y)
-    with untouched(model):
+    _check_chain(steps=steps, step_size=step_size, noise_std=noise_std or 0)
+    if noise_std is None:
+        noise_std = step_size ** 0.5
+    x = x.detach()
+    with _chain_block(score):
         for i in range(steps):
-            x = x + step_size / 2 * input_gradient(model, x, log_density)
-            if noise_std: x = x + noise_std * torch.randn(x.shape, device=x.device, dtype=x.dtype, generator=generator)
-            if bounds is not None: x = x.clamp(*bounds)
-            if on_step is not None: on_step(i, x)
+            x = x + step_size / 2 * score(x).detach()
+            if noise_std:
+                x = _add_noise(x, noise_std, generator)
+            if bounds is not None:
+                x = x.clamp(*bounds)
+            if on_step is not None:
+                on_step(i, x)
     return x
 
 # %% ../../nbs/ebm/03_samplers.ipynb #f2cccd18
 def proximal_sgld(
-    model: nn.Module, # any module [B,C,H,W] -> [B,K]; left as it was found
-    x: Tensor, # the chains' starts [B,C,H,W]
-    outer_steps: int, # m: network gradients (JEM++ training: 10; paper: 300 unconditional, 50 conditional)
-    inner_steps: int, # n: reuses of each gradient (JEM++: 5)
+    score: Callable[[Tensor], Tensor], # ∂ log p/∂x of a batch of any shape; `score_of` makes one from a classifier
+    x: Tensor, # the chains' starts [B,…], images [B,C,H,W] say
+    outer_steps: int, # m: evaluations of the score (JEM++ training: 10; paper: 300 unconditional, 50 conditional)
+    inner_steps: int, # n: reuses of each (JEM++: 5)
     step_size: float, # λ of one inner step on the [-1,1] scale (JEM++: 0.2)
-    clip: float = 1.0, # each pixel's gradient is clipped to ±clip (JEM++: 1)
+    *,
+    clip: float = 1.0, # each pixel's score is clipped to ±clip (JEM++: 1)
     noise_std: float = 0.0, # added after each outer step (JEM++: none)
-    y: Tensor | None = None, # labels: sample p(x | y); none: p(x)
     bounds: tuple[float, float] | None = (-1, 1), # clamp every state; none: the chain may leave the range
-    generator: torch.Generator | None = None, # on the images' device
+    generator: torch.Generator | None = None, # on the chains' device
     on_step: Callable[[int, Tensor], None] | None = None, # called with (step, x) after each outer step
-) -> Tensor: # the chains' ends [B,C,H,W]
+) -> Tensor: # the chains' ends, like x
     """JEM++'s proximal SGLD, its inner loop in closed form.
 
     Raises `InputError` for negative steps, step size or noise, or clip <= 0.
     """
     _check_chain(outer_steps=outer_steps, inner_steps=inner_steps, step_size=step_size, noise_std=noise_std)
-    if not clip > 0: raise InputError(f"clip: {clip} must be above 0")
-    x, log_density = x.detach(), _log_density(y)
-    with untouched(model):
+    if not clip > 0:
+        raise InputError(f"clip: {clip} must be above 0")
+    x = x.detach()
+    with _chain_block(score):
         for i in range(outer_steps if inner_steps else 0):
-            step = input_gradient(model, x, log_density).clamp_(-clip, clip).mul_(step_size)
-            if bounds is None: x = x + inner_steps * step
-            else: x = ((x + step).clamp(*bounds) + (inner_steps - 1) * step).clamp(*bounds)
+            step = score(x).detach().clamp(-clip, clip) * step_size
+            if bounds is None:
+                x = x + inner_steps * step
+            else:
+                x = ((x + step).clamp(*bounds) + (inner_steps - 1) * step).clamp(*bounds)
             if noise_std:
-                x = x + noise_std * torch.randn(x.shape, device=x.device, dtype=x.dtype, generator=generator)
-                if bounds is not None: x = x.clamp(*bounds)
-            if on_step is not None: on_step(i, x)
+                x = _add_noise(x, noise_std, generator)
+                if bounds is not None:
+                    x = x.clamp(*bounds)
+            if on_step is not None:
+                on_step(i, x)
     return x

@@ -18,7 +18,7 @@ from ..core.errors import InputError
 from ..core.files import read_tensors, write_tensors
 from ..core.images import Images
 from ..core.random import stream_seed
-from ..ebm.energy import _batch_norms
+from ..ebm.energy import batch_norms
 from ..ebm.objectives import hybrid_loss
 from ..ebm.replay import ReplayBuffer
 from .distributed import World
@@ -93,7 +93,7 @@ class TrainState:
 
     @torch.no_grad()
     def _average_statistics(self):
-        if self.world.size == 1 or not (buffers := [b for m in _batch_norms(self.model) for b in m.buffers() if b.is_floating_point()]): return
+        if self.world.size == 1 or not (buffers := [b for m in batch_norms(self.model) for b in m.buffers() if b.is_floating_point()]): return
         mean = self.world.mean(torch.cat([b.flatten() for b in buffers]))
         for b, part in zip(buffers, mean.split([b.numel() for b in buffers])): b.copy_(part.view_as(b))
 

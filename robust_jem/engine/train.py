@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..core.files import exclusive, write_json, write_tensors
 from ..core.images import Batches, add_noise, augment, load_images, progress_bar, to_unit
 from ..ebm.attacks import attack_start, climb
-from ..ebm.energy import untouched
+from ..ebm.energy import score_of, untouched
 from ..ebm.samplers import proximal_sgld, sgld
 from .checkpoints import TrainState
 from .graphs import Captured
@@ -48,13 +48,13 @@ def run_chains(
     **changes, # steps, noise or bounds other than the configuration's
 ) -> Tensor: # ends [B,C,H,W]
     "Run the sampler that `config` names, with its batch-norm statistics."
-    args = dict(y=y, generator=generator, step_size=config.sampler_step_size, noise_std=config.noise_std, bounds=(-1, 1) if config.sampler_bounds else None)
+    args = dict(generator=generator, step_size=config.sampler_step_size, noise_std=config.noise_std, bounds=(-1, 1) if config.sampler_bounds else None)
     if config.sampler == "proximal": args |= dict(outer_steps=config.outer_steps, inner_steps=config.inner_steps, clip=config.gradient_clip)
     else:
         args |= dict(steps=config.outer_steps)
         changes = {("steps" if k == "outer_steps" else k): v for k, v in changes.items() if k != "inner_steps"}
-    statistics = changes.pop("statistics", config.sampler_statistics)
-    with untouched(model, statistics): return (proximal_sgld if config.sampler == "proximal" else sgld)(model, x, **args | changes)
+    score = score_of(model, y, changes.pop("statistics", config.sampler_statistics))
+    return (proximal_sgld if config.sampler == "proximal" else sgld)(score, x, **args | changes)
 
 # %% ../../nbs/engine/07_train.ipynb #f0c0c4d9
 class HotPaths:
