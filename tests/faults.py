@@ -440,7 +440,7 @@ def calls(folder):
         "loss": (lambda: objectives.likelihood_loss(m, x, x, y), lambda: objectives.hybrid_loss(m, objectives.Terms(clean=1.0), y), lambda: objectives.hybrid_loss(m, objectives.Terms(likelihood=1.0), y, x_real=x),
                  lambda: objectives.classification_loss(m, x, far)),
         "calibration": (lambda: calibrate(y=y[:3]), lambda: calibrate(y=far), lambda: calibrate(logits * nan), lambda: calibrate(bins=0)),
-        "detection": (lambda: ood.familiarity(broken, x8), lambda: ood.auroc(f[0], f[0, :0]), lambda: ood.auroc(f[0] * nan, f[0]), lambda: ood.strangers("mnist", x8, 4)),
+        "detection": (lambda: ood.ood_scores(broken, x8), lambda: ood.auroc(f[0], f[0, :0]), lambda: ood.auroc(f[0] * nan, f[0]), lambda: ood.ood_images("mnist", x8, 4)),
         "diversity": (lambda: diversity.precision_recall(f, f, 20), lambda: diversity.precision_recall(f, f[:, :2]), lambda: diversity.density_coverage(f, f / 0), lambda: diversity.density_coverage(x, x),
                       lambda: diversity.class_frechet(f, y, f, y, 10), lambda: diversity.nearest(f, f, 21), lambda: diversity.memorisation(f, f[:, :2], f), lambda: diversity.class_frechet(f[:4], far, f[:4], y, 10)),
         "network": (lambda: wide_resnet.WideResNet(11), lambda: wide_resnet.WideResNet(10, 0), lambda: wide_resnet.WideResNet(10, 1, norm="layer"), lambda: runtime.resolve_device("gpu"), lambda: runtime.resolve_device("cuda:99"),

@@ -1,4 +1,5 @@
 """The weights that the repository carries: whole, documented, and as good as their cards say."""
+
 import hashlib
 import importlib.util
 import json
@@ -15,7 +16,8 @@ from robust_jem.engine.sample import RobustJEM
 FOLDERS = sorted(p.parent for p in (REPO / "data" / "pretrained").glob("*/model.safetensors"))
 
 
-def test_there_are_some(): assert FOLDERS
+def test_there_are_some():
+    assert FOLDERS
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda p: p.name)
@@ -27,7 +29,9 @@ def test_weights_record_and_card_agree(folder):
     assert f"| weights | {name} |" in card
     accuracy = read_json(folder / "run/scores/classification.json")
     assert accuracy["weights"] == name and f"{100 * accuracy['accuracy']:.1f} % of all 10,000 test images" in card
-    assert read_json(folder / "config.json")["train"] | {"out": ""} == read_json(folder / "run/config.json") | {"out": ""}
+    assert read_json(folder / "config.json")["train"] | {"out": ""} == read_json(folder / "run/config.json") | {
+        "out": ""
+    }
     rows = [json.loads(line) for line in (folder / "run/metrics.jsonl").read_text().splitlines()]
     assert max(r["step"] for r in rows) == read_json(folder / "run/summary.json")["updates"]
 
@@ -45,11 +49,16 @@ def measured_accuracy(folder, cifar10, n):
     x, y, classes = cifar10
     model = RobustJEM.from_pretrained(folder)
     assert model.classes == tuple(classes)
-    right = [model.classify(to_unit(torch.from_numpy(x[i:i + 500][:n - i]).permute(0, 3, 1, 2))).numpy() == y[i:i + 500][:n - i] for i in range(0, n, 500)]
+    right = [
+        model.classify(to_unit(torch.from_numpy(x[i : i + 500][: n - i]).permute(0, 3, 1, 2))).numpy()
+        == y[i : i + 500][: n - i]
+        for i in range(0, n, 500)
+    ]
     return np.concatenate(right).mean()
 
 
-def accuracy_of_the_card(folder): return read_json(folder / "run/scores/classification.json")["accuracy"]
+def accuracy_of_the_card(folder):
+    return read_json(folder / "run/scores/classification.json")["accuracy"]
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda p: p.name)

@@ -1,4 +1,5 @@
 """What is kept says the truth: of these weights, these images, these settings, and how long it took."""
+
 import shutil
 import time
 from pathlib import Path
@@ -34,18 +35,27 @@ def moved(run, by=0.01):
 
 # Samples
 
+
 def test_sampling_took_no_longer_than_the_call(runs, monkeypatch):
     "A slow start is counted once, not once a batch."
     calls, real = [], sample.generate
+
     def slow_at_first(*a, **kw):
-        if not calls: time.sleep(0.5)
+        if not calls:
+            time.sleep(0.5)
         calls.append(1)
         return real(*a, **kw)
+
     monkeypatch.setattr(sample, "generate", slow_at_first)
     began = time.perf_counter()
-    folder = generate_samples(GenerateConfig(run=str(runs / "robust_jem"), num_samples=20, batch_size=2, outer_steps=1, name="timed", device="cpu"), progress=False)
+    folder = generate_samples(
+        GenerateConfig(
+            run=str(runs / "robust_jem"), num_samples=20, batch_size=2, outer_steps=1, name="timed", device="cpu"
+        ),
+        progress=False,
+    )
     took, summary = time.perf_counter() - began, read_json(folder / "summary.json")
-    assert len(calls) == 10 and 0.5 <= summary["seconds"] <= took + 0.01       # each part is rounded
+    assert len(calls) == 10 and 0.5 <= summary["seconds"] <= took + 0.01  # each part is rounded
     assert summary["images_per_second"] == pytest.approx(20 / summary["seconds"], rel=0.01, abs=0.06)
 
 
@@ -58,7 +68,15 @@ def test_samples_that_are_no_numbers_are_never_kept(runs, cli):
 
 def test_samples_of_other_weights_are_not_judged(refused, runs):
     moved(runs / "robust_jem")
-    refused("evaluate", "runs/robust_jem", "--extractor", "classifier:runs/judge", "--num-robust", 10, says=["samples/energy", "other weights", "robust-jem generate"])
+    refused(
+        "evaluate",
+        "runs/robust_jem",
+        "--extractor",
+        "classifier:runs/judge",
+        "--num-robust",
+        10,
+        says=["samples/energy", "other weights", "robust-jem generate"],
+    )
 
 
 def test_a_set_drawn_again_is_judged_again(evaluated, cli):
@@ -67,12 +85,27 @@ def test_a_set_drawn_again_is_judged_again(evaluated, cli):
     run = Run(evaluated)
     x, y, summary = run.samples("energy")
     run.save_samples("energy", dict(x=255 - x, y=y, strip=run.strip("energy")[1]), summary)
-    assert cli("evaluate", evaluated, "--extractor", "classifier:runs/judge", "--num-robust", 10, "--attack-steps", 1, "--device", "cpu").code == 0
+    assert (
+        cli(
+            "evaluate",
+            evaluated,
+            "--extractor",
+            "classifier:runs/judge",
+            "--num-robust",
+            10,
+            "--attack-steps",
+            1,
+            "--device",
+            "cpu",
+        ).code
+        == 0
+    )
     after = read_json(evaluated / "scores/energy.json")
     assert after["images"] != before["images"] and after["FD-digits"] != before["FD-digits"]
 
 
 # Tables
+
 
 def second(evaluated, seed=1):
     "A copy of the run that says it is of another seed."
@@ -88,13 +121,20 @@ def test_seeds_share_a_table(evaluated, cli):
     assert row["sets"] == 2 and row["FD-digits"]["std"] == 0
 
 
-@pytest.mark.parametrize("file, changes, says", [
-    ("scores/classification.json", {"n attacked": 7}, ["attacked images", "7"]),
-    ("scores/classification.json", {"seed": 5}, ["attack's seed", "5"]),
-    ("scores/energy.json", {"extractor_key": "another"}, ["energy and held-out", "extractor_key", "robust-jem evaluate"]),
-    ("scores/prior.json", {"splits": 3}, ["prior and held-out", "splits"]),
-    ("summary.json", {"precision": "float16"}, ["precision", "float16"]),
-])
+@pytest.mark.parametrize(
+    "file, changes, says",
+    [
+        ("scores/classification.json", {"n attacked": 7}, ["attacked images", "7"]),
+        ("scores/classification.json", {"seed": 5}, ["attack's seed", "5"]),
+        (
+            "scores/energy.json",
+            {"extractor_key": "another"},
+            ["energy and held-out", "extractor_key", "robust-jem evaluate"],
+        ),
+        ("scores/prior.json", {"splits": 3}, ["prior and held-out", "splits"]),
+        ("summary.json", {"precision": "float16"}, ["precision", "float16"]),
+    ],
+)
 def test_unlike_runs_share_no_table(refused, evaluated, file, changes, says):
     copy = second(evaluated)
     write_json(copy / file, read_json(copy / file) | changes)
@@ -115,14 +155,33 @@ def test_the_place_and_precision_of_sampling_are_its_own(evaluated, cli):
     assert cli("report", "--runs", "runs", "--figures", "figures").code == 0
     cost, table = (Path(f"figures/{f}.md").read_text(encoding="utf-8") for f in ("cost", "table1"))
     trained = Run(evaluated).summary["precision"]
-    assert "; sampling: an abacus" in cost and f"{trained}; sampling: float16" in cost and f"in {trained} while training, in float16 while sampling" in table
+    assert (
+        "; sampling: an abacus" in cost
+        and f"{trained}; sampling: float16" in cost
+        and f"in {trained} while training, in float16 while sampling" in table
+    )
 
 
-# Strangers
+# OOD sets
 
-def test_strangers_that_have_come_are_measured(runs, cli, image_tree):
-    argv = ["evaluate", "runs/robust_jem", "--suite", "detection", "--strangers", "rotated", "late", "--device", "cpu", "--num-strangers"]
-    found = lambda: read_json(runs / "robust_jem/suite/detection.json")
+
+def test_ood_sets_that_have_come_are_measured(runs, cli, image_tree):
+    argv = [
+        "evaluate",
+        "runs/robust_jem",
+        "--suite",
+        "detection",
+        "--strangers",
+        "rotated",
+        "late",
+        "--device",
+        "cpu",
+        "--num-strangers",
+    ]
+
+    def found():
+        return read_json(runs / "robust_jem/suite/detection.json")
+
     assert cli(*argv, 20).code == 0 and "late" in found()["not measured"]
     image_tree("late", test=15)
     assert cli(*argv, 20).code == 0 and not found()["not measured"] and found()["n"]["late"] == 20
@@ -130,6 +189,7 @@ def test_strangers_that_have_come_are_measured(runs, cli, image_tree):
 
 
 # Options
+
 
 def test_underscores_are_hyphens():
     a, b = (parse("evaluate", ["--model", "m:f", option, "digits"]) for option in ("--model_data", "--model-data"))
@@ -139,14 +199,21 @@ def test_underscores_are_hyphens():
 
 def test_replication_looks_for_its_extractor_before_it_trains(cli, image_tree, monkeypatch):
     image_tree("pets")
-    def absent(spec, *_, **__): raise InputError(f"extractor: {spec} can't be had")
+
+    def absent(spec, *_, **__):
+        raise InputError(f"extractor: {spec} can't be had")
+
     monkeypatch.setattr("robust_jem.app.replicate.feature_extractor", absent)
-    monkeypatch.setattr("robust_jem.app.replicate.subprocess.Popen", lambda *_, **__: pytest.fail("a notebook was started"))
+    monkeypatch.setattr(
+        "robust_jem.app.replicate.subprocess.Popen", lambda *_, **__: pytest.fail("a notebook was started")
+    )
     done = cli("replicate", "--dataset", "pets", "--preset", "cpu")
     assert done.code == 2 and "extractor: inception" in done.err
 
 
-@pytest.mark.parametrize("stem, distance", [("inception-2015-12-05-768", "FID-768"), ("768", "FD-768"), ("mine", "FD-mine")])
+@pytest.mark.parametrize(
+    "stem, distance", [("inception-2015-12-05-768", "FID-768"), ("768", "FD-768"), ("mine", "FD-mine")]
+)
 def test_only_layers_of_inception_are_called_fid(tmp_path, stem, distance):
     torch.jit.script(torch.nn.Flatten()).save(str(tmp_path / f"{stem}.pt"))
     assert feature_extractor(str(tmp_path / f"{stem}.pt")).names()["frechet"] == distance
@@ -154,43 +221,83 @@ def test_only_layers_of_inception_are_called_fid(tmp_path, stem, distance):
 
 # Settings that contradict each other
 
-@pytest.mark.parametrize("values, says", [(dict(ema_decay=1.0), "ema_decay"), (dict(likelihood_weight=0.0, energy_penalty=0.1), "energy_penalty")])
+
+@pytest.mark.parametrize(
+    "values, says",
+    [(dict(ema_decay=1.0), "ema_decay"), (dict(likelihood_weight=0.0, energy_penalty=0.1), "energy_penalty")],
+)
 def test_training_that_would_ignore_a_setting_is_refused(values, says):
-    with pytest.raises(InputError, match=says): TrainConfig(**values)
+    with pytest.raises(InputError, match=says):
+        TrainConfig(**values)
 
 
 def test_a_penalty_needs_energies():
-    model, x, y = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 3)), torch.zeros(2, 1, 2, 2), torch.tensor([0, 1])
-    with pytest.raises(InputError, match="energy_penalty"): hybrid_loss(model, Terms(clean=1.0, energy_penalty=1.0), y, x_clean=x)
+    model, x, y = (
+        torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 3)),
+        torch.zeros(2, 1, 2, 2),
+        torch.tensor([0, 1]),
+    )
+    with pytest.raises(InputError, match="energy_penalty"):
+        hybrid_loss(model, Terms(clean=1.0, energy_penalty=1.0), y, x_clean=x)
 
 
 @pytest.mark.parametrize("kind", [torch.uint8, torch.int32, torch.int64])
 def test_labels_of_any_integer_kind(kind):
     model, x = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 3)), torch.rand(3, 1, 2, 2)
     y = torch.tensor([0, 2, 1])
-    for f in (lambda y: joint_energy(model(x), y), lambda y: pgd(model, x, y, 0.1, 2, random_start=False), lambda y: hybrid_loss(model, Terms(clean=1.0), y, x_clean=x)[0]):
+    for f in (
+        lambda y: joint_energy(model(x), y),
+        lambda y: pgd(model, x, y, 0.1, 2, random_start=False),
+        lambda y: hybrid_loss(model, Terms(clean=1.0), y, x_clean=x)[0],
+    ):
         assert torch.equal(f(y.to(kind)), f(y))
-        with pytest.raises(InputError, match="labels"): f(y.bool())
+        with pytest.raises(InputError, match="labels"):
+            f(y.bool())
 
 
 def test_small_gradients_are_no_jump():
     "Near the end of a good fit most gradients vanish; one that doesn't is no divergence, one that explodes is."
     health, config = Health(), TrainConfig()
-    for _ in range(30): assert health.check({"gradient_norm": 0.001}, config) is None
+    for _ in range(30):
+        assert health.check({"gradient_norm": 0.001}, config) is None
     assert health.check({"gradient_norm": 2.4}, config) is None
     assert "gradient norm" in health.check({"gradient_norm": 50.0}, config)
 
 
 # Changed data
 
+
 def repaint(folder, seed):
     rng = np.random.default_rng(seed)
-    for file in folder.rglob("*.png"): Image.fromarray(rng.integers(0, 256, np.asarray(Image.open(file)).shape, dtype=np.uint8)).save(file)
+    for file in folder.rglob("*.png"):
+        Image.fromarray(rng.integers(0, 256, np.asarray(Image.open(file)).shape, dtype=np.uint8)).save(file)
 
 
 def test_training_does_not_go_on_with_other_images(cli, image_tree):
     folder = image_tree(train=8)
-    argv = ["train", "--dataset", "pets", "--batch-size", 4, "--buffer-size", 16, "--pad", 0, "--attack-steps", 1, "--outer-steps", 1, "--warmup-steps", 0, "--device", "cpu", "--out", "run", "--epochs", 2]
+    argv = [
+        "train",
+        "--dataset",
+        "pets",
+        "--batch-size",
+        4,
+        "--buffer-size",
+        16,
+        "--pad",
+        0,
+        "--attack-steps",
+        1,
+        "--outer-steps",
+        1,
+        "--warmup-steps",
+        0,
+        "--device",
+        "cpu",
+        "--out",
+        "run",
+        "--epochs",
+        2,
+    ]
     assert cli(*argv, "--max-minutes", 1e-6).code == 3
     repaint(folder, 1)
     before, done = snapshot("run"), cli(*argv)
@@ -200,12 +307,39 @@ def test_training_does_not_go_on_with_other_images(cli, image_tree):
 
 def test_sampling_says_that_the_images_are_others(cli, image_tree):
     folder = image_tree(train=8)
-    assert cli("train", "--dataset", "pets", "--batch-size", 4, "--buffer-size", 16, "--pad", 0, "--attack-steps", 1, "--outer-steps", 1, "--warmup-steps", 0, "--device", "cpu", "--out", "run", "--epochs", 1).code == 0
+    assert (
+        cli(
+            "train",
+            "--dataset",
+            "pets",
+            "--batch-size",
+            4,
+            "--buffer-size",
+            16,
+            "--pad",
+            0,
+            "--attack-steps",
+            1,
+            "--outer-steps",
+            1,
+            "--warmup-steps",
+            0,
+            "--device",
+            "cpu",
+            "--out",
+            "run",
+            "--epochs",
+            1,
+        ).code
+        == 0
+    )
     repaint(folder, 1)
-    with pytest.warns(UserWarning, match="trained on other images"): assert cli("generate", "run", *SMALL).code == 0
+    with pytest.warns(UserWarning, match="trained on other images"):
+        assert cli("generate", "run", *SMALL).code == 0
 
 
 # Pretrained models
+
 
 def test_weights_alone_leave_no_prior_of_an_earlier_model(runs, tmp_path):
     model = RobustJEM.from_run(runs / "robust_jem")
@@ -213,16 +347,22 @@ def test_weights_alone_leave_no_prior_of_an_earlier_model(runs, tmp_path):
     assert (tmp_path / "m/prior.safetensors").exists()
     model.save_pretrained(tmp_path / "m", torch.bfloat16, prior=False)
     assert not (tmp_path / "m/prior.safetensors").exists()
-    with safe_open(tmp_path / "m/model.safetensors", "pt") as f: assert torch.bfloat16 in {f.get_tensor(k).dtype for k in f.keys()}
+    with safe_open(tmp_path / "m/model.safetensors", "pt") as f:
+        assert torch.bfloat16 in {f.get_tensor(k).dtype for k in f.keys()}
 
 
 def test_a_run_is_not_overwritten_by_its_own_export(runs):
     before = (runs / "robust_jem/model.safetensors").read_bytes()
-    with pytest.raises(InputError, match="run folder"): RobustJEM.from_run(runs / "robust_jem").save_pretrained(runs / "robust_jem", torch.bfloat16)
+    with pytest.raises(InputError, match="run folder"):
+        RobustJEM.from_run(runs / "robust_jem").save_pretrained(runs / "robust_jem", torch.bfloat16)
     assert (runs / "robust_jem/model.safetensors").read_bytes() == before
 
 
 def test_a_prior_is_not_fitted_to_another_data_set(runs, tmp_path):
     RobustJEM.from_run(runs / "robust_jem").save_pretrained(tmp_path / "m", prior=False)
-    write_json(tmp_path / "m/config.json", (c := read_json(tmp_path / "m/config.json")) | {"train": c["train"] | {"dataset": "digits@0-4"}})
-    with pytest.raises(InputError, match="trained on 10"): RobustJEM.from_pretrained(tmp_path / "m").generate(torch.tensor([0]))
+    write_json(
+        tmp_path / "m/config.json",
+        (c := read_json(tmp_path / "m/config.json")) | {"train": c["train"] | {"dataset": "digits@0-4"}},
+    )
+    with pytest.raises(InputError, match="trained on 10"):
+        RobustJEM.from_pretrained(tmp_path / "m").generate(torch.tensor([0]))

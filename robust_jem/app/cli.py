@@ -109,8 +109,8 @@ def main(argv: list[str] | None = None) -> int:
                 for name, scores in found.items(): print(f"{name}: " + ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in scores.items() if k not in ("samples", "seconds", "diversity") and not k.endswith("by class")))
             else:
                 from robust_jem.report.card import suite_markdown, write_card
-                from robust_jem.report.figures import Findings
-                f = Findings(suite_folder(config)); write_card(f)
+                from robust_jem.report.figures import SuiteResults
+                f = SuiteResults(suite_folder(config)); write_card(f)
                 print(f"{suite_markdown([f])}\n{f.folder}/: MODEL_CARD.md, figures (PNG, SVG), results/results.json")
         elif command == "report":
             from robust_jem.report.tables import markdown, write_report

@@ -12,6 +12,17 @@ from torch import Tensor
 from ..core.errors import InputError
 
 # %% ../../nbs/judge/03_calibration.ipynb #7b14bd6b
+def _check_predictions(logits: Tensor, y: Tensor, bins: int):
+    if logits.ndim != 2 or len(logits) != len(y) or not len(y):
+        raise InputError(f"calibration: logits {tuple(logits.shape)} and {len(y)} labels; expected [N,K] and N, at "
+                         "least one")
+    if not logits.isfinite().all():
+        raise InputError("calibration: some logits aren't finite; the model is broken, or wasn't trained to the end")
+    if y.min() < 0 or y.max() >= logits.shape[1]:
+        raise InputError(f"calibration: labels {int(y.min())}..{int(y.max())} are outside 0..{logits.shape[1] - 1}")
+    if bins < 1:
+        raise InputError(f"bins: {bins} is below 1")
+
 def calibration(
     logits: Tensor, # [N,K]
     y: Tensor, # labels [N]
@@ -22,14 +33,15 @@ def calibration(
     Raises `InputError` for other shapes, labels out of range, or logits that aren't finite.
     """
     from torchmetrics.functional.classification import multiclass_calibration_error
-    if logits.ndim != 2 or len(logits) != len(y) or not len(y): raise InputError(f"calibration: logits {tuple(logits.shape)} and {len(y)} labels; expected [N,K] and N, at least one")
-    if not logits.isfinite().all(): raise InputError("calibration: some logits aren't finite; the model is broken, or wasn't trained to the end")
-    if y.min() < 0 or y.max() >= logits.shape[1]: raise InputError(f"calibration: labels {int(y.min())}..{int(y.max())} are outside 0..{logits.shape[1] - 1}")
-    if bins < 1: raise InputError(f"bins: {bins} is below 1")
+    _check_predictions(logits, y, bins)
     p, y = logits.float().softmax(1).cpu(), y.cpu()
     confidence, right = p.max(1).values, (p.argmax(1) == y).float()
-    place = (torch.bucketize(confidence, torch.linspace(0, 1, bins + 1)) - 1).clamp(0, bins - 1)      # as torchmetrics: a bin holds its upper end
+    place = torch.bucketize(confidence, torch.linspace(0, 1, bins + 1)) - 1
+    place = place.clamp(0, bins - 1)                            # as torchmetrics: a bin holds its upper end
     count = torch.bincount(place, minlength=bins)
-    mean = lambda v: torch.bincount(place, v.double(), minlength=bins) / count                          # nan where a bin is empty
-    error = {name: multiclass_calibration_error(p, y, logits.shape[1], n_bins=bins, norm=norm).item() for name, norm in (("ECE", "l1"), ("maximum", "max"))}
-    return error | {"bins": bins, "confidence": mean(confidence).tolist(), "accuracy": mean(right).tolist(), "count": count.tolist()}
+    def mean(values):
+        return (torch.bincount(place, values.double(), minlength=bins) / count).tolist()      # nan where a bin is empty
+    def error(norm):
+        return multiclass_calibration_error(p, y, logits.shape[1], n_bins=bins, norm=norm).item()
+    return {"ECE": error("l1"), "maximum": error("max"), "bins": bins,
+            "confidence": mean(confidence), "accuracy": mean(right), "count": count.tolist()}

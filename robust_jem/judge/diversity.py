@@ -15,10 +15,15 @@ from ..core.errors import InputError
 from .sample_scores import frechet_distance, moments
 
 # %% ../../nbs/judge/02_diversity.ipynb #cdaa67fb
-def _checked(name: str, samples: Tensor, real: Tensor, k: int):
-    if samples.ndim != 2 or real.ndim != 2 or samples.shape[1] != real.shape[1]: raise InputError(f"{name}: features {tuple(samples.shape)} and {tuple(real.shape)}; both must be [N,D] of one extractor")
-    if not (samples.isfinite().all() and real.isfinite().all()): raise InputError(f"{name}: some features aren't finite; use another extractor")
-    if not 1 <= k < min(len(samples), len(real)): raise InputError(f"{name}: k {k} is outside 1..{min(len(samples), len(real)) - 1}; there are {len(samples)} samples and {len(real)} real images")
+def _check_features(name: str, samples: Tensor, real: Tensor, k: int):
+    if samples.ndim != 2 or real.ndim != 2 or samples.shape[1] != real.shape[1]:
+        raise InputError(f"{name}: features {tuple(samples.shape)} and {tuple(real.shape)}; both must be [N,D] of "
+                         "one extractor")
+    if not (samples.isfinite().all() and real.isfinite().all()):
+        raise InputError(f"{name}: some features aren't finite; use another extractor")
+    if not 1 <= k < min(len(samples), len(real)):
+        raise InputError(f"{name}: k {k} is outside 1..{min(len(samples), len(real)) - 1}; "
+                         f"there are {len(samples)} samples and {len(real)} real images")
 
 def _radii(f: Tensor, k: int) -> Tensor:
     "Distance of each feature vector to its k-th nearest neighbour."
@@ -29,10 +34,14 @@ def precision_recall(
     real: Tensor, # features of real images [M,D]
     k: int = 3, # nearest neighbours (Kynkäänniemi et al.: 3)
 ) -> dict[str, float]: # "precision", "recall": shares between 0 and 1
-    "Improved precision and recall, by torch-fidelity. Raises `InputError` for other shapes, k out of range, or features that aren't finite."
+    """Improved precision and recall, by torch-fidelity.
+
+    Raises `InputError` for other shapes, k out of range, or features that aren't finite.
+    """
     from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric
-    _checked("precision_recall", samples, real, k)
-    out = prc_features_to_metric(samples.double().cpu(), real.double().cpu(), prc_neighborhood=k, prc_batch_size=2000, save_cpu_ram=True, verbose=False)
+    _check_features("precision_recall", samples, real, k)
+    how = dict(prc_neighborhood=k, prc_batch_size=2000, save_cpu_ram=True, verbose=False)
+    out = prc_features_to_metric(samples.double().cpu(), real.double().cpu(), **how)
     return {"precision": out[KEY_METRIC_PRECISION], "recall": out[KEY_METRIC_RECALL]}
 
 def density_coverage(
@@ -40,16 +49,18 @@ def density_coverage(
     real: Tensor, # features of real images [M,D]
     k: int = 5, # nearest neighbours (Naeem et al.: 5)
 ) -> dict[str, float]: # "density" (1 when both come from one distribution, may exceed it), "coverage" (0 to 1)
-    """Density, how many real images' balls a sample lies in on average, over k; coverage, the share of real images with a sample in their ball.
+    """Density, how many real images' balls a sample lies in on average, over k; coverage, the share with a sample.
 
     Raises `InputError` as `precision_recall`.
     """
-    _checked("density_coverage", samples, real, k)
+    _check_features("density_coverage", samples, real, k)
     samples, real = samples.double(), real.double()
-    radii, inside, covered = _radii(real, k), 0, torch.zeros(len(real), dtype=torch.bool, device=real.device)
+    radii = _radii(real, k)
+    inside, covered = 0, torch.zeros(len(real), dtype=torch.bool, device=real.device)
     for part in samples.split(2000):
         near = torch.cdist(part, real) < radii
-        inside += int(near.sum()); covered |= near.any(0)
+        inside += int(near.sum())
+        covered |= near.any(0)
     return {"density": inside / (k * len(samples)), "coverage": covered.double().mean().item()}
 
 # %% ../../nbs/judge/02_diversity.ipynb #c7c4671e
@@ -58,13 +69,28 @@ def class_frechet(
     real: Tensor, y_real: Tensor, # features [M,D] and labels [M] of real images
     num_classes: int, # K
 ) -> list[float | None]: # K Fréchet distances; None for a class with fewer than two samples or real images
-    "The Fréchet distance of each class on its own. With fewer images of a class than dimensions it is biased upwards; a warning says so."
-    if len(samples) != len(y) or len(real) != len(y_real): raise InputError(f"class_frechet: {len(samples)} features with {len(y)} labels, {len(real)} with {len(y_real)}; each needs one label an image")
+    """The Fréchet distance of each class on its own.
+
+    With fewer images of a class than dimensions it is biased upwards; a warning says so.
+    """
+    if len(samples) != len(y) or len(real) != len(y_real):
+        raise InputError(f"class_frechet: {len(samples)} features with {len(y)} labels, {len(real)} with "
+                         f"{len(y_real)}; "
+                         "each needs one label an image")
     for labels in (y, y_real):
-        if len(labels) and (labels.min() < 0 or labels.max() >= num_classes): raise InputError(f"class_frechet: labels {int(labels.min())}..{int(labels.max())} are outside 0..{num_classes - 1}")
+        if len(labels) and (labels.min() < 0 or labels.max() >= num_classes):
+            raise InputError(f"class_frechet: labels {int(labels.min())}..{int(labels.max())} are outside "
+                             f"0..{num_classes - 1}")
     counts = torch.stack([torch.bincount(labels.cpu(), minlength=num_classes) for labels in (y, y_real)]).amin(0)
-    if (counts < samples.shape[1]).any(): warnings.warn(f"Fréchet distance by class: as few as {int(counts.min())} images in {samples.shape[1]} dimensions, so biased upwards; compare it only with others of equal numbers")
-    return [frechet_distance(*moments(samples[y == k]), *moments(real[y_real == k])) if counts[k] >= 2 else None for k in range(num_classes)]
+    if (counts < samples.shape[1]).any():
+        warnings.warn(f"Fréchet distance by class: as few as {int(counts.min())} images in {samples.shape[1]} "
+                      "dimensions, "
+                      "so biased upwards; compare it only with others of equal numbers")
+    distances: list[float | None] = [None] * num_classes
+    for k in range(num_classes):
+        if counts[k] >= 2:
+            distances[k] = frechet_distance(*moments(samples[y == k]), *moments(real[y_real == k]))
+    return distances
 
 # %% ../../nbs/judge/02_diversity.ipynb #468caf89
 def nearest(
@@ -74,7 +100,9 @@ def nearest(
 ) -> tuple[Tensor, Tensor]: # distances [N,k], nearest first, and their indices [N,k]
     "The nearest training images, by Euclidean distance."
     a, b = queries.flatten(1).float(), real.flatten(1).float()
-    if a.shape[1] != b.shape[1] or not 1 <= k <= len(b): raise InputError(f"nearest: {tuple(queries.shape)} among {tuple(real.shape)}, k {k}; shapes must match and k lie in 1..{len(b)}")
+    if a.shape[1] != b.shape[1] or not 1 <= k <= len(b):
+        raise InputError(f"nearest: {tuple(queries.shape)} among {tuple(real.shape)}, k {k}; "
+                         f"shapes must match and k lie in 1..{len(b)}")
     found = [torch.cdist(part, b).topk(k, largest=False) for part in a.split(1000)]
     return torch.cat([f.values for f in found]), torch.cat([f.indices for f in found])
 

