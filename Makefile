@@ -43,6 +43,9 @@ faults: $(VENV)/.installed-test ## what takes longer: 30 kills, every write that
 docs: $(VENV)/.installed-docs replicate ## the site, in _docs/
 	$(BIN)/python docs/build.py
 
+counts: $(VENV)/.installed-test ## how readable the exported code is, in numbers: lines, widths, complexity, imports
+	$(BIN)/python docs/counts.py
+
 prepare: $(VENV)/.installed-test ## export nbs/ to robust_jem/, strip outputs, make README.md
 	$(BIN)/nbdev_export
 	$(BIN)/jupyter nbconvert --log-level WARN --clear-output --inplace nbs/*.ipynb nbs/*/*.ipynb
@@ -73,5 +76,5 @@ $(VENV)/.installed-docs: settings.ini setup.py | $(BIN)/pip
 	@touch $@ $(VENV)/.installed-run $(VENV)/.installed-test
 
 
-.PHONY: help replicate record hybrids benchmark precision test faults docs prepare clean
+.PHONY: help replicate record hybrids benchmark precision test faults docs counts prepare clean
 .NOTPARALLEL:

@@ -1,16 +1,21 @@
-"""The repository agrees with itself: modules and README are what the notebooks make, and rooms depend only downwards."""
-import ast, json, os, re, shutil, subprocess, sys
+"""The repository agrees with itself: modules and README are what the notebooks make, rooms depend only downwards, and
+the code is readable by the rules in pyproject.toml."""
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
 from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
-PACKAGE = ROOT / "robust_jem"
-ROOMS = "app report bench judge engine systems ebm networks core".split()     # a room imports from the rooms after it
-FILES = sorted(p for p in PACKAGE.rglob("*.py") if p.name not in ("__init__.py", "_modidx.py"))
-MODULES = [".".join(p.relative_to(PACKAGE).with_suffix("").parts) for p in FILES]
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "docs"))
+from counts import MODULES, PACKAGE, ROOMS, ROOT, ruff
+
 NOTEBOOKS = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
+BEING_REWRITTEN = pytest.mark.xfail(strict=False, reason="the rooms are being rewritten one after another")
 
 
 def run(*args, cwd=ROOT):
@@ -21,15 +26,25 @@ def run(*args, cwd=ROOT):
     return done.stdout
 
 
+def texts(folder):
+    "The Python files below a folder."
+    return {p.relative_to(folder).as_posix(): p.read_text(encoding="utf-8") for p in folder.rglob("*.py")}
+
+
+def cells(path):
+    return json.loads(path.read_text(encoding="utf-8"))["cells"]
+
+
 def test_modules_match_notebooks(tmp_path):
     shutil.copy(ROOT / "settings.ini", tmp_path)
     shutil.copytree(ROOT / "nbs", tmp_path / "nbs")
     (tmp_path / "robust_jem").mkdir()
     shutil.copy(PACKAGE / "__init__.py", tmp_path / "robust_jem")             # by hand, but for the version
     run("-c", "from nbdev.doclinks import nbdev_export; nbdev_export.__wrapped__()", cwd=tmp_path)
-    made, here = ({p.relative_to(folder).as_posix(): p.read_text(encoding="utf-8") for p in folder.rglob("*.py")} for folder in (tmp_path / "robust_jem", PACKAGE))
+    made, here = texts(tmp_path / "robust_jem"), texts(PACKAGE)
     assert sorted(made) == sorted(here), "run `make prepare`"
-    assert [name for name in made if made[name] != here[name]] == [], "differ from their notebooks: run `make prepare`"
+    differing = [name for name in made if made[name] != here[name]]
+    assert differing == [], "differ from their notebooks: run `make prepare`"
 
 
 def test_readme_matches_index():
@@ -52,58 +67,62 @@ def test_notebook_is_clean(path):
     nb = json.loads(path.read_text(encoding="utf-8"))
     code = [c for c in nb["cells"] if c["cell_type"] == "code"]
     assert not any(c["outputs"] or c["execution_count"] for c in code), "run `make prepare`"
-    assert set(nb["metadata"]) <= {"kernelspec"} and all(set(c["metadata"]) <= {"tags"} for c in nb["cells"]), "run `make prepare`"
+    assert set(nb["metadata"]) <= {"kernelspec"}, "run `make prepare`"
+    assert all(set(c["metadata"]) <= {"tags"} for c in nb["cells"]), "run `make prepare`"
     ids = [c["id"] for c in nb["cells"]]
     assert len(ids) == len(set(ids))
-    exports = re.findall(r"^#\| *default_exp +(\S+)", "\n".join("".join(c["source"]) for c in code), re.M)
-    assert exports == ([f"{path.parent.name}.{path.stem.split('_', 1)[1]}"] if path.parent.name in ROOMS else []), "a notebook is named as its module"
+    source = "\n".join("".join(c["source"]) for c in code)
+    exports = re.findall(r"^#\| *default_exp +(\S+)", source, re.M)
+    module = f"{path.parent.name}.{path.stem.split('_', 1)[-1]}"
+    assert exports == ([module] if path.parent.name in ROOMS else []), "a notebook is named as its module"
 
 
 @pytest.mark.parametrize("path", [p for p in NOTEBOOKS if p.parent.name == "replication"], ids=lambda p: p.stem)
 def test_replication_notebook_has_parameters(path):
-    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
-    assert sum("parameters" in c["metadata"].get("tags", []) for c in cells) == 1
+    assert sum("parameters" in c["metadata"].get("tags", []) for c in cells(path)) == 1
 
 
 def test_package_needs_neither_nbdev_nor_fastcore():
     imports = ", ".join(f"robust_jem.{m}" for m in MODULES)
-    assert run("-c", f"import sys, {imports}; print(sorted({{'nbdev', 'fastcore', 'execnb'}} & set(sys.modules)))").strip() == "[]"
+    found = "sorted({'nbdev', 'fastcore', 'execnb'} & set(sys.modules))"
+    assert run("-c", f"import sys, {imports}; print({found})").strip() == "[]"
 
 
-def imported(path: Path) -> set[str]:
-    "Modules (`room.module`, or a room alone) of the package that a file imports, inside functions too."
-    here, used = ("robust_jem", *path.relative_to(PACKAGE).parent.parts), set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import): names = [a.name for a in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            base = [*here[:len(here) - node.level + 1]] if node.level else []          # from ..core.images import x · from . import runs
-            names = [".".join([*base, *filter(None, [node.module]), a.name]) for a in node.names]
-        else: continue
-        used |= {".".join(parts[1:3]) for name in names if (parts := name.split("."))[0] == "robust_jem" and len(parts) > 1}
-    return {u if u in MODULES else u.split(".")[0] for u in used}
-
-
-@pytest.mark.parametrize("path", FILES, ids=MODULES)
-def test_imports_point_down(path):
-    room = path.relative_to(PACKAGE).parts[0]
-    used = {u.split(".")[0] for u in imported(path)}
-    assert used <= {*ROOMS[ROOMS.index(room):], "__version__"}
+@pytest.mark.parametrize("module", MODULES.values(), ids=MODULES)
+def test_imports_point_down(module):
+    assert module.upward_imports == []
 
 
 def test_no_circles():
-    TopologicalSorter({m: imported(p) - {m} for m, p in zip(MODULES, FILES)}).prepare()
+    TopologicalSorter({name: module.imports for name, module in MODULES.items()}).prepare()
 
 
 def test_wheel_holds_every_room(tmp_path):
-    for folder in ("robust_jem", "nbs/replication"): shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"))
-    for file in ("setup.py", "settings.ini", "README.md", "LICENSE"): shutil.copy(ROOT / file, tmp_path)
+    unwanted = shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints")
+    for folder in ("robust_jem", "nbs/replication"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=unwanted)
+    for file in ("setup.py", "settings.ini", "README.md", "LICENSE"):
+        shutil.copy(ROOT / file, tmp_path)
     run("setup.py", "-q", "build_py", "--build-lib", "lib", cwd=tmp_path)
-    built, here = ({p.relative_to(folder).as_posix() for p in folder.rglob("*.py")} for folder in (tmp_path / "lib/robust_jem", PACKAGE))
-    assert built == here
-    assert {p.name for p in (tmp_path / "lib/robust_jem/replication").glob("*.ipynb")} == {p.name for p in (ROOT / "nbs/replication").glob("*.ipynb")}
+    built = tmp_path / "lib/robust_jem"
+    here = {*texts(PACKAGE), *(f"replication/{name}" for name in texts(ROOT / "nbs/replication"))}
+    assert set(texts(built)) == here
+    in_wheel, in_repository = built / "replication", ROOT / "nbs/replication"
+    assert {p.name for p in in_wheel.glob("*.ipynb")} == {p.name for p in in_repository.glob("*.ipynb")}
 
 
-@pytest.mark.parametrize("path", FILES, ids=MODULES)
-def test_module_is_small(path):
-    lines = path.read_text(encoding="utf-8").splitlines()
-    assert sum(bool(line.strip()) and not re.match(r"# %%", line) for line in lines) <= 260
+# Readability
+
+
+@pytest.mark.parametrize("folder", [pytest.param("robust_jem", marks=BEING_REWRITTEN),
+                                    pytest.param("tests", marks=BEING_REWRITTEN),
+                                    pytest.param("nbs", marks=BEING_REWRITTEN),
+                                    pytest.param("docs", marks=BEING_REWRITTEN), "setup.py"])
+def test_ruff_has_nothing_to_say(folder):
+    found = [f"{Path(f['filename']).name}:{f['location']['row']}: {f['code']} {f['message']}" for f in ruff(folder)]
+    assert found == []
+
+
+@pytest.mark.parametrize("module", [pytest.param(m, marks=BEING_REWRITTEN) for m in MODULES.values()], ids=MODULES)
+def test_private_names_stay_in_their_module(module):
+    assert module.private_imports == []

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from robust_jem.bench.naive import Reference, flops, step_flops
+from robust_jem.bench.naive import Naive, flops, step_flops
 from robust_jem.core.files import write_json, write_tensors
 from robust_jem.core.images import Batches, Images, load_images
 from robust_jem.core.random import stream
@@ -217,7 +217,7 @@ def measure(args):
         if not args.dry and not late(12):
             try:
                 config = configure(TrainConfig, "robust_jem", "cifar10", "paper", depth=28, width=10, batch_size=64)
-                reference = Reference(config, device, torch.zeros(10, 3072), torch.eye(3072).expand(10, -1, -1))
+                reference = Naive(config, device, torch.zeros(10, 3072), torch.eye(3072).expand(10, -1, -1))
                 x, y = torch.rand(64, 3, 32, 32, device=device) * 2 - 1, torch.arange(64, device=device) % 10
                 seconds = timed(lambda: reference.update(x, y, x), device, 2, 1)
                 found["reference WRN-28-10, batch 64, PGD-15 and 10 chain steps"] = {"ms": 1e3 * seconds, "images/s": 64 / seconds}
