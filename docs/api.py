@@ -1,8 +1,10 @@
 """How a function or class is documented on the site: call, docstring, a table of its arguments, its source.
 
-nbdev puts a `show_doc` cell where a notebook exports a name; build.py replaces each by `document(module, name)`. The table
-comes from the comment beside each argument; the source is folded, so that a page can be read without leaving it."""
-import dataclasses, inspect, re
+nbdev puts a `show_doc` cell where a notebook exports a name; build.py replaces each by `document(module, name)`. The
+table comes from the comment beside each argument; the source is folded, so that a page reads without leaving it."""
+import dataclasses
+import inspect
+import re
 from importlib import import_module
 from pathlib import Path
 
@@ -17,70 +19,89 @@ def target(module: str, name: str) -> str:
 
 
 def _type(annotation) -> str:
-    if annotation is EMPTY or annotation is None: return ""
+    if annotation is EMPTY or annotation is None:
+        return ""
     text = annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)
     return re.sub(r"\b(?:\w+\.)+(?=\w)", "", text)               # torch.Tensor → Tensor
 
 
-def _default(value) -> str:
-    if isinstance(value, Path): return repr(str(value))
-    return getattr(value, "__name__", None) or re.sub(r" at 0x[0-9a-f]+", "", repr(value))
+class _Default:
+    "A default value, printed as in the source."
+
+    def __init__(self, value):
+        self.value = value
+
+    def __repr__(self) -> str:
+        if isinstance(self.value, Path):
+            return repr(str(self.value))
+        return getattr(self.value, "__name__", None) or re.sub(r" at 0x[0-9a-f]+", "", repr(self.value))
 
 
 def _text(text: str) -> str:
     "Prose from a comment or docstring, where `<name>` is a placeholder and not HTML; inline code stays as it is."
-    return "".join(part if i % 2 else part.replace("<", "&lt;") for i, part in enumerate(re.split(r"(`[^`]*`)", text)))
+    parts = re.split(r"(`[^`]*`)", text)
+    return "".join(part if i % 2 else part.replace("<", "&lt;") for i, part in enumerate(parts))
 
 
-def _code(text: str) -> str: return f"`{text}`" if text else ""
+def _code(text: str) -> str:
+    return f"`{text}`" if text else ""
 
 
 def _table(*rows: tuple[str, ...]) -> str:
     "A Markdown table, the first row its head; columns that are empty below the head are left out."
-    if len(rows) < 2: return ""
+    if len(rows) < 2:
+        return ""
     keep = [i for i in range(len(rows[0])) if any(row[i] for row in rows[1:])]
     lines = ["| " + " | ".join(row[i].replace("|", r"\|").replace("\n", " ") for i in keep) + " |" for row in rows]
     return "\n".join([lines[0], "|" + "---|" * len(keep), *lines[1:]])
 
 
 def _signature(sym) -> inspect.Signature | None:
-    try: return inspect.signature(sym)
-    except (TypeError, ValueError): return None
+    try:
+        return inspect.signature(sym)
+    except (TypeError, ValueError):
+        return None
 
 
 def _call(sym, name: str, width: int = 88) -> str:
     "`name(a, b=1)`, wrapped where it is long; types are in the table, and so is the rest of a very long one."
-    if (sig := _signature(sym)) is None: return name
-    bare = sig.replace(return_annotation=EMPTY, parameters=[
-        p.replace(annotation=EMPTY, default=p.default if p.default is EMPTY else _Shown(p.default)) for p in sig.parameters.values()])
-    words = [str(p) for p in bare.parameters.values()]
-    if len(words) > 16: words = words[:3] + ["..."]
+    signature = _signature(sym)
+    if signature is None:
+        return name
+    words, kinds = [], set()
+    for p in signature.parameters.values():
+        if p.kind is p.KEYWORD_ONLY and not kinds & {p.KEYWORD_ONLY, p.VAR_POSITIONAL}:
+            words.append("*")                     # what follows needs its name
+        kinds.add(p.kind)
+        default = EMPTY if p.default is EMPTY else _Default(p.default)
+        words.append(str(p.replace(annotation=EMPTY, default=default)))
+    if len(words) > 16:
+        words = words[:3] + ["..."]
     lines, indent = [name + "("], " " * (len(name) + 1)
     for i, word in enumerate(words):
         word += ")" if i == len(words) - 1 else ", "
-        if len(lines[-1] + word) > width: lines.append(indent)
+        if len(lines[-1] + word) > width:
+            lines.append(indent)
         lines[-1] += word
     return "\n".join(line.rstrip() for line in lines) + ("" if words else ")")
 
 
-class _Shown:
-    "A default value, printed as in the source."
-    def __init__(self, value): self.value = value
-    def __repr__(self): return _default(self.value)
-
-
 def _arguments(sym) -> str:
     "A table of arguments, or of a dataclass's fields."
-    try: comments = docments(sym, full=True)
-    except Exception: return ""                                   # builtins and the like have no source to read comments from
-    sig, rows = _signature(sym), []
-    for name, p in (sig.parameters if sig else {}).items():
-        if name == "self": continue
-        kind = _type(p.annotation) + ("" if p.default is EMPTY else f" = {_default(p.default)}")
+    try:
+        comments = docments(sym, full=True)
+    except Exception:                             # builtins and the like have no source to read comments from
+        return ""
+    signature, rows = _signature(sym), []
+    for name, p in (signature.parameters if signature else {}).items():
+        if name == "self":
+            continue
+        kind = _type(p.annotation) + ("" if p.default is EMPTY else f" = {_Default(p.default)}")
         rows.append((_code(name), _code(kind), _text((comments.get(name) or {}).get("docment") or "")))
     returned = comments.get("return") or {}
     kind, meaning = _type(returned.get("anno")), returned.get("docment") or ""
-    if not inspect.isclass(sym) and (kind or meaning): rows.append(("**returns**", _code(kind), _text(meaning)))
+    if not inspect.isclass(sym) and (kind or meaning):
+        rows.append(("**returns**", _code(kind), _text(meaning)))
     return _table(("argument", "type and default", "meaning"), *rows)
 
 
@@ -89,10 +110,14 @@ def _methods(sym) -> str:
     rows = []
     for name, method in vars(sym).items():
         function = method.__func__ if isinstance(method, (classmethod, staticmethod)) else method
-        if name.startswith("_") and name not in ("__call__", "__iter__", "__len__"): continue
-        if isinstance(function, property): call = name
-        elif inspect.isfunction(function): call = re.sub(r"\((self|cls)(, )?", "(", _call(function, name, width=10**6))
-        else: continue
+        if name.startswith("_") and name not in ("__call__", "__iter__", "__len__"):
+            continue
+        if isinstance(function, property):
+            call = name
+        elif inspect.isfunction(function):
+            call = re.sub(r"\((self|cls)(, )?", "(", _call(function, name, width=10**6))
+        else:
+            continue
         rows.append((_code(call), _text((inspect.getdoc(function) or "").split("\n\n")[0])))
     return _table(("method", "meaning"), *rows)
 
@@ -100,7 +125,8 @@ def _methods(sym) -> str:
 def resolve(module: str, name: str):
     "The object itself, from the package."
     sym = import_module(f"robust_jem.{module}")
-    for part in name.split("."): sym = getattr(sym, part)
+    for part in name.split("."):
+        sym = getattr(sym, part)
     return sym
 
 
@@ -116,14 +142,24 @@ def _docstring(sym) -> str:
 
 
 def _source(sym) -> str:
-    try: source = inspect.getsource(sym).rstrip()
-    except (OSError, TypeError): return ""
+    try:
+        source = inspect.getsource(sym).rstrip()
+    except (OSError, TypeError):
+        return ""
     return f"<details><summary>Source</summary>\n\n```python\n{source}\n```\n\n</details>"
 
 
 def document(module: str, name: str, level: int = 3) -> str:
     "The Markdown section that documents an exported name; `<a id>` keeps the addresses that nbdev gives out."
     sym = resolve(module, name)
-    parts = [f"({target(module, name)})=", f"{'#' * level} {name}", f'<a id="{name.lower()}"></a>', f"```python\n{_call(sym, name)}\n```",
-             _docstring(sym), _arguments(sym), _methods(sym) if inspect.isclass(sym) else "", _source(sym)]
+    parts = [
+        f"({target(module, name)})=",
+        f"{'#' * level} {name}",
+        f'<a id="{name.lower()}"></a>',
+        f"```python\n{_call(sym, name)}\n```",
+        _docstring(sym),
+        _arguments(sym),
+        _methods(sym) if inspect.isclass(sym) else "",
+        _source(sym),
+    ]
     return "\n\n".join(filter(None, parts))

@@ -35,9 +35,10 @@ html_theme_options = {
     "dark_css_variables": {"color-brand-primary": "#8ec1f0", "color-brand-content": "#8ec1f0"},
 }
 
-# MathJax comes with the site, from a Python package, so that equations need no network. Of its 24 MB a page loads one script
-# and a few fonts; only those are copied.
-_mathjax = Path(importlib.util.find_spec("sphinx-mathjax-offline").submodule_search_locations[0]) / "static" / "mathjax"
+# MathJax comes with the site, from a Python package, so that equations need no network. Of its 24 MB a page loads one
+# script and a few fonts; only those are copied.
+_package = importlib.util.find_spec("sphinx-mathjax-offline").submodule_search_locations[0]
+_mathjax = Path(_package) / "static" / "mathjax"
 mathjax_path = "mathjax/tex-chtml.js"
 
 
