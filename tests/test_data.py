@@ -1,9 +1,10 @@
-"""Data from disk and from the network: trees, the cache, and torchvision's download."""
+"""Data from disk and from the network: trees, the cache, torchvision's download, and files of tensors."""
 import functools
 import hashlib
 import http.server
 import importlib.util
 import io
+import json
 import os
 import pickle
 import subprocess
@@ -16,18 +17,23 @@ import pytest
 import torch
 import torchvision
 from PIL import Image
+from safetensors.torch import save
 
 from robust_jem.core.errors import InputError
+from robust_jem.core.files import read_tensors, write_tensors
 from robust_jem.core.images import load_images
 
 
 def forbid_decoding(monkeypatch):
-    def never(*_, **__): raise AssertionError("an image was decoded")
+    def never(*_, **__):
+        raise AssertionError("an image was decoded")
     monkeypatch.setattr(Image, "open", never)
 
 
 def same(a, b):
-    return a.fingerprint == b.fingerprint and a.classes == b.classes and all(torch.equal(a.tensors()[k], b.tensors()[k]) for k in a.tensors())
+    if (a.fingerprint, a.classes) != (b.fingerprint, b.classes):
+        return False
+    return all(torch.equal(x, b.tensors()[k]) for k, x in a.tensors().items())
 
 
 def test_tree_holds_the_pixels_and_labels_of_its_files(image_tree):
@@ -35,7 +41,8 @@ def test_tree_holds_the_pixels_and_labels_of_its_files(image_tree):
     images = load_images("pets")                                             # below ./data
     assert images.classes == ("a", "b") and images.train_y.tolist() == [0] * 4 + [1] * 4
     files = [tree / "train" / c / f"{i}.png" for c in "ab" for i in range(4)]
-    for x, file in zip(images.train_x, files): assert np.array_equal(x.permute(1, 2, 0), np.asarray(Image.open(file)))
+    for x, file in zip(images.train_x, files):
+        assert np.array_equal(x.permute(1, 2, 0), np.asarray(Image.open(file)))
 
 
 def test_second_load_decodes_nothing(image_tree, monkeypatch):
@@ -58,14 +65,19 @@ def test_cache_moves_with_the_tree_and_the_fingerprint_is_the_contents(image_tre
 def test_changed_tree_is_decoded_again(image_tree, change):
     tree = image_tree()
     first, file = load_images("pets"), tree / "train/cat/0.png"
-    if change == "pixels": Image.fromarray(255 - np.asarray(Image.open(file))).save(file)
-    if change == "added": Image.new("RGB", (8, 8)).save(tree / "train/cat/9.png")
-    if change == "removed": file.unlink()
-    if change == "moved to another class": file.rename(tree / "train/dog/9.png")
+    if change == "pixels":
+        Image.fromarray(255 - np.asarray(Image.open(file))).save(file)
+    if change == "added":
+        Image.new("RGB", (8, 8)).save(tree / "train/cat/9.png")
+    if change == "removed":
+        file.unlink()
+    if change == "moved to another class":
+        file.rename(tree / "train/dog/9.png")
     changed = load_images("pets")
     assert changed.fingerprint != first.fingerprint
     assert len(changed.train_x) - len(first.train_x) == {"added": 1, "removed": -1}.get(change, 0)
-    if change == "pixels": assert torch.equal(changed.train_x[0], 255 - first.train_x[0])
+    if change == "pixels":
+        assert torch.equal(changed.train_x[0], 255 - first.train_x[0])
 
 
 def test_pixels_that_change_under_the_same_name_and_size_are_noticed(image_tree):
@@ -83,14 +95,16 @@ def test_pixels_that_change_under_the_same_name_and_size_are_noticed(image_tree)
 def test_cache_that_cannot_be_written_is_only_a_warning(image_tree, here):
     image_tree()
     (here / "data/.cache").write_text("a file where the folder would be")
-    with pytest.warns(UserWarning, match="no cache written for 'pets'"): first = load_images("pets")
+    with pytest.warns(UserWarning, match="no cache written for 'pets'"):
+        first = load_images("pets")
     assert len(first.train_x) == 6
 
 
 def test_root_from_the_environment(image_tree, here, monkeypatch):
     image_tree()
     os.rename(here / "data", here / "elsewhere")
-    with pytest.raises(InputError, match="'pets' is unknown"): load_images("pets")
+    with pytest.raises(InputError, match="'pets' is unknown"):
+        load_images("pets")
     monkeypatch.setenv("ROBUST_JEM_DATA", str(here / "elsewhere"))
     assert load_images("pets").name == "pets"
 
@@ -100,17 +114,19 @@ def test_other_colour_modes_become_rgb(image_tree, mode):
     tree = image_tree()
     file = tree / "train/cat/0.png"
     Image.open(file).convert(mode).save(file)
-    assert torch.equal(load_images("pets").train_x[0], torch.from_numpy(np.array(Image.open(file).convert("RGB"))).permute(2, 0, 1))
+    pixels = np.array(Image.open(file).convert("RGB"))
+    assert torch.equal(load_images("pets").train_x[0], torch.from_numpy(pixels).permute(2, 0, 1))
 
 
 # torchvision's download
 
 @pytest.fixture
 def mirror(tmp_path, monkeypatch):
-    "A server on this machine with an archive in CIFAR-10's format; torchvision downloads from it as it does from the real one."
+    "A server on this machine with an archive in CIFAR-10's format: torchvision downloads from it as from the real one."
     rng, batches, sums = np.random.default_rng(0), {}, {}
     for name in (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"):
-        batches[name] = {"data": rng.integers(0, 256, (20, 3072), dtype=np.uint8), "labels": [i % 10 for i in range(20)]}
+        pixels = rng.integers(0, 256, (20, 3072), dtype=np.uint8)
+        batches[name] = {"data": pixels, "labels": [i % 10 for i in range(20)]}
     batches["batches.meta"] = {"label_names": [f"class{i}" for i in range(10)]}
     (tmp_path / "mirror").mkdir()
     archive = tmp_path / "mirror/cifar-10-python.tar.gz"
@@ -124,8 +140,10 @@ def mirror(tmp_path, monkeypatch):
 
     requests = []
     class Handler(http.server.SimpleHTTPRequestHandler):
-        def log_message(self, *_): requests.append(self.path)
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=str(archive.parent)))
+        def log_message(self, *_):
+            requests.append(self.path)
+    handler = functools.partial(Handler, directory=str(archive.parent))
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     CIFAR10 = torchvision.datasets.CIFAR10
@@ -142,9 +160,11 @@ def mirror(tmp_path, monkeypatch):
 def test_cifar10_is_downloaded_once_and_then_cached(here, mirror, monkeypatch):
     batches, requests = mirror
     images = load_images("cifar10")
-    assert images.shape == (3, 32, 32) and len(images.train_x) == 100 and images.classes == tuple(batches["batches.meta"]["label_names"])
+    assert images.shape == (3, 32, 32) and len(images.train_x) == 100
+    assert images.classes == tuple(batches["batches.meta"]["label_names"])
     pixels = np.concatenate([batches[f"data_batch_{i}"]["data"] for i in range(1, 6)]).reshape(-1, 3, 32, 32)
-    assert np.array_equal(images.train_x, pixels) and np.array_equal(images.test_x, batches["test_batch"]["data"].reshape(-1, 3, 32, 32))
+    assert np.array_equal(images.train_x, pixels)
+    assert np.array_equal(images.test_x, batches["test_batch"]["data"].reshape(-1, 3, 32, 32))
     assert images.test_y.tolist() == batches["test_batch"]["labels"]
     assert (here / "data/cifar10/cifar-10-python.tar.gz").is_file() and requests
     asked = len(requests)
@@ -154,44 +174,52 @@ def test_cifar10_is_downloaded_once_and_then_cached(here, mirror, monkeypatch):
 
 def test_download_that_fails_its_checksum_is_refused(here, mirror, monkeypatch):
     monkeypatch.setattr(torchvision.datasets.CIFAR10, "tgz_md5", "0" * 32)
-    with pytest.raises(InputError, match="'cifar10': not found .* not downloaded"): load_images("cifar10")
+    with pytest.raises(InputError, match="'cifar10': not found .* not downloaded"):
+        load_images("cifar10")
     assert not (here / "data/.cache").exists()
 
 
 def test_download_can_be_declined(here, mirror):
-    with pytest.raises(InputError, match="'cifar10': not found under data/cifar10"): load_images("cifar10", download=False)
+    with pytest.raises(InputError, match="'cifar10': not found under data/cifar10"):
+        load_images("cifar10", download=False)
     assert not mirror[1] and not (here / "data").exists()
 
 
-@pytest.mark.parametrize("name, labels, shape", (("cifar10", "targets", (4, 32, 32, 3)), ("cifar100", "targets", (4, 32, 32, 3)), ("svhn", "labels", (4, 3, 32, 32))))
+@pytest.mark.parametrize("name, labels, shape", (
+    ("cifar10", "targets", (4, 32, 32, 3)),
+    ("cifar100", "targets", (4, 32, 32, 3)),
+    ("svhn", "labels", (4, 3, 32, 32))))
 def test_each_torchvision_set_is_asked_for_its_real_download(here, monkeypatch, name, labels, shape):
-    asked = []
+    asked, pixels = [], np.arange(np.prod(shape)).reshape(shape).astype(np.uint8)
     class Fake:
         classes = ["0", "1"]
         def __init__(self, root, download=False, **split):
             asked.append((root, download, split))
             os.makedirs(root, exist_ok=True)
-            self.data = np.arange(np.prod(shape)).reshape(shape).astype(np.uint8)
+            self.data = pixels.copy()
             setattr(self, labels, [0, 0, 1, 1])
     monkeypatch.setattr(torchvision.datasets, name.upper(), Fake)
     images = load_images(name)
     assert [(root, download) for root, download, _ in asked] == [(f"data/{name}", True)] * 2
-    assert [s for *_, s in asked] == ([{"split": "train"}, {"split": "test"}] if name == "svhn" else [{"train": True}, {"train": False}])
+    by_split = [{"split": "train"}, {"split": "test"}] if name == "svhn" else [{"train": True}, {"train": False}]
+    assert [split for *_, split in asked] == by_split
     assert images.shape == (3, 32, 32) and images.train_y.tolist() == [0, 0, 1, 1]
-    channel_first = np.arange(np.prod(shape)).reshape(shape).astype(np.uint8)
-    assert np.array_equal(images.train_x, channel_first if shape[1] == 3 else channel_first.transpose(0, 3, 1, 2))
+    assert np.array_equal(images.train_x, pixels if shape[1] == 3 else pixels.transpose(0, 3, 1, 2))
 
 
 # CIFAR-10 sheets beside the repository
 
 def test_unpacked_sheets_are_read_by_name(shared_data, here):
-    subprocess.run([sys.executable, shared_data / "unpack.py", here, "--sheets", "0", "1", "--workers", "1"], check=True, capture_output=True, timeout=300)
+    command = [sys.executable, shared_data / "unpack.py", here, "--sheets", "0", "1", "--workers", "1"]
+    subprocess.run(command, check=True, capture_output=True, timeout=300)
     spec = importlib.util.spec_from_file_location("unpack", shared_data / "unpack.py")
-    spec.loader.exec_module(unpack := importlib.util.module_from_spec(spec))
-    some = here / "sheets/cifar10"                                           # the same two sheets, for the script's own reader
+    unpack = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(unpack)
+    some = here / "sheets/cifar10"                                    # the same two sheets, for the script's own reader
     some.mkdir(parents=True)
     for f in (shared_data / "cifar10").iterdir():
-        if f.suffix != ".webp" or f.stem.rsplit("-", 1)[1] in ("00", "01"): (some / f.name).symlink_to(f)
+        if f.suffix != ".webp" or f.stem.rsplit("-", 1)[1] in ("00", "01"):
+            (some / f.name).symlink_to(f)
     images = load_images("cifar10", here)
     for split in ("train", "test"):
         x, y, classes = unpack.load("cifar10", split, here / "sheets")
@@ -199,3 +227,43 @@ def test_unpacked_sheets_are_read_by_name(shared_data, here):
         assert images.classes == tuple(classes) == tuple(sorted(classes))
         assert np.array_equal(images.tensors()[f"{split}_y"], y[order])
         assert np.array_equal(images.tensors()[f"{split}_x"], x[order].transpose(0, 3, 1, 2))
+
+
+# Files of tensors
+
+TENSORS = {
+    "weight": torch.arange(6.).view(2, 3),
+    "label": torch.tensor([1, 2]),
+    "half": torch.ones(2, dtype=torch.bfloat16),
+}
+
+
+def test_the_same_tensors_give_the_same_file(here):
+    "A hash of the file then says whether two runs agree; entries of the header in random order would hide it."
+    hashes = set()
+    for i in range(10):
+        write_tensors(here / f"{i}/model.safetensors", TENSORS, {"seed": 0, "classes": ["a", "b"]})
+        hashes.add(hashlib.sha256((here / f"{i}/model.safetensors").read_bytes()).hexdigest())
+    assert len(hashes) == 1
+
+
+def checksum(tensors, description):
+    h = hashlib.sha256(description.encode())
+    for name, t in sorted(tensors.items()):
+        h.update(repr((name, str(t.dtype), tuple(t.shape))).encode() + t.view(torch.uint8).numpy().tobytes())
+    return h.hexdigest()
+
+
+def test_files_of_earlier_versions_are_read(here):
+    "They hold description and checksum as two entries of the header."
+    description = json.dumps({"seed": 0})
+    file = here / "old.safetensors"
+    file.write_bytes(save(TENSORS, {"meta": description, "sha256": checksum(TENSORS, description)}))
+    tensors, meta = read_tensors(file)
+    assert meta == {"seed": 0} and all(torch.equal(tensors[k], v) for k, v in TENSORS.items())
+    file.write_bytes(save(TENSORS, {"meta": description, "sha256": checksum(TENSORS, "{}")}))
+    with pytest.raises(InputError, match="its checksum is wrong"):
+        read_tensors(file)
+    file.write_bytes(save(TENSORS))
+    with pytest.raises(InputError, match="it has no checksum"):
+        read_tensors(file)

@@ -11,10 +11,18 @@ import hashlib
 import torch
 
 # %% ../../nbs/core/01_random.ipynb #bdbbbca1
-def stream_seed(seed: int, *names) -> int:
+def stream_seed(
+    seed: int, # of the run
+    *names, # what the numbers are for, in words and numbers
+) -> int: # 0 … 2^63 - 1
     "The seed of a named stream of random numbers: different for different names, the same everywhere."
-    return int.from_bytes(hashlib.sha256(repr((seed, *map(str, names))).encode()).digest()[:8], "big") >> 1
+    digest = hashlib.sha256(repr((seed, *map(str, names))).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
 
-def stream(seed: int, *names, device: torch.device | str = "cpu") -> torch.Generator:
+def stream(
+    seed: int, # of the run
+    *names, # what the numbers are for
+    device: torch.device | str = "cpu", # where they are drawn
+) -> torch.Generator:
     "A generator at the beginning of a named stream."
     return torch.Generator(device).manual_seed(stream_seed(seed, *names))

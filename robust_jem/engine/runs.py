@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..core.errors import InputError
-from ..core.files import _commit, read_json, read_tensors, write_json, write_tensors
+from ..core.files import source_version, read_json, read_tensors, write_json, write_tensors
 from ..core.images import Images, load_images, to_unit
 from ..ebm.priors import GaussianMixturePrior, UniformPrior
 from .runtime import Policy
@@ -26,7 +26,7 @@ def provenance(device: torch.device, policy: Policy | None = None) -> dict:
     "Versions, device, precision, commit and time, for a summary."
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU, {(n := torch.get_num_threads())} thread{'s' * (n > 1)}"
     how = {k: v for k, v in policy.to_dict().items() if k in ("precision", "compile")} if policy else {}
-    return dict(commit=_commit(), device=name, **how, torch=torch.__version__, python=platform.python_version(), finished=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
+    return dict(commit=source_version(), device=name, **how, torch=torch.__version__, python=platform.python_version(), finished=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
 
 # %% ../../nbs/engine/03_runs.ipynb #6a16a698
 def build_model(config: TrainConfig, images: Images) -> WideResNet:
