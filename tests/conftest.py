@@ -25,7 +25,8 @@ from robust_jem.systems.catalog import GenerateConfig, TrainConfig, configure
 REPO = Path(__file__).resolve().parent.parent
 # Two epochs of a few updates each: enough to have a trained run, small enough for every test session.
 # In float32, so that no bit depends on whether this processor is fast at another precision.
-TINY = dict(epochs=2, batch_size=128, attack_steps=2, outer_steps=2, buffer_size=200, warmup_steps=0, threads=1, device="cpu", precision="float32")
+TINY = dict(epochs=2, batch_size=128, attack_steps=2, outer_steps=2, buffer_size=200, warmup_steps=0, threads=1,
+            device="cpu", precision="float32")
 
 
 @pytest.fixture(autouse=True)
@@ -49,7 +50,9 @@ def here(tmp_path, monkeypatch):
 def made_once(tmp_path_factory):
     "`made_once(name, make)`: a folder that `make(folder)` filled, made once for all processes of pytest-xdist."
     base = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ: base = base.parent
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        base = base.parent
+
     def call(name, make):
         folder, done = base / "made-once" / name, base / f"made-{name}"
         with FileLock(base / f"lock-{name}"):
@@ -60,13 +63,16 @@ def made_once(tmp_path_factory):
                 make(folder)
                 done.touch()
         return folder
+
     return call
 
 
 def make_runs(root):
     "Two trained runs below a folder: `robust_jem`, with a sample set, and `judge`."
-    robust_jem = Run(train(configure(TrainConfig, "robust_jem", **TINY, out=str(root / "robust_jem")), progress=False))
-    generate_samples(configure(GenerateConfig, "robust_jem", run=str(robust_jem.path), num_samples=40, batch_size=40, outer_steps=2, device="cpu"), progress=False)
+    train(configure(TrainConfig, "robust_jem", **TINY, out=str(root / "robust_jem")), progress=False)
+    samples = configure(GenerateConfig, "robust_jem", run=str(root / "robust_jem"), num_samples=40, batch_size=40,
+                        outer_steps=2, device="cpu")
+    generate_samples(samples, progress=False)
     train(configure(TrainConfig, "wide_resnet", **TINY, seed=1000, out=str(root / "judge")), progress=False)
     return root
 
@@ -79,7 +85,7 @@ def session_runs(made_once):
 
 @pytest.fixture
 def runs(session_runs, here):
-    "A folder with two trained runs in the working directory: `robust_jem`, with a sample set, and `judge`. Free to damage."
+    "Two trained runs in the working directory: `robust_jem`, with a sample set, and `judge`. Free to damage."
     return Path(shutil.copytree(session_runs, here / "runs"))
 
 
@@ -115,8 +121,10 @@ def whole_recovered(made_once):
 def cli(capsys):
     "Run a command in this process: exit code, stdout and stderr."
     def call(*argv):
-        try: code = main([str(a) for a in argv])
-        except SystemExit as e: code = e.code or 0
+        try:
+            code = main([str(a) for a in argv])
+        except SystemExit as e:
+            code = e.code or 0
         printed = capsys.readouterr()
         return SimpleNamespace(code=code, out=printed.out, err=printed.err)
     return call
@@ -134,22 +142,27 @@ def command():
 @pytest.fixture
 def run_command(command, here):
     "Run the command line in another process, in the working directory."
-    return lambda *argv: subprocess.run([*command.argv, *map(str, argv)], cwd=here, env=command.env, capture_output=True, text=True, timeout=300)
+    def call(*argv):
+        return subprocess.run([*command.argv, *map(str, argv)], cwd=here, env=command.env, capture_output=True,
+                              text=True, timeout=300)
+    return call
 
 
 def snapshot(folder):
     "Every file below a folder, with its hash: what 'unchanged' means."
-    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(Path(folder).rglob("*")) if p.is_file()}
+    found = sorted(p for p in Path(folder).rglob("*") if p.is_file())
+    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in found}
 
 
 def make_tree(root, name="pets", classes=("cat", "dog"), train=3, test=1, size=8):
-    "Write an image tree `<name>/{train,test}/<class>/*.png` of random RGB images below a folder of data sets; its folder."
+    "Write an image tree `<name>/{train,test}/<class>/*.png` of random images below a folder of data sets; its folder."
     rng = np.random.default_rng(0)
     for split, n in (("train", train), ("test", test)):
         for c in classes:
             folder = root / name / split / c
             folder.mkdir(parents=True)
-            for i in range(n): Image.fromarray(rng.integers(0, 256, (size, size, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+            for i in range(n):
+                Image.fromarray(rng.integers(0, 256, (size, size, 3), dtype=np.uint8)).save(folder / f"{i}.png")
     return root / name
 
 
@@ -163,33 +176,41 @@ def image_tree(here):
 def shared_data():
     "CIFAR sheets and the script that unpacks them, where they lie beside the repository."
     folder = REPO.parent / "shared" / "data"
-    if not (folder / "unpack.py").is_file(): pytest.skip("no ../shared/data")
+    if not (folder / "unpack.py").is_file():
+        pytest.skip("no ../shared/data")
     return folder
 
 
 def one_line(stderr):
     "The message: all that is on stderr, progress bars aside."
-    lines = [line for line in re.split(r"[\r\n]+", stderr) if line.strip() and not re.search(r"\d+%\||\?(img|it|B)/s\]?", line)]
-    assert len(lines) == 1 and lines[0].startswith("robust-jem: ") and "---" not in lines[0], stderr     # nor the parser's box around it
+    progress = r"\d+%\||\?(img|it|B)/s\]?"
+    lines = [line for line in re.split(r"[\r\n]+", stderr) if line.strip() and not re.search(progress, line)]
+    assert len(lines) == 1 and lines[0].startswith("robust-jem: "), stderr
+    assert "---" not in lines[0], stderr                                  # nor the parser's box around it
     return lines[0]
 
 
-def never(*_, **__): raise AssertionError("a notebook was started")
+def never(*_, **__):
+    raise AssertionError("a notebook was started")
 
 
 @pytest.fixture
 def refused(cli, here, monkeypatch):
     "Run a command that must fail before it does anything; its message must say all of `says`."
-    monkeypatch.setattr(replicate, "notebook_path", never)                # a replication that isn't refused fails here, not in ten minutes
+    # a replication that isn't refused fails here, not in ten minutes
+    monkeypatch.setattr(replicate, "notebook_path", never)
+
     def check(*argv, says):
         before = snapshot(here)
         result = cli(*argv)
         assert result.code == 2, result
         message = one_line(result.err)
-        for word in says: assert word.search(message) if isinstance(word, re.Pattern) else str(word) in message, message
+        for word in says:
+            assert word.search(message) if isinstance(word, re.Pattern) else str(word) in message, message
         assert result.out == ""
         assert snapshot(here) == before
         return message
+
     return check
 
 
@@ -203,9 +224,12 @@ def _session_scores(made_once, session_runs):
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                assert main("evaluate --run runs/robust_jem --extractor classifier:runs/judge --attack-eps 0.2 --attack-steps 1 --num-robust 20".split()) == 0
+                attack = "--attack-eps 0.2 --attack-steps 1 --num-robust 20"
+                evaluate = f"evaluate --run runs/robust_jem --extractor classifier:runs/judge {attack}"
+                assert main(evaluate.split()) == 0
         finally:
             os.chdir(back)
+
     return made_once("scores", make) / "runs/robust_jem/scores"
 
 

@@ -1,4 +1,5 @@
-"""Faults: killed processes, failing disks, damaged files, runs that diverge, and input that means harm. Small counts of `python tests/faults.py`, and what that can't show."""
+"""Faults: killed processes, failing disks, damaged files, runs that diverge, and input that means harm. Small counts of
+`python tests/faults.py`, and what that can't show."""
 import json
 import os
 import pickle
@@ -34,10 +35,15 @@ QUIET = pytest.mark.filterwarnings("ignore::UserWarning")
 
 @pytest.fixture
 def short(whole_short, here):
-    "A copy, free to damage, of a run of SHORT that was killed before it wrote its result: `run` in the working directory."
+    "`run` in the working directory, free to damage: a run of SHORT that was killed before it wrote its result."
     shutil.copytree(whole_short.path, here / "run")
-    for name in ("model.safetensors", "summary.json"): (here / "run" / name).unlink()
-    return SimpleNamespace(run=Run(here / "run"), digest=whole_short.digest, again=lambda: train(configure(TrainConfig, "robust_jem", **SHORT, out="run"), progress=False))
+    for name in ("model.safetensors", "summary.json"):
+        (here / "run" / name).unlink()
+
+    def again():
+        return train(configure(TrainConfig, "robust_jem", **SHORT, out="run"), progress=False)
+
+    return SimpleNamespace(run=Run(here / "run"), digest=whole_short.digest, again=again)
 
 
 # The harness, with small counts
@@ -58,7 +64,8 @@ def test_one_changed_byte_is_always_noticed(tmp_path, whole_short):
 
 @pytest.mark.parametrize("case", faults.CASES)
 def test_diverging_run_recovers_or_says_so(tmp_path, case):
-    r = faults.diverge(tmp_path / "run", **faults.CASES[case] | dict(recoveries=1, precision="float32"))      # in bfloat16, where a CPU multiplies it, one of the cases ends well
+    # in bfloat16, where a CPU multiplies it, one of the cases ends well
+    r = faults.diverge(tmp_path / "run", **faults.CASES[case] | dict(recoveries=1, precision="float32"))
     assert r.events and not r.wrong and (r.said or r.run.summary["recoveries"] == 1)
 
 
@@ -78,7 +85,8 @@ def test_recovered_run_that_runs_out_of_time_keeps_its_events(here, monkeypatch,
     config, expected = faults.RECOVERING, whole_recovered.digest
     with monkeypatch.context() as m:
         m.setattr(runtime.Deadline, "reached", lambda _: any("event" in r for r in lines(here / "run")))
-        with pytest.raises(OutOfTime): train(configure(TrainConfig, **config, max_minutes=1, out=str(here / "run")), progress=False)
+        with pytest.raises(OutOfTime):
+            train(configure(TrainConfig, **config, max_minutes=1, out=str(here / "run")), progress=False)
     assert undisturbed(here / "run", config=config) == expected and json.loads(expected["events"])
 
 
@@ -98,7 +106,8 @@ def test_second_training_is_refused_and_a_killed_one_lets_go(here, cli):
         result = cli("train", "--system", "robust_jem", *options(CONFIG), "--out", "run")
         assert result.code == 2 and f"process {first.pid} " in one_line(result.err) and "in use" in result.err
         assert snapshot(here) == before
-        first.kill(); first.communicate()
+        first.kill()
+        first.communicate()
     result = cli("train", "--system", "robust_jem", *options(CONFIG), "--out", "run")
     assert result.code == 0 and not (here / "run/.lock").exists()
 
@@ -115,28 +124,36 @@ def test_run_folder_that_vanishes(here):
 def test_read_only_folder(here, cli, monkeypatch):
     "Permissions don't bind everyone who runs tests, so the system call says no."
     real = os.mkdir
+
     def mkdir(path, *a, **kw):
-        if "locked" in str(path): raise PermissionError(13, "Permission denied", str(path))
+        if "locked" in str(path):
+            raise PermissionError(13, "Permission denied", str(path))
         return real(path, *a, **kw)
+
     monkeypatch.setattr(os, "mkdir", mkdir)
     result = cli("train", "--out", "locked/run", *options(SHORT))
-    assert result.code == 2 and "locked/run" in one_line(result.err) and "Permission denied" in result.err and snapshot(here) == {}
+    assert result.code == 2 and "locked/run" in one_line(result.err) and "Permission denied" in result.err
+    assert snapshot(here) == {}
 
 
 # Damaged checkpoints
 
 def test_damaged_checkpoint_goes_on_from_the_one_before(short):
     newest, before = short.run.checkpoints()
-    content = bytearray(newest.read_bytes()); content[len(content) // 2] ^= 1
+    content = bytearray(newest.read_bytes())
+    content[len(content) // 2] ^= 1
     newest.write_bytes(content)
-    with pytest.warns(UserWarning, match=f"{newest.name}.*damaged.*going on from the checkpoint before it"): short.again()
+    with pytest.warns(UserWarning, match=f"{newest.name}.*damaged.*going on from the checkpoint before it"):
+        short.again()
     assert faults.digest(short.run) == short.digest
 
 
 @QUIET
 def test_no_checkpoint_is_whole(short):
-    for file in short.run.checkpoints(): file.write_bytes(file.read_bytes()[:-1])
-    with pytest.raises(InputError, match="remove the folder checkpoints"): short.again()
+    for file in short.run.checkpoints():
+        file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(InputError, match="remove the folder checkpoints"):
+        short.again()
     shutil.rmtree(short.run.path / "checkpoints")
     short.again()
     assert faults.digest(short.run) == short.digest
@@ -148,56 +165,106 @@ def test_checkpoint_of_other_settings(short):
     newest = short.run.checkpoints()[0]
     tensors, meta = read_tensors(newest)
     write_tensors(newest, tensors, meta | {"config": meta["config"] | {"eps": 0.3}})
-    with pytest.raises(InputError, match="other settings"): short.again()
+    with pytest.raises(InputError, match="other settings"):
+        short.again()
 
 
-def renamed(tensors, meta): tensors["model.stem.other"] = tensors.pop(next(k for k in tensors if k.startswith("model.stem")))
-def reshaped(tensors, meta): k = next(k for k in tensors if k.startswith("model.trunk") and tensors[k].ndim == 4); tensors[k] = tensors[k][:, :1].contiguous()
-def chains_of_another_size(tensors, meta): tensors["buffer.x"] = tensors["buffer.x"][..., :4].contiguous()
-def fewer_chains(tensors, meta): tensors["buffer.x"], tensors["buffer.y"] = tensors["buffer.x"][:7].clone(), tensors["buffer.y"][:7].clone()
-def no_optimizer(tensors, meta): [tensors.pop(k) for k in list(tensors) if k.startswith("optimizer.")]
-def momentum_of_another_shape(tensors, meta): k = next(k for k in tensors if k.startswith("optimizer.")); tensors[k] = tensors[k].flatten()[:1].clone()
-def no_average(tensors, meta): [tensors.pop(k) for k in list(tensors) if k.startswith("average.")]
-def no_generators(tensors, meta): [tensors.pop(k) for k in list(tensors) if "generator." in k]
-def random_state_of_noise(tensors, meta): k = next(k for k in tensors if k.startswith("generator.")); tensors[k] = torch.randint(256, tensors[k].shape, dtype=torch.uint8)
-def no_step(tensors, meta): meta.pop("step")
-def step_of_text(tensors, meta): meta["step"] = "six"
-def negative_step(tensors, meta): meta["step"] = -3
-def no_config(tensors, meta): meta.pop("config")
-def events_of_text(tensors, meta): meta["events"] = 3
-def no_processes(tensors, meta): meta["processes"] = "two"
+def first_of(tensors, start):
+    return next(name for name in tensors if name.startswith(start))
+
+
+def without(tensors, part):
+    for name in [name for name in tensors if part in name]:
+        tensors.pop(name)
+
+
+def renamed(tensors, meta):
+    tensors["model.stem.other"] = tensors.pop(first_of(tensors, "model.stem"))
+
+
+def reshaped(tensors, meta):
+    name = next(k for k in tensors if k.startswith("model.trunk") and tensors[k].ndim == 4)
+    tensors[name] = tensors[name][:, :1].contiguous()
+
+
+def chains_of_another_size(tensors, meta):
+    tensors["buffer.x"] = tensors["buffer.x"][..., :4].contiguous()
+
+
+def fewer_chains(tensors, meta):
+    for name in ("buffer.x", "buffer.y"):
+        tensors[name] = tensors[name][:7].clone()
+
+
+def momentum_of_another_shape(tensors, meta):
+    name = first_of(tensors, "optimizer.")
+    tensors[name] = tensors[name].flatten()[:1].clone()
+
+
+def random_state_of_noise(tensors, meta):
+    name = first_of(tensors, "generator.")
+    tensors[name] = torch.randint(256, tensors[name].shape, dtype=torch.uint8)
+
+
+MISFITS = {
+    "renamed": renamed,
+    "reshaped": reshaped,
+    "chains of another size": chains_of_another_size,
+    "fewer chains": fewer_chains,
+    "no optimizer": lambda tensors, meta: without(tensors, "optimizer."),
+    "momentum of another shape": momentum_of_another_shape,
+    "no average": lambda tensors, meta: without(tensors, "average."),
+    "no generators": lambda tensors, meta: without(tensors, "generator."),
+    "random state of noise": random_state_of_noise,
+    "no step": lambda tensors, meta: meta.pop("step"),
+    "step of text": lambda tensors, meta: meta.update(step="six"),
+    "negative step": lambda tensors, meta: meta.update(step=-3),
+    "no config": lambda tensors, meta: meta.pop("config"),
+    "events of text": lambda tensors, meta: meta.update(events=3),
+    "no processes": lambda tensors, meta: meta.update(processes="two"),
+}
 
 
 @QUIET
-@pytest.mark.parametrize("change", (renamed, reshaped, chains_of_another_size, fewer_chains, no_optimizer, momentum_of_another_shape, no_average, no_generators, random_state_of_noise,
-                                    no_step, step_of_text, negative_step, no_config, events_of_text, no_processes), ids=lambda f: f.__name__)
+@pytest.mark.parametrize("change", MISFITS)
 def test_checkpoint_that_does_not_fit(short, change):
     "Its checksum is right, its contents aren't."
     newest, *older = short.run.checkpoints()
-    for file in older: file.unlink()
+    for file in older:
+        file.unlink()
     tensors, meta = read_tensors(newest)
-    change(tensors, meta)
+    MISFITS[change](tensors, meta)
     write_tensors(newest, tensors, meta)
-    with pytest.raises(InputError, match=r"step-\d+\.safetensors: "): short.again()
+    with pytest.raises(InputError, match=r"step-\d+\.safetensors: "):
+        short.again()
     assert not short.run.trained
 
 
 # Pickles: nothing in them may run
 
 class Payload:
-    def __init__(self, marker): self.marker = str(marker)
-    def __reduce__(self): return Path.touch, (Path(self.marker),)
+    def __init__(self, marker):
+        self.marker = str(marker)
+
+    def __reduce__(self):
+        return Path.touch, (Path(self.marker),)
 
 
 @pytest.fixture
 def trap(here):
     "Write a pickle, plain or as torch.save writes it, in place of a file; `sprung` says whether its payload ran."
     marker = here.parent / "sprung"
+
     def write(path, plain=False):
-        if plain: path.write_bytes(pickle.dumps(Payload(marker)))
-        else: torch.save({"weight": torch.zeros(2), "payload": Payload(marker)}, path)
+        if plain:
+            path.write_bytes(pickle.dumps(Payload(marker)))
+        else:
+            torch.save({"weight": torch.zeros(2), "payload": Payload(marker)}, path)
+
     write.sprung = marker.exists
-    write(here.parent / "check.pt", plain=True); pickle.loads((here.parent / "check.pt").read_bytes()); assert marker.exists()      # the trap works
+    write(here.parent / "check.pt", plain=True)
+    pickle.loads((here.parent / "check.pt").read_bytes())
+    assert marker.exists()                                             # the trap works
     marker.unlink()
     return write
 
@@ -205,18 +272,26 @@ def trap(here):
 @QUIET
 @pytest.mark.parametrize("plain", (True, False), ids=("pickle", "torch.save"))
 def test_pickle_in_place_of_a_checkpoint(short, trap, plain):
-    for file in short.run.checkpoints(): trap(file, plain)
-    with pytest.raises(InputError, match="not a readable safetensors file"): short.again()
+    for file in short.run.checkpoints():
+        trap(file, plain)
+    with pytest.raises(InputError, match="not a readable safetensors file"):
+        short.again()
     assert not trap.sprung()
 
 
+READERS = {
+    "runs/robust_jem/model.safetensors": "generate runs/robust_jem --name x --num-samples 10 --outer-steps 1",
+    "runs/robust_jem/samples/energy/images.safetensors":
+        "evaluate runs/robust_jem --extractor classifier:runs/judge --num-robust 10 --attack-steps 1",
+    "extractor.pt": "evaluate runs/robust_jem --extractor extractor.pt --num-robust 10",
+}
+
+
 @pytest.mark.parametrize("plain", (True, False), ids=("pickle", "torch.save"))
-@pytest.mark.parametrize("file, argv", (("runs/robust_jem/model.safetensors", "generate runs/robust_jem --name x --num-samples 10 --outer-steps 1"),
-                                        ("runs/robust_jem/samples/energy/images.safetensors", "evaluate runs/robust_jem --extractor classifier:runs/judge --num-robust 10 --attack-steps 1"),
-                                        ("extractor.pt", "evaluate runs/robust_jem --extractor extractor.pt --num-robust 10")), ids=("model", "samples", "extractor"))
-def test_pickle_in_place_of_another_file(runs, here, cli, trap, file, argv, plain):
+@pytest.mark.parametrize("file", READERS, ids=("model", "samples", "extractor"))
+def test_pickle_in_place_of_another_file(runs, here, cli, trap, file, plain):
     trap(here / file, plain)
-    result = cli(*argv.split())
+    result = cli(*READERS[file].split())
     assert result.code == 2 and Path(file).name in one_line(result.err) and not trap.sprung()
 
 
@@ -281,60 +356,130 @@ def refused(cli, here):
         message = one_line(result.err)
         assert all(w in message for w in says), message[:1000]
         assert snapshot(here) == before
+
     return check
 
 
 @pytest.mark.parametrize("line, says", OPTIONS, ids=[repr(line)[1:40] for line, _ in OPTIONS])
-def test_hostile_option(refused, line, says): refused("train", *options(SHORT), *(["--out", "run"] if "--out" not in line else []), *line.split(" "), says=says)
+def test_hostile_option(refused, line, says):
+    out = [] if "--out" in line else ["--out", "run"]
+    refused("train", *options(SHORT), *out, *line.split(" "), says=says)
 
 
-@pytest.mark.parametrize("option, says", (("--depth=10000000000", "depth"), ("--width=1000000000", "width"), ("--buffer-size=100000000000000", "buffer_size"), ("--threads=1000000000000", "threads")))
+@pytest.mark.parametrize("option, says", (
+    ("--depth=10000000000", "depth"),
+    ("--width=1000000000", "width"),
+    ("--buffer-size=100000000000000", "buffer_size"),
+    ("--threads=1000000000000", "threads"),
+))
 def test_value_beyond_any_machine(command, here, option, says):
     "In a process with bounded memory and time, since what isn't refused takes all of both."
-    limit = lambda: resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30))
-    done = subprocess.run([*command.argv, "train", *options(SHORT), "--out", "run", option], cwd=here, env=command.env, capture_output=True, text=True, timeout=20, preexec_fn=limit)
+    def limit():
+        resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30))
+
+    done = subprocess.run([*command.argv, "train", *options(SHORT), "--out", "run", option], cwd=here, env=command.env,
+                          capture_output=True, text=True, timeout=20, preexec_fn=limit)
     assert done.returncode == 2 and done.stdout == "" and snapshot(here) == {}
     assert any(word in one_line(done.stderr) for word in (says, "memory"))
 
 
 @pytest.mark.parametrize("name", ("a/../../b", "nul\x00", "new\nline", "/abs", "x" * 300), ids=ascii)
-def test_hostile_name_of_a_sample_set(refused, runs, name): refused("generate", "runs/robust_jem", "--num-samples", 10, "--outer-steps", 1, "--name", name)
+def test_hostile_name_of_a_sample_set(refused, runs, name):
+    refused("generate", "runs/robust_jem", "--num-samples", 10, "--outer-steps", 1, "--name", name)
 
 
-VALUES = [(TrainConfig, dict(lr="0.1")), (TrainConfig, dict(epochs=True)), (TrainConfig, dict(flip="false")), (TrainConfig, dict(milestones=5)), (TrainConfig, dict(seed=1.0)),
-          (TrainConfig, dict(eps=10**400)), (TrainConfig, dict(dataset=None)), (TrainConfig, dict(norm=["batch"])), (TrainConfig, dict(__class__=1)), (TrainConfig, dict(system=[])),
-          (GenerateConfig, dict(name="..")), (GenerateConfig, dict(run=Path("x"))), (EvaluateConfig, dict(attack_eps=(0.1, None))), (EvaluateConfig, dict(attack_eps=float("nan")))]
+VALUES = [
+    (TrainConfig, dict(lr="0.1")),
+    (TrainConfig, dict(epochs=True)),
+    (TrainConfig, dict(flip="false")),
+    (TrainConfig, dict(milestones=5)),
+    (TrainConfig, dict(seed=1.0)),
+    (TrainConfig, dict(eps=10**400)),
+    (TrainConfig, dict(dataset=None)),
+    (TrainConfig, dict(norm=["batch"])),
+    (TrainConfig, dict(__class__=1)),
+    (TrainConfig, dict(system=[])),
+    (GenerateConfig, dict(name="..")),
+    (GenerateConfig, dict(run=Path("x"))),
+    (EvaluateConfig, dict(attack_eps=(0.1, None))),
+    (EvaluateConfig, dict(attack_eps=float("nan"))),
+]
 
 
 def test_hostile_values_from_python():
     for kind, values in VALUES:
-        with pytest.raises(InputError) as e: kind.from_dict(values)
+        with pytest.raises(InputError) as e:
+            kind.from_dict(values)
         assert "\n" not in str(e.value) and next(iter(values)) in str(e.value)
     for values in (dict(seeds=()), dict(systems="jempp"), dict(jobs=1.5)):
-        with pytest.raises(InputError): ReplicateConfig(**values)
+        with pytest.raises(InputError):
+            ReplicateConfig(**values)
     for name in ("../digits", "/", "", "a\\b\x00"):
-        with pytest.raises(InputError): load_images(name)
+        with pytest.raises(InputError):
+            load_images(name)
 
 
 # Image trees
 
-def pixels(size, value=0): return Image.fromarray(np.full((*size, 3), value, np.uint8))
-def animated(f): pixels((8, 8)).save(f, "GIF", save_all=True, append_images=[pixels((8, 8), 200), pixels((8, 8), 90)])
+def pixels(size, value=0):
+    return Image.fromarray(np.full((*size, 3), value, np.uint8))
+
+
+def animated(file):
+    pixels((8, 8)).save(file, "GIF", save_all=True, append_images=[pixels((8, 8), 200), pixels((8, 8), 90)])
+
+
+def cut_off(file, end):
+    file.write_bytes(file.read_bytes()[:end])
+
+
+def cut_off_jpeg(p):
+    pixels((8, 8)).save(p / "train/cat/5.jpg")
+    cut_off(p / "train/cat/5.jpg", -200)
+
+
+def class_as_file(p):
+    shutil.rmtree(p / "test/dog")
+    (p / "test/dog").write_text("")
+
+
+def no_class(p):
+    for name in ("cat", "dog"):
+        shutil.rmtree(p / "train" / name)
+
+
+def other_files_only(p):
+    for file in (p / "train/dog").iterdir():
+        file.rename(file.with_suffix(".txt"))
+
+
+def empty_class(p):
+    for file in (p / "test/dog").iterdir():
+        file.unlink()
+
+
+def link_to_outside(p):
+    (p / "train/cat/2.png").rename(p.parent / "outside.png")
+    (p / "train/cat/2.png").symlink_to(p.parent / "outside.png")
 
 
 TREES = {
-    "100000 pixels wide": (lambda p: pixels((8, 100_000)).save(p / "train/cat/0.png"), ["train/cat/0.png", "square"]),
+    "100000 pixels wide": (
+        lambda p: pixels((8, 100_000)).save(p / "train/cat/0.png"), ["train/cat/0.png", "square"]),
     "a bomb": (lambda p: Image.new("1", (20_000, 20_000)).save(p / "train/cat/0.png"), ["train/cat/0.png"]),
-    "text with an image's name": (lambda p: (p / "test/dog/0.png").write_text("<svg/>"), ["test/dog/0.png", "not a readable image"]),
-    "cut off in the pixels": (lambda p: (f := p / "train/cat/0.png").write_bytes(f.read_bytes()[:70]), ["train/cat/0.png", "not a readable image"]),
-    "cut off JPEG": (lambda p: (pixels((8, 8)).save(p / "train/cat/5.jpg"), (p / "train/cat/5.jpg").write_bytes((p / "train/cat/5.jpg").read_bytes()[:-200])), ["train/cat/5.jpg", "not a readable image"]),
+    "text with an image's name": (
+        lambda p: (p / "test/dog/0.png").write_text("<svg/>"), ["test/dog/0.png", "not a readable image"]),
+    "cut off in the pixels": (
+        lambda p: cut_off(p / "train/cat/0.png", 70), ["train/cat/0.png", "not a readable image"]),
+    "cut off JPEG": (cut_off_jpeg, ["train/cat/5.jpg", "not a readable image"]),
     "link that leads in a circle": (lambda p: (p / "train/cat/loop").symlink_to(p / "train"), ["loop"]),
-    "link to itself": (lambda p: (p / "train/cat/9.png").symlink_to(p / "train/cat/9.png"), ["train/cat/9.png"]),
-    "class that is a file": (lambda p: (shutil.rmtree(p / "test/dog"), (p / "test/dog").write_text("")), ["dog"]),
-    "no class at all": (lambda p: [shutil.rmtree(p / "train" / c) for c in ("cat", "dog")], ["pets", "train"]),
-    "class of other files only": (lambda p: [f.rename(f.with_suffix(".txt")) for f in (p / "train/dog").iterdir()], ["dog"]),
-    "empty class in test": (lambda p: [f.unlink() for f in (p / "test/dog").iterdir()], ["dog"]),
-    "link to a file outside": (lambda p: ((p / "train/cat/2.png").rename(p.parent / "outside.png"), (p / "train/cat/2.png").symlink_to(p.parent / "outside.png")), ["train/cat/2.png", "link"]),
+    "link to itself": (
+        lambda p: (p / "train/cat/9.png").symlink_to(p / "train/cat/9.png"), ["train/cat/9.png"]),
+    "class that is a file": (class_as_file, ["dog"]),
+    "no class at all": (no_class, ["pets", "train"]),
+    "class of other files only": (other_files_only, ["dog"]),
+    "empty class in test": (empty_class, ["dog"]),
+    "link to a file outside": (link_to_outside, ["train/cat/2.png", "link"]),
 }
 
 
@@ -342,22 +487,28 @@ TREES = {
 def test_hostile_image_tree(refused, image_tree, damage):
     make, says = TREES[damage]
     make(image_tree())
-    refused("train", "--dataset", "pets", "--batch-size", 2, "--pad", 0, "--epochs", 1, "--attack-steps", 1, "--outer-steps", 1, "--threads", 1, "--device", "cpu", "--out", "out", says=says)
+    settings = "--batch-size 2 --pad 0 --epochs 1 --attack-steps 1 --outer-steps 1 --threads 1 --device cpu"
+    refused("train", "--dataset", "pets", *settings.split(), "--out", "out", says=says)
 
 
 def test_pipe_in_an_image_tree(command, here, image_tree):
     "In a process, since reading a pipe that nobody writes to takes for ever."
     os.mkfifo(image_tree() / "train/cat/9.png")
-    done = subprocess.run([*command.argv, "train", "--dataset", "pets", "--batch-size", "2", "--pad", "0", "--out", "out"], cwd=here, env=command.env, capture_output=True, text=True, timeout=20)
+    train = "train --dataset pets --batch-size 2 --pad 0 --out out".split()
+    done = subprocess.run([*command.argv, *train], cwd=here, env=command.env, capture_output=True, text=True,
+                          timeout=20)
     assert done.returncode == 2 and "9.png" in one_line(done.stderr) and not (here / "out").exists()
 
 
 def test_image_that_cannot_be_opened(refused, image_tree, monkeypatch):
     image_tree()
     real = Image.open
+
     def opened(path, *a, **kw):
-        if str(path).endswith("cat/1.png"): raise PermissionError(13, "Permission denied", str(path))
+        if str(path).endswith("cat/1.png"):
+            raise PermissionError(13, "Permission denied", str(path))
         return real(path, *a, **kw)
+
     monkeypatch.setattr(Image, "open", opened)
     refused("train", "--dataset", "pets", "--batch-size", 2, "--out", "out", says=["cat/1.png", "Permission denied"])
 
@@ -375,7 +526,8 @@ def test_sixteen_bit_images_are_refused(image_tree):
     "Pillow would clip them to white."
     cat = image_tree() / "train/cat"
     Image.fromarray(np.full((8, 8), 32768, np.uint16)).save(cat / "0.png")
-    with pytest.raises(InputError, match="convert the images to 8 bits"): load_images("pets")
+    with pytest.raises(InputError, match="convert the images to 8 bits"):
+        load_images("pets")
 
 
 # Run folders and extractors
@@ -405,33 +557,57 @@ def test_hostile_config(refused, runs, damage):
 
 def test_config_with_fewer_fields_takes_the_defaults(runs):
     file = runs / "robust_jem/config.json"
-    config = json.loads(file.read_text()); config.pop("gap_limit")
+    config = json.loads(file.read_text())
+    config.pop("gap_limit")
     file.write_text(json.dumps(config))
     assert Run(runs / "robust_jem").config.gap_limit == TrainConfig().gap_limit
 
 
-@pytest.mark.parametrize("garbage", (b"\xff\xfe\x00garbage\n", b"[1, 2]\n", b"3\n", b"{}\n", b'{"step": "x"}\n', b"{\"step\": null}\n"), ids=("not UTF-8", "a list", "a number", "no step", "step of text", "no number"))
+GARBAGE = {
+    "not UTF-8": b"\xff\xfe\x00garbage\n",
+    "a list": b"[1, 2]\n",
+    "a number": b"3\n",
+    "no step": b"{}\n",
+    "step of text": b'{"step": "x"}\n',
+    "no number": b'{"step": null}\n',
+}
+
+
+@pytest.mark.parametrize("garbage", GARBAGE)
 @QUIET
 def test_garbage_in_metrics(short, garbage):
     "Either left out, so that the run ends as if it weren't there, or refused in one line."
     file = short.run.path / "metrics.jsonl"
-    file.write_bytes(garbage + file.read_bytes())
-    try: short.again()
-    except InputError as e: assert "metrics.jsonl" in str(e) and "\n" not in str(e)
-    else: assert short.run.trained
+    file.write_bytes(GARBAGE[garbage] + file.read_bytes())
+    try:
+        short.again()
+    except InputError as e:
+        assert "metrics.jsonl" in str(e) and "\n" not in str(e)
+    else:
+        assert short.run.trained
 
 
 class Wrong(torch.nn.Module):
-    def __init__(self, what: str): super().__init__(); self.what = what
+    def __init__(self, what: str):
+        super().__init__()
+        self.what = what
+
     def forward(self, x):
-        if self.what == "no batch": return x.mean()
-        if self.what == "NaN": return x.flatten(1)[:, :4] * float("nan")
+        if self.what == "no batch":
+            return x.mean()
+        if self.what == "NaN":
+            return x.flatten(1)[:, :4] * float("nan")
         return x.flatten(1)[:1, :4]
 
 
-def script_with_a_tuple(f): torch.jit.trace(lambda x: (x.flatten(1), x.flatten(1)), torch.zeros(2, 3, 8, 8)).save(str(f))
-def traversal(f):
-    with zipfile.ZipFile(f, "w") as z: z.writestr("../../escaped.txt", "out"); z.writestr("archive/data.pkl", b"\x80\x02}q\x00.")
+def script_with_a_tuple(file):
+    torch.jit.trace(lambda x: (x.flatten(1), x.flatten(1)), torch.zeros(2, 3, 8, 8)).save(str(file))
+
+
+def traversal(file):
+    with zipfile.ZipFile(file, "w") as z:
+        z.writestr("../../escaped.txt", "out")
+        z.writestr("archive/data.pkl", b"\x80\x02}q\x00.")
 
 
 EXTRACTORS = {
@@ -451,7 +627,8 @@ EXTRACTORS = {
 @pytest.mark.filterwarnings("ignore")
 def test_hostile_extractor(refused, runs, here, kind):
     EXTRACTORS[kind](here / "net.pt")
-    refused("evaluate", "runs/robust_jem", "--extractor", "net.pt", "--num-robust", 10, "--attack-steps", 1, "--attack-eps", 0.1, says=["extractor"])
+    attack = "--num-robust 10 --attack-steps 1 --attack-eps 0.1".split()
+    refused("evaluate", "runs/robust_jem", "--extractor", "net.pt", *attack, says=["extractor"])
     assert not (here.parent / "escaped.txt").exists() and not (here.parent.parent / "escaped.txt").exists()
 
 
@@ -464,6 +641,8 @@ def test_duplicate_options_take_the_last(cli, here):
 
 def test_pretrained_folder_that_is_damaged(here):
     (here / "model").mkdir()
-    for content in (b"", b"{}", b"[]", b'{"train": 3}', b'{"train": {}}', b'{"train": {}, "classes": 3, "shape": [1, 8, 8]}'):
+    no_classes = b'{"train": {}, "classes": 3, "shape": [1, 8, 8]}'
+    for content in (b"", b"{}", b"[]", b'{"train": 3}', b'{"train": {}}', no_classes):
         (here / "model/config.json").write_bytes(content)
-        with pytest.raises(InputError): RobustJEM.from_pretrained(here / "model")
+        with pytest.raises(InputError):
+            RobustJEM.from_pretrained(here / "model")

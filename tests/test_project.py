@@ -77,6 +77,19 @@ def test_notebook_is_clean(path):
     assert exports == ([module] if path.parent.name in ROOMS else []), "a notebook is named as its module"
 
 
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: "/".join(p.relative_to(ROOT / "nbs").with_suffix("").parts))
+def test_links_lead_somewhere(path):
+    text = "\n".join("".join(c["source"]) for c in cells(path) if c["cell_type"] == "markdown")
+    links = [link for link in re.findall(r"\]\(([^)\s#]+)", text) if not re.match(r"[a-z]+:", link)]
+    assert [link for link in links if not (path.parent / link).exists()] == []
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_readme_names_the_modules_of_each_room(room):
+    row = re.search(rf"^\| `{room}` \|.*\| (.*) \|$", (ROOT / "README.md").read_text(encoding="utf-8"), re.M)
+    assert sorted(re.findall(r"`(\w+)`", row[1])) == sorted(m.split(".")[1] for m in MODULES if m.split(".")[0] == room)
+
+
 @pytest.mark.parametrize("path", [p for p in NOTEBOOKS if p.parent.name == "replication"], ids=lambda p: p.stem)
 def test_replication_notebook_has_parameters(path):
     assert sum("parameters" in c["metadata"].get("tags", []) for c in cells(path)) == 1
