@@ -7,8 +7,10 @@ import shlex
 import shutil
 import urllib.request
 import zipfile
+from pathlib import Path
 from urllib.error import URLError
 
+import pandas as pd
 import pytest
 import torch
 from conftest import one_line, snapshot
@@ -326,6 +328,46 @@ def test_commands_in_order(cli, evaluated):
     table = json.loads((evaluated.parent.parent / "figures/table1.json").read_text())
     ours = next(r for r in table["rows"] if r["model"] == "Robust JEM-Energy")
     assert ours["n"] == 40 and ours["FD-digits"]["mean"] == Run(evaluated).scores()["energy"]["FD-digits"]
+
+
+def test_report_names_every_run_and_why_a_cell_is_empty(cli, evaluated):
+    "What lacks a score is listed with what it has; its numbers are in results.csv all the same."
+    def another(name, *without):
+        shutil.copytree(evaluated, f"runs/{name}")
+        for part in without:
+            Path(f"runs/{name}/scores/{part}.json").unlink()
+    another("begun", "held-out", "prior")
+    another("no-classifier", "classification", "prior")                     # nothing that it is asked for is missing
+    shutil.copytree("runs/judge", "runs/untrained", ignore=shutil.ignore_patterns("model.safetensors"))
+    done = cli("report", "--runs", "runs", "--figures", "figures")
+    assert done.code == 0
+    found = Path("figures/found.md").read_text(encoding="utf-8")
+    for name, says in (("robust_jem", "yes"), ("no-classifier", "yes"), ("judge", "no: it isn't evaluated"),
+                       ("begun", "no: it isn't evaluated"), ("untrained", "no: it isn't trained to the end")):
+        line = next(line for line in found.splitlines() if line.startswith(f"| {name} "))
+        assert line.endswith(f"| {says} |") or f"| {says}:" in line, line
+        assert (f"not in the table: {name}" in done.out) == (says != "yes")
+    assert "scores: classification, energy" in next(line for line in found.splitlines() if line.startswith("| begun "))
+
+    # every cell that is empty is explained once
+    table = json.loads(Path("figures/table1.json").read_text())
+    columns = ["accuracy", *table["columns"], *(f"PGD accuracy, ε = {e}" for e in table["eps"])]
+    for row in table["rows"]:
+        reasons = [line for line in found.splitlines() if line.startswith(f"| {row['model']} | ")]
+        for column in columns:
+            assert sum(column in line for line in reasons) == (column not in row)
+    assert "no run of jempp in this folder" in found and "on all of its runs" in found
+
+    # one row a number, whoever has it
+    results = pd.read_csv("figures/results.csv", float_precision="round_trip", keep_default_na=False)
+    key = ["run", "sample_set", "sampling_seed", "metric"]
+    assert not results.duplicated(key).any() and set(results["run"]) == {"robust_jem", "begun", "no-classifier"}
+    stored = Run("runs/begun").scores()
+    values = results[results["run"] == "begun"].set_index(["sample_set", "metric"])["value"]
+    assert values["energy", "FD-digits"] == stored["energy"]["FD-digits"]
+    assert values["", "accuracy"] == stored["classification"]["accuracy"]
+    same = results[results["metric"] == "recall"].groupby("sample_set")["fingerprint"].nunique()
+    assert same["energy"] == 1                                              # the same images, weights and extractor
 
 
 # Help
