@@ -30,7 +30,8 @@ from robust_jem.core.errors import InputError
 from robust_jem.core.files import read_tensors
 from robust_jem.ebm import attacks, energy, objectives, replay, samplers
 from robust_jem.ebm.priors import GaussianMixturePrior, UniformPrior
-from robust_jem.engine import run_log, runtime, sample, train as engine_train
+from robust_jem.engine import run_log, runtime, sample
+from robust_jem.engine.checkpoints import TrainState
 from robust_jem.engine.recovery import Diverged
 from robust_jem.engine.runs import Run
 from robust_jem.engine.sample import RobustJEM
@@ -281,15 +282,15 @@ DIVERGING = CONFIG | dict(epochs=4, attack_steps=1, warmup_steps=5, ema_decay=0.
 @contextlib.contextmanager
 def not_a_number(at):
     "Once, before the update after `at`, write NaN into a weight."
-    real, done = engine_train.train_step, []
-    def step(state, *a):
+    real, done = TrainState.update, []
+    def update(state, *a):
         if state.step == at and not done:
             done.append(1)
-            with torch.no_grad(): next(state.model.parameters()).view(-1)[0] = float("nan")
-        return real(state, *a)
-    engine_train.train_step = step
+            with torch.no_grad(): next(state.system.parameters()).view(-1)[0] = float("nan")
+        real(state, *a)
+    TrainState.update = update
     try: yield
-    finally: engine_train.train_step = real
+    finally: TrainState.update = real
 
 
 def diverge(folder, system="robust_jem", nan_at=None, **changes):

@@ -151,13 +151,13 @@ def test_checkpoint_of_other_settings(short):
     with pytest.raises(InputError, match="other settings"): short.again()
 
 
-def renamed(tensors, meta): tensors["model.stem.other"] = tensors.pop(next(k for k in tensors if k.startswith("model.stem")))
-def reshaped(tensors, meta): k = next(k for k in tensors if k.startswith("model.trunk") and tensors[k].ndim == 4); tensors[k] = tensors[k][:, :1].contiguous()
-def chains_of_another_size(tensors, meta): tensors["buffer.x"] = tensors["buffer.x"][..., :4].contiguous()
-def fewer_chains(tensors, meta): tensors["buffer.x"], tensors["buffer.y"] = tensors["buffer.x"][:7].clone(), tensors["buffer.y"][:7].clone()
+def renamed(tensors, meta): tensors["system.network.stem.other"] = tensors.pop(next(k for k in tensors if k.startswith("system.network.stem")))
+def reshaped(tensors, meta): k = next(k for k in tensors if k.startswith("system.network.trunk") and tensors[k].ndim == 4); tensors[k] = tensors[k][:, :1].contiguous()
+def chains_of_another_size(tensors, meta): tensors["system.replay_x"] = tensors["system.replay_x"][..., :4].contiguous()
+def fewer_chains(tensors, meta): tensors["system.replay_x"], tensors["system.replay_y"] = tensors["system.replay_x"][:7].clone(), tensors["system.replay_y"][:7].clone()
 def no_optimizer(tensors, meta): [tensors.pop(k) for k in list(tensors) if k.startswith("optimizer.")]
 def momentum_of_another_shape(tensors, meta): k = next(k for k in tensors if k.startswith("optimizer.")); tensors[k] = tensors[k].flatten()[:1].clone()
-def no_average(tensors, meta): [tensors.pop(k) for k in list(tensors) if k.startswith("average.")]
+def no_average(tensors, meta): [tensors.pop(k) for k in list(tensors) if k.startswith("system.average.")]
 def no_generators(tensors, meta): [tensors.pop(k) for k in list(tensors) if "generator." in k]
 def random_state_of_noise(tensors, meta): k = next(k for k in tensors if k.startswith("generator.")); tensors[k] = torch.randint(256, tensors[k].shape, dtype=torch.uint8)
 def no_step(tensors, meta): meta.pop("step")

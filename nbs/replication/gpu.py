@@ -22,22 +22,25 @@ from pathlib import Path
 import torch
 
 from robust_jem.bench.naive import Reference, flops, step_flops
+from robust_jem.bench.scaling import one_update
 from robust_jem.core.files import write_json, write_tensors
 from robust_jem.core.images import Batches, Images, load_images
 from robust_jem.core.random import stream
 from robust_jem.ebm.energy import marginal_energy, untouched, input_gradient
-from robust_jem.engine import checkpoints as states, runs as run_folders, sample
+from robust_jem.engine import sample
+from robust_jem.engine.checkpoints import TrainState
 from robust_jem.engine.distributed import World
 from robust_jem.engine.graphs import Captured
 from robust_jem.engine.recovery import Diverged, Health
 from robust_jem.engine.runs import Run, provenance
 from robust_jem.engine.runtime import Deadline, Execution, choose_policy, executing
 from robust_jem.engine.sample import RobustJEM, generate_samples
-from robust_jem.engine.train import HotPaths, lr_factor, train_step
+from robust_jem.engine.train import lr_factor
 from robust_jem.judge.evaluate import evaluate_run
 from robust_jem.judge.robustness import accuracy, robust_accuracy
 from robust_jem.networks.fused import can_fuse
 from robust_jem.networks.wide_resnet import WideResNet
+from robust_jem.systems import hybrid
 from robust_jem.systems.catalog import EvaluateConfig, GenerateConfig, TrainConfig, configure
 
 BEGAN = time.perf_counter()
@@ -111,31 +114,30 @@ def workloads(depth, width, batch, compile, device, changes):
     policy = choose_policy(device, "bfloat16" if device.type == "cuda" else "float32", compile)
     at = Execution(World(), device, policy, Deadline(0))
     images = random_set(max(2000, batch))
-    state = states.TrainState(config, images, at)
-    state.model.train()
-    hot = state.hot = HotPaths(state)
+    state = TrainState(config, images, at)
+    system = state.system
+    system.network.train()
+    hot = system.hot_paths(state.stepper)
     x = images.train_x[:batch].to(device).float() / 127.5 - 1
     raw, y = images.train_x[:batch].to(device), images.train_y[:batch].to(device)
     f = flops(WideResNet(depth, width), (3, 32, 32))
-    single = (lambda x: gradient(state.fast, x))
+    single = (lambda x: gradient(system.fast, x))
     single = Captured(single) if hot.captures else single
-    state.fast.prepare()
+    system.fast.prepare()
     long = replace(config, attack_steps=15, outer_steps=10)
     out = {
         "gradient": (lambda: single(x), f["gradient"]),
         "chain": (lambda: hot.chain(x, None), config.outer_steps * f["gradient"]),
         "attack": (lambda: hot.attack(x, y, 0.0627), config.attack_steps * f["gradient"]),
         "update": (lambda: hot.update(y, None, x, x, x, None, None), 3 * f["update"]),
-        "train step": (lambda: train_step(state, raw, y, 1e-3), step_flops(config, f)),
+        "train step": (lambda: one_update(state, raw, y), step_flops(config, f)),
     }
     def whole():
-        state.config = long
-        train_step(state, raw, y, 1e-3)
+        system.config = long
+        one_update(state, raw, y)
     def paper():
-        state.hot = None
-        state.soften()
-        state.config = long
-        state.hot = HotPaths(state)
+        system.back_off(0)          # records anew
+        system.config = long
     return out, (paper, whole, step_flops(long, f)), state
 
 
@@ -272,7 +274,7 @@ def pilots(args):
             with executing(config, config.threads) as at:
                 state, rows = train_for(config, images, at, 3 if args.dry else args.each, end)
                 n = 20 if args.dry else 1000
-                scores = dict(accuracy=accuracy(state.fast, images.test_x[:n], images.test_y[:n]), pgd10=robust_accuracy(state.fast, images.test_x[:n], images.test_y[:n], 0.0627, 10))
+                scores = dict(accuracy=accuracy(state.system.fast, images.test_x[:n], images.test_y[:n]), pgd10=robust_accuracy(state.system.fast, images.test_x[:n], images.test_y[:n], 0.0627, 10))
                 found.append(dict(name=name, **scores, updates=state.step, seconds=round(state.seconds, 1), images_per_second=round(state.step * config.batch_size / state.seconds), recoveries=len(state.events), last=rows[-1], changes=PILOTS[name]))
                 say("pilot:", {k: v for k, v in found[-1].items() if k not in ("last", "changes")}, {k: round(rows[-1][k], 3) for k in ("loss", "energy_gap", "gradient_norm", "sampled_std") if k in rows[-1]})
                 del state
@@ -300,9 +302,9 @@ def settings(system, args):
 def train_for(config, images, at, seconds, guard):
     "Train for a time: its pace is measured after the first updates, then the schedule covers exactly the updates that fit."
     began = time.perf_counter()
-    state = states.TrainState(config, images, at)
+    state = TrainState(config, images, at)
     batches = Batches(images.train_x, images.train_y, config.batch_size, config.seed, at.device)
-    health, rows = Health(), []
+    health, rows = Health(state.system), []
     total, marks, first = None, {}, 10 if config.device == "cpu" else 60
     def flush(lr):
         row = {k: torch.stack([p[k].float() for p in state.pending]).mean().item() for k in state.pending[0]}
@@ -313,21 +315,21 @@ def train_for(config, images, at, seconds, guard):
     while total is None or state.step < total:
         for x, y in batches.epoch(state.step // len(batches), state.step % len(batches)):
             lr = state.config.lr * lr_factor(state.config, state.step, len(batches))
-            state.pending.append(train_step(state, x, y, lr))
+            state.update(x, y, lr)
             if state.step in (first // 2, first) and total is None:
                 sync(at.device)
                 marks[state.step] = time.perf_counter()
                 if state.step == first:
                     pace = (marks[first] - marks[first // 2]) / (first - first // 2)
                     total = first + max(1, int(0.985 * seconds / pace))         # what the first updates take is warming up, not training
-                    state.asked = replace(state.asked, updates=total)
-                    state.config = replace(state.config, updates=total)
+                    state.system.asked = replace(state.system.asked, updates=total)
+                    state.system.config = replace(state.config, updates=total)
                     say(f"{config.system}: {1e3 * pace:.2f} ms an update, {config.batch_size / pace:.0f} images/s, {total} updates, {total / len(batches):.1f} epochs")
             if state.step % config.log_every == 0 or state.step == total:
                 row = flush(lr)
                 if state.step % (10 * config.log_every) == 0:
                     say(config.system, {k: round(v, 3) for k, v in row.items()})
-                if why := health.check(row, state.config):
+                if why := health.check(row):
                     if len(state.events) >= config.recoveries:
                         raise Diverged(why)
                     say(config.system, "recovers:", why)
@@ -347,15 +349,15 @@ def train_for(config, images, at, seconds, guard):
 
 
 def save_run(state, rows, config, images, at):
-    config = replace(config, updates=state.asked.updates)
+    config = replace(config, updates=state.system.asked.updates)
     folder = Path(config.folder)
     write_json(folder / "config.json", config.to_dict())
     (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     seen = state.step * config.batch_size
     events = {"events": state.events} if state.events else {}
     write_json(folder / "summary.json", dict(system=config.system, dataset=config.dataset, fingerprint=images.fingerprint, updates=state.step, images_seen=seen, seconds=round(state.seconds, 2), processes=1,
-               images_per_second=round(seen / state.seconds, 1), parameters=sum(p.numel() for p in state.model.parameters()), recoveries=len(state.events), **events, **provenance(at.device, at.policy)))
-    rounded = {k: v.to(torch.bfloat16).to(v.dtype) if v.is_floating_point() else v for k, v in state.result().items()}     # the weights that are kept are the weights that are judged
+               images_per_second=round(seen / state.seconds, 1), parameters=sum(p.numel() for p in state.system.network.parameters()), recoveries=len(state.events), **events, **provenance(at.device, at.policy)))
+    rounded = {k: v.to(torch.bfloat16).to(v.dtype) if v.is_floating_point() else v for k, v in state.system.weights().items()}     # the weights that are kept are the weights that are judged
     write_tensors(folder / "model.safetensors", rounded)
     return Run(folder)
 
@@ -428,14 +430,13 @@ def draw(run, args, guard):
 
 def share_prior():
     "Fit the class Gaussians once: every system of a data set starts its chains from the same."
-    fitted, fit = {}, run_folders.build_prior
+    fitted, fit = {}, hybrid.build_prior
     def build_prior(config, images, device="cpu"):
         key = (images.fingerprint, config.prior)
         if key not in fitted:
             fitted[key] = fit(config, images, "cuda" if torch.cuda.is_available() else "cpu")
         return fitted[key].to(device)
-    run_folders.build_prior = states.build_prior = build_prior
-    sample.build_prior = build_prior
+    hybrid.build_prior = sample.build_prior = build_prior
 
 
 def all_systems(args):

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .naive import Reference, flops, step_flops
-from .scaling import modelled_seconds, processes, random_images, seconds
+from .scaling import modelled_seconds, one_update, processes, random_images, seconds
 from ..core.config import Config, option
 from ..core.files import write_bytes, write_json
 from ..core.images import Images, progress_bar
@@ -25,10 +25,9 @@ from ..ebm.samplers import proximal_sgld
 from ..engine.checkpoints import TrainState
 from ..engine.runs import provenance
 from ..engine.runtime import Execution, Policy, choose_policy, executing, fast_bfloat16
-from ..engine.sample import generate
-from ..engine.train import train_step
 from ..networks.wide_resnet import WideResNet
 from ..systems.catalog import TrainConfig, configure
+from ..systems.hybrid import generate
 
 # %% ../../nbs/bench/02_benchmark.ipynb #e821bad6
 @dataclass(frozen=True)
@@ -127,12 +126,14 @@ def reference_works(c: BenchmarkConfig, config: TrainConfig, device, prior) -> d
 def our_works(c: BenchmarkConfig, config: TrainConfig, at: Execution, images: Images) -> dict[str, Callable]:
     "Each workload as the package does it, under a policy."
     state, (x, y, raw) = TrainState(config, images, at), _fixed(c, config.batch_size, at.device)
-    state.model.train(); prior, labels = state.buffer.prior, torch.arange(2000) % 10
+    system = state.system
+    system.network.train()
+    prior, labels = system.prior, torch.arange(2000) % 10
     def score():
-        with torch.no_grad(): _frechet(state.model.features(x))
-    return {"sampler": lambda: proximal_sgld(state.fast, x, c.steps, config.inner_steps, config.sampler_step_size),
-            "attack": lambda: pgd(state.fast, x, y, config.eps, c.steps), "update": lambda: train_step(state, raw, y, 1e-3), "prior": lambda: prior.sample(labels),
-            "generation": lambda: generate(state.fast, prior, y.cpu(), "combined", sampler=config, target_steps=c.steps, outer_steps=c.steps, attack_statistics="batch"), "scoring": score}
+        with torch.no_grad(): _frechet(system.network.features(x))
+    return {"sampler": lambda: proximal_sgld(system.fast, x, c.steps, config.inner_steps, config.sampler_step_size),
+            "attack": lambda: pgd(system.fast, x, y, config.eps, c.steps), "update": lambda: one_update(state, raw, y), "prior": lambda: prior.sample(labels),
+            "generation": lambda: generate(system.fast, prior, y.cpu(), "combined", sampler=config, target_steps=c.steps, outer_steps=c.steps, attack_statistics="batch"), "scoring": score}
 
 def _work_done(c: BenchmarkConfig, config: TrainConfig, f: dict, name: str, ours: bool) -> tuple[float, float]:
     "Images (for sampler and attack: images × steps) and floating-point operations of one call."
@@ -170,7 +171,7 @@ def benchmark(config: BenchmarkConfig, progress: bool = True) -> dict:
             policies = {p: choose_policy(device, **c.policy(p)) for p in c.policies}
             ours = {f"{p.precision}, {'eager' if p.compile == 'off' else 'compiled' if p.compile == 'default' else p.compile}": p for p in policies.values()}
             works = {name: our_works(c, train, Execution(at.world, device, p, at.deadline), images) for name, p in ours.items()}
-            prior = TrainState(train, images, Execution(at.world, device, choose_policy(device, "float32", "off"), at.deadline)).buffer.prior
+            prior = TrainState(train, images, Execution(at.world, device, choose_policy(device, "float32", "off"), at.deadline)).system.prior
             works = {"reference": reference_works(c, train, device, prior)} | works
             table = out["tables"][str(batch)] = {}
             for w in progress_bar(WORKLOADS, desc=f"batch {batch}", disable=not progress):

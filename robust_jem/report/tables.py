@@ -21,7 +21,7 @@ from ..core.errors import InputError
 from ..core.files import read_json, write_bytes, write_json
 from ..engine.runs import Run
 from ..judge.robustness import eps_at_accuracy
-from ..systems.catalog import HOW, HYBRIDS, SYSTEMS, TABLE1, Row
+from ..systems.catalog import HYBRIDS, RUNTIME_FIELDS, SYSTEMS, TABLE1, Row
 
 # %% ../../nbs/report/00_tables.ipynb #8d44e455
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def collect(
         for name, s in r.scores().items():                                   # an evaluation that was cut short may have left other scores beside these
             if other := next((k for k in ("extractor_key", "fingerprint", "splits", "precision") if name != "classification" and k in held and s.get(k, held[k]) != held[k]), None):
                 raise InputError(f"runs: {r.path}/scores: {name} and held-out differ in {other} ({s[other]} and {held[other]}); run `robust-jem evaluate {r.path}` to its end")
-    free = HOW | {"system", "seed", "precision"}
+    free = RUNTIME_FIELDS | {"system", "seed", "precision"}
     for mine in [*groups.values(), [m[0] for m in groups.values()]]:       # seeds of one system, then the systems among each other
         measured = lambda r: {k: r.scores()[part][v] for k, part, v in _MEASURED}
         same_system = len({r.config.system for r in mine}) == 1
@@ -133,7 +133,7 @@ def _notes(groups, runs, quality, fd) -> list[str]:
                 if n not in ("classification", "held-out", "prior"): rows.setdefault(_drawn_as(n), []).append(s["samples"])
         for name, (g, *others) in sorted(rows.items()):
             for s in others:
-                if other := [k for k, v in s.items() if k not in HOW | {"seed", "name"} and v != g[k]]:
+                if other := [k for k, v in s.items() if k not in RUNTIME_FIELDS | {"seed", "name"} and v != g[k]]:
                     raise InputError(f"runs: sample sets called {name} of {SYSTEMS[system].title} differ in {other[0]} ({s[other[0]]} and {g[other[0]]}), so they can't share a row; name one otherwise")
             c, seeds = mine[0].config, sorted({s["seed"] for s in (g, *others)})
             step, inner = c.sampler_step_size if g["sampler_step_size"] is None else g["sampler_step_size"], f" × {g['inner_steps']} inner" if c.sampler == "proximal" else ""
