@@ -32,7 +32,8 @@ from robust_jem.core.errors import InputError
 from robust_jem.core.files import read_tensors
 from robust_jem.ebm import attacks, energy, objectives, replay, samplers
 from robust_jem.ebm.priors import GaussianMixturePrior, UniformPrior
-from robust_jem.engine import run_log, runtime, sample, train as engine_train
+from robust_jem.engine import run_log, runtime, sample
+from robust_jem.engine.checkpoints import TrainState
 from robust_jem.engine.recovery import Diverged
 from robust_jem.engine.runs import Run
 from robust_jem.engine.sample import RobustJEM
@@ -414,16 +415,16 @@ DIVERGING = CONFIG | dict(
 @contextlib.contextmanager
 def not_a_number(at):
     "Once, before the update after `at`, write NaN into a weight."
-    real, done = engine_train.train_step, []
+    real, done = TrainState.update, []
 
-    def step(state, *a):
+    def update(state, *a):
         if state.step == at and not done:
             done.append(1)
             with torch.no_grad():
-                next(state.model.parameters()).view(-1)[0] = float("nan")
-        return real(state, *a)
+                next(state.system.parameters()).view(-1)[0] = float("nan")
+        real(state, *a)
 
-    with mock.patch.object(engine_train, "train_step", step):
+    with mock.patch.object(TrainState, "update", update):
         yield
 
 

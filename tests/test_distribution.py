@@ -20,29 +20,31 @@ OPTIONS = "--system robust_jem --dataset digits@0-4 --epochs 2 --attack-steps 2 
 GRADIENT = '''
 import gc, sys, torch
 from robust_jem.core.images import load_images, to_unit
-from robust_jem.engine import checkpoints
+from robust_jem.engine.checkpoints import TrainState
 from robust_jem.engine.runtime import executing
+from robust_jem.systems import hybrid
 from robust_jem.systems.catalog import TrainConfig, configure
 
-build = checkpoints.build_model
-checkpoints.build_model = lambda *a: build(*a).double()
+build = hybrid.build_model
+hybrid.build_model = lambda *a: build(*a).double()
 images = load_images("digits")
 
 def settings(norm):
     return configure(TrainConfig, "robust_jem", norm=norm, batch_size=16, buffer_size=16, device="cpu", precision="float32", clean_weight=0.5, energy_penalty=0.01)
 
 def measure(norm, at):
-    s = checkpoints.TrainState(settings(norm), images, at)
+    state = TrainState(settings(norm), images, at)
+    system, network = state.system, state.system.network
     g = torch.Generator().manual_seed(0)
     x, y = to_unit(images.train_x[:16]).double(), images.train_y[:16]
     adv, sampled = (x + 0.1 * torch.randn(x.shape, generator=g, dtype=torch.float64) for _ in range(2))
     mine = slice(at.world.rank, None, at.world.size)
-    s.model.train()
-    loss, _ = s.objective(y[mine], x_clean=x[mine], x_adversarial=adv[mine], x_real=x[mine], x_sampled=sampled[mine])
-    loss.backward()
-    gradient = torch.cat([p.grad.flatten() for p in s.model.parameters()])
-    s._average_statistics()
-    buffers = torch.cat([b.flatten().double() for b in s.model.buffers()]) if norm == "batch" else torch.zeros(1)
+    network.train()
+    loss, _ = system.loss(y[mine], x[mine], adv[mine], x[mine], sampled[mine])
+    state.stepper.optimize("network", loss)
+    gradient = torch.cat([p.grad.flatten() for p in network.parameters()])
+    state.stepper.average(system.statistics())
+    buffers = torch.cat([b.flatten().double() for b in network.buffers()]) if norm == "batch" else torch.zeros(1)
     torch.save({"gradient": gradient, "buffers": buffers, "y": y[mine]}, f"{norm}-{at.world.rank}of{at.world.size}.pt")
     at.world.wait()
 
@@ -54,9 +56,10 @@ with executing(settings("none"), 1) as at:
 # The command line with a clock that runs out at the fourth look, however fast the machine is.
 LATE = '''
 import sys
-from robust_jem import cli, execution
+from robust_jem.app import cli
+from robust_jem.engine.runtime import Deadline
 looks = []
-execution.Deadline.reached = lambda self: looks.append(1) or len(looks) == 4
+Deadline.reached = lambda self: looks.append(1) or len(looks) == 4
 sys.exit(cli.main(sys.argv[1:] + ["--max-minutes", "1"]))
 '''
 
@@ -125,8 +128,8 @@ def test_two_processes_train_resume_and_generate(torchrun, ranks, here, cli):
     whole = Run(here / "whole")
     assert whole.summary["processes"] == 2 and whole.summary["updates"] == 22 and [r["step"] for r in whole.metrics()] == [5, 10, 11, 15, 20, 22]
     tensors, meta = read_tensors(whole.checkpoints()[0])
-    assert meta["processes"] == 2 and tensors["buffer.x"].shape[0] == 200 and len(tensors["generator.noise"]) == 2
-    assert not torch.equal(*tensors["generator.noise"]) and not torch.equal(tensors["buffer.x"][:100], tensors["buffer.x"][100:])
+    assert meta["processes"] == 2 and tensors["system.replay_x"].shape[0] == 200 and len(tensors["generator.noise"]) == 2
+    assert not torch.equal(*tensors["generator.noise"]) and not torch.equal(*tensors["system.replay_x"].chunk(2))
 
     # in pieces, on two processes: the same bits
     (here / "late.py").write_text(LATE)

@@ -77,7 +77,7 @@ def test_accelerated_network_is_a_classifier_like_any_other(digits, precision):
     chain = proximal_sgld(score_of(fast), x, 3, 5, 0.04)
     assert adv.dtype == chain.dtype == torch.float32 and (adv - x).abs().max() <= 0.1 + 1e-6
     assert all(torch.equal(v, before[k]) for k, v in network.state_dict().items()) and all(p.requires_grad and p.grad is None for p in network.parameters())
-    F.cross_entropy(fast(x), y).backward()
+    F.cross_entropy(fast.for_update(x), y).backward()
     assert all(p.grad is not None and p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in network.parameters())
 
 
@@ -111,7 +111,7 @@ def test_compiled_network_computes_the_same(digits, make, norm):
     grads = []
     for f in (eager, compiled):
         network.zero_grad(); copied = copy.deepcopy(network.state_dict())
-        F.cross_entropy(f(x), digits.test_y[:16]).backward()
+        F.cross_entropy(f.for_update(x), digits.test_y[:16]).backward()
         grads.append(torch.cat([p.grad.flatten().clone() for p in network.parameters()])); after = copy.deepcopy(network.state_dict()); network.load_state_dict(copied)
     assert torch.allclose(*grads, atol=1e-5 * grads[0].abs().max().item(), rtol=1e-3)
     assert not torch.equal(after[f"{norm}.running_mean"], copied[f"{norm}.running_mean"])     # the compiled pass moves the averages too

@@ -179,20 +179,20 @@ def without(tensors, part):
 
 
 def renamed(tensors, meta):
-    tensors["model.stem.other"] = tensors.pop(first_of(tensors, "model.stem"))
+    tensors["system.network.stem.other"] = tensors.pop(first_of(tensors, "system.network.stem"))
 
 
 def reshaped(tensors, meta):
-    name = next(k for k in tensors if k.startswith("model.trunk") and tensors[k].ndim == 4)
+    name = next(k for k in tensors if k.startswith("system.network.trunk") and tensors[k].ndim == 4)
     tensors[name] = tensors[name][:, :1].contiguous()
 
 
 def chains_of_another_size(tensors, meta):
-    tensors["buffer.x"] = tensors["buffer.x"][..., :4].contiguous()
+    tensors["system.replay_x"] = tensors["system.replay_x"][..., :4].contiguous()
 
 
 def fewer_chains(tensors, meta):
-    for name in ("buffer.x", "buffer.y"):
+    for name in ("system.replay_x", "system.replay_y"):
         tensors[name] = tensors[name][:7].clone()
 
 
@@ -213,7 +213,7 @@ MISFITS = {
     "fewer chains": fewer_chains,
     "no optimizer": lambda tensors, meta: without(tensors, "optimizer."),
     "momentum of another shape": momentum_of_another_shape,
-    "no average": lambda tensors, meta: without(tensors, "average."),
+    "no average": lambda tensors, meta: without(tensors, "system.average."),
     "no generators": lambda tensors, meta: without(tensors, "generator."),
     "random state of noise": random_state_of_noise,
     "no step": lambda tensors, meta: meta.pop("step"),

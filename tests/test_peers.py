@@ -16,9 +16,9 @@ from robust_jem.ebm import energy
 from robust_jem.ebm.attacks import pgd
 from robust_jem.ebm.priors import UniformPrior
 from robust_jem.ebm.samplers import proximal_sgld, sgld
-from robust_jem.engine.sample import METHODS, generate
 from robust_jem.judge import sample_scores
 from robust_jem.systems.catalog import TrainConfig
+from robust_jem.systems.hybrid import METHODS, generate
 
 modest = settings(max_examples=30, deadline=None, derandomize=True)
 

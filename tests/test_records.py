@@ -14,15 +14,17 @@ from conftest import snapshot
 from robust_jem.app.cli import parse
 from robust_jem.core.errors import InputError
 from robust_jem.core.files import read_json, read_tensors, write_json, write_tensors
+from robust_jem.core.images import load_images
 from robust_jem.ebm.attacks import pgd
 from robust_jem.ebm.energy import joint_energy
 from robust_jem.ebm.objectives import Terms, hybrid_loss
-from robust_jem.engine import sample
 from robust_jem.engine.recovery import Health
+from robust_jem.engine.runtime import as_written
 from robust_jem.engine.runs import Run
 from robust_jem.engine.sample import RobustJEM, generate_samples
 from robust_jem.judge.extractors import feature_extractor
-from robust_jem.systems.catalog import GenerateConfig, TrainConfig
+from robust_jem.systems import hybrid
+from robust_jem.systems.catalog import GenerateConfig, TrainConfig, build_system, configure
 
 SMALL = ("--num-samples", 12, "--batch-size", 3, "--outer-steps", 1, "--device", "cpu")
 
@@ -38,7 +40,7 @@ def moved(run, by=0.01):
 
 def test_sampling_took_no_longer_than_the_call(runs, monkeypatch):
     "A slow start is counted once, not once a batch."
-    calls, real = [], sample.generate
+    calls, real = [], hybrid.generate
 
     def slow_at_first(*a, **kw):
         if not calls:
@@ -46,7 +48,7 @@ def test_sampling_took_no_longer_than_the_call(runs, monkeypatch):
         calls.append(1)
         return real(*a, **kw)
 
-    monkeypatch.setattr(sample, "generate", slow_at_first)
+    monkeypatch.setattr(hybrid, "generate", slow_at_first)
     began = time.perf_counter()
     folder = generate_samples(
         GenerateConfig(
@@ -257,11 +259,11 @@ def test_labels_of_any_integer_kind(kind):
 
 def test_small_gradients_are_no_jump():
     "Near the end of a good fit most gradients vanish; one that doesn't is no divergence, one that explodes is."
-    health, config = Health(), TrainConfig()
+    health = Health(build_system(configure(TrainConfig), load_images("digits"), as_written()))
     for _ in range(30):
-        assert health.check({"gradient_norm": 0.001}, config) is None
-    assert health.check({"gradient_norm": 2.4}, config) is None
-    assert "gradient norm" in health.check({"gradient_norm": 50.0}, config)
+        assert health.check({"gradient_norm": 0.001}) is None
+    assert health.check({"gradient_norm": 2.4}) is None
+    assert "gradient norm" in health.check({"gradient_norm": 50.0})
 
 
 # Changed data

@@ -1,536 +1,422 @@
-"""CIFAR-10 on a GPU that is there for minutes: measure, train, draw, judge, each within a time that is given.
+"""CIFAR-10 on a GPU that is there for minutes; each stage takes the time that it is given.
 
-    python gpu.py measure OUT --seconds 110              times the variants of the hot paths; writes runtime.tuned.json
-    python gpu.py all OUT --seconds 480                  three systems for an equal time each, then 10,000 samples a row
-    python gpu.py judge OUT --extractor FILE.pt          accuracy, PGD-20 and sample scores of what `all` left
-    python gpu.py all OUT --dry                          the same on a CPU, in minutes: a tiny network and few images
+    python gpu.py measure OUT --seconds 105     times the variants of the hot paths; choice in RUNS/runtime.tuned.json
+    python gpu.py pilots OUT --seconds 95       short trainings, judged on training images that were kept aside
+    python gpu.py all OUT --seconds 440         three systems for an equal time each, and 10,000 samples a row
+    python gpu.py judge OUT --extractor FILE    accuracy, PGD-20 and sample scores of what `all` left
+    python gpu.py trunk OUT FILE                a copy of a TorchScript file for a PyTorch that lacks an operator
+    python gpu.py all OUT --dry                 the same on a CPU in a minute: a tiny network, few images
 
-RUNS (--runs) keeps run folders while the machine is held; OUT is what is brought back. A system that is finished is not
-trained again, so a later occasion goes on with what is missing. $ROBUST_JEM_DATA holds cifar10/{train,test}/<class>/*.
+RUNS (--runs) keeps run folders while the machine is held; OUT is what is brought back, in pieces of at most
+15 MiB. A system that is finished isn't trained again, so a later occasion goes on with what is missing; a cut
+loses at most the system in work. $ROBUST_JEM_DATA holds cifar10/{train,test}/<class>/*.
 """
 import argparse
 import json
+import os
 import shutil
-import statistics
+import sys
 import time
 import traceback
 import warnings
-from contextlib import nullcontext
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from robust_jem.bench.naive import Naive, flops, step_flops
-from robust_jem.core.files import write_json, write_tensors
+from robust_jem.bench.tune import TuneConfig, markdown, random_images, tune
+from robust_jem.core.files import read_json, write_bytes, write_json, write_tensors
 from robust_jem.core.images import Batches, Images, load_images
-from robust_jem.core.random import stream
-from robust_jem.ebm.energy import marginal_energy, untouched, input_gradient
-from robust_jem.engine import checkpoints as states, runs as run_folders, sample
-from robust_jem.engine.distributed import World
-from robust_jem.engine.graphs import Captured
+from robust_jem.engine.checkpoints import TrainState
 from robust_jem.engine.recovery import Diverged, Health
 from robust_jem.engine.runs import Run, provenance
-from robust_jem.engine.runtime import Deadline, Execution, choose_policy, executing
+from robust_jem.engine.runtime import executing
 from robust_jem.engine.sample import RobustJEM, generate_samples
-from robust_jem.engine.train import HotPaths, lr_factor, train_step
+from robust_jem.engine.train import lr_factor
 from robust_jem.judge.evaluate import evaluate_run
 from robust_jem.judge.robustness import accuracy, robust_accuracy
-from robust_jem.networks.fused import can_fuse
-from robust_jem.networks.wide_resnet import WideResNet
+from robust_jem.systems import hybrid
 from robust_jem.systems.catalog import EvaluateConfig, GenerateConfig, TrainConfig, configure
 
 BEGAN = time.perf_counter()
-SYSTEMS = ("robust_jem", "jempp", "robust_classifier")
-ROWS = {"robust_jem": ("combined", "energy", "attack"), "jempp": ("energy",), "robust_classifier": ("attack",)}
-DRY = dict(depth=10, width=1, batch_size=16, buffer_size=200, attack_steps=1, outer_steps=1, warmup_steps=2, eps_warmup=2, threads=1)
-
-
-def say(*words):
-    print(f"[{time.perf_counter() - BEGAN:6.1f} s]", *words, flush=True)
-
-
-def sync(device):
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-# ------------------------------------------------------------------------------------------------------- measure
-
-def timed(work, device, repeats=5, warmups=4):
-    "Median seconds of a call, after warm-ups (which record the graphs)."
-    for _ in range(warmups):
-        work()
-    seconds = []
-    for _ in range(repeats):
-        sync(device)
-        began = time.perf_counter()
-        work()
-        sync(device)
-        seconds.append(time.perf_counter() - began)
-    return statistics.median(seconds)
-
-
-def random_set(n=2000):
-    x = torch.randint(256, (n, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    y = torch.arange(n) % 10
-    return Images("random", x, y, x[:20], y[:20], tuple(map(str, range(10))))
-
-
-def peak(device):
-    "Operations a second of a large bfloat16 product."
-    n = 8192 if device.type == "cuda" else 256
-    a = torch.randn(n, n, device=device).to(torch.bfloat16 if device.type == "cuda" else torch.float32)
-    return 2 * n**3 / timed(lambda: a @ a, device, 10)
-
-
-def gradient(net, x):
-    with untouched(net):
-        return input_gradient(net, x, lambda logits: -marginal_energy(logits))
-
-
-def agreement(depth, width, compile, device):
-    "How far logits and input gradient are from float64, relative to their size."
-    torch.manual_seed(0)
-    net = WideResNet(depth, width).to(device).train()
-    x = torch.rand(16, 3, 32, 32, device=device) * 2 - 1
-    exact = gradient(net.double(), x.double())
-    logits = net(x.double())
-    net.float()
-    fast = choose_policy(device, "bfloat16" if device.type == "cuda" else "float32", compile).accelerate(net)
-    near = gradient(fast, x)
-    with torch.no_grad(), untouched(net):
-        out = fast(x)
-    relative = lambda a, b: float((a.double() - b).norm() / b.norm())
-    return {"logits": relative(out, logits), "gradient": relative(near, exact)}
-
-
-def workloads(depth, width, batch, compile, device, changes):
-    "The hot paths of one variant on the real shapes, and the work in each: name → (call, images, FLOPs an image)."
-    config = configure(TrainConfig, "robust_jem", "cifar10", "h100", depth=depth, width=width, batch_size=batch, buffer_size=4 * batch, compile=compile, eps_warmup=0, **changes)
-    policy = choose_policy(device, "bfloat16" if device.type == "cuda" else "float32", compile)
-    at = Execution(World(), device, policy, Deadline(0))
-    images = random_set(max(2000, batch))
-    state = states.TrainState(config, images, at)
-    state.model.train()
-    hot = state.hot = HotPaths(state)
-    x = images.train_x[:batch].to(device).float() / 127.5 - 1
-    raw, y = images.train_x[:batch].to(device), images.train_y[:batch].to(device)
-    f = flops(WideResNet(depth, width), (3, 32, 32))
-    single = (lambda x: gradient(state.fast, x))
-    single = Captured(single) if hot.captures else single
-    state.fast.prepare()
-    long = replace(config, attack_steps=15, outer_steps=10)
-    out = {
-        "gradient": (lambda: single(x), f["gradient"]),
-        "chain": (lambda: hot.chain(x, None), config.outer_steps * f["gradient"]),
-        "attack": (lambda: hot.attack(x, y, 0.0627), config.attack_steps * f["gradient"]),
-        "update": (lambda: hot.update(y, None, x, x, x, None, None), 3 * f["update"]),
-        "train step": (lambda: train_step(state, raw, y, 1e-3), step_flops(config, f)),
-    }
-    def whole():
-        state.config = long
-        train_step(state, raw, y, 1e-3)
-    def paper():
-        state.hot = None
-        state.soften()
-        state.config = long
-        state.hot = HotPaths(state)
-    return out, (paper, whole, step_flops(long, f)), state
-
-
-def profile(work, device, file):
-    from torch.profiler import ProfilerActivity
-    from torch.profiler import profile as recorded
-    with recorded(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU] if device.type == "cuda" else [ProfilerActivity.CPU]) as p:
-        for _ in range(3):
-            work()
-        sync(device)
-    key = "self_cuda_time_total" if device.type == "cuda" else "self_cpu_time_total"
-    rows = sorted(p.key_averages(), key=lambda e: -getattr(e, key.replace("cuda", "device"), 0))[:40]
-    time_of = lambda e: getattr(e, key.replace("cuda", "device"), 0)
-    total = sum(time_of(e) for e in p.key_averages())
-    lines = [f"{time_of(e) / 3e3:9.3f} ms  {100 * time_of(e) / max(total, 1e-9):5.1f} %  {e.count // 3:5d} calls  {e.key[:140]}" for e in rows]
-    Path(file).write_text(f"total {total / 3e3:.3f} ms a call\n" + "\n".join(lines) + "\n")
-    say(f"profile {Path(file).name}: {total / 3e3:.3f} ms a call")
-    for line in lines[:14]:
-        print("   ", line)
-
-
-def measure(args):
-    out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
-    end = time.perf_counter() + args.seconds
-    late = lambda reserve=0: time.perf_counter() + reserve > end
-    with executing(TrainConfig(device="cpu" if args.dry else "auto")) as at:
-        device = at.device
-        found = {"peak TFLOP/s": peak(device) / 1e12, **provenance(device), "agreement": {}, "networks": {}, "failed": {}}
-        say("peak", round(found["peak TFLOP/s"], 1), "TFLOP/s on", found["device"])
-        fused = ["fused"] if device.type == "cuda" else []
-        small = (10, 1, 16)
-        plan = [((28, 4, 256), ["off", *fused], {}), ((28, 4, 128), fused, {}), ((28, 4, 256), fused, {"attack_statistics": "running"}), ((28, 10, 64), fused, {}),
-                ((28, 10, 256), fused, {}), ((28, 4, 512), fused, {}), ((28, 10, 64), ["off"], {}), ((28, 4, 256), ["default"], {}), ((28, 4, 256), ["max-autotune"], {})]
-        if args.dry:
-            plan = [(small, ["off"], {}), (small, ["off"], {"attack_statistics": "running"}), (small, ["default"], {})]
-        for compile in ("off", *fused):
-            try:
-                found["agreement"][compile] = agreement(*(small[:2] if args.dry else (28, 4)), compile, device)
-                say("agreement with float64:", compile, found["agreement"][compile])
-            except Exception:
-                found["failed"][f"agreement {compile}"] = traceback.format_exc()
-                say("FAILED agreement", compile, traceback.format_exc()[-1500:])
-        profiled = set()
-        for (depth, width, batch), variants, changes in plan:
-            for compile in variants:
-                name = f"WRN-{depth}-{width}, batch {batch}"
-                variant = compile + "".join(f", {k} {v}" for k, v in changes.items())
-                if late(45 if compile == "default" else 200 if compile == "max-autotune" else 8):
-                    say("no time for", name, variant)
-                    continue
-                try:
-                    row, state = {}, None
-                    works, (to_paper, whole, paper_flops), state = workloads(depth, width, batch, compile, device, changes)
-                    for what, (work, ops) in works.items():
-                        seconds = timed(work, device)
-                        row[what] = {"ms": 1e3 * seconds, "images/s": batch / seconds, "TFLOP/s": batch * ops / seconds / 1e12, "share of peak": batch * ops / seconds / 1e12 / found["peak TFLOP/s"]}
-                    if device.type == "cuda":
-                        row["peak GiB"] = torch.cuda.max_memory_allocated(device) / 2**30
-                    if (width, compile) not in profiled and (width, compile) in {(4, "off"), (4, "fused"), (10, "fused")} or args.dry and not profiled:
-                        profiled.add((width, compile))
-                        for what in ("gradient", "update"):
-                            profile(works[what][0], device, out / f"profile-wrn-{depth}-{width}-{compile}-{what}.txt")
-                    if not late(10):
-                        to_paper()
-                        seconds = timed(whole, device, 3)
-                        row["train step, PGD-15 and 10 chain steps"] = {"ms": 1e3 * seconds, "images/s": batch / seconds, "TFLOP/s": batch * paper_flops / seconds / 1e12,
-                                                                       "share of peak": batch * paper_flops / seconds / 1e12 / found["peak TFLOP/s"]}
-                    found["networks"].setdefault(name, {})[variant] = row
-                    say(name, variant, {k: {a: round(b, 3 if a == "share of peak" else 1) for a, b in v.items()} if isinstance(v, dict) else round(v, 2) for k, v in row.items()})
-                except Exception:
-                    found["failed"][f"{name} {variant}"] = traceback.format_exc()
-                    say("FAILED", name, variant, traceback.format_exc()[-2500:])
-                finally:
-                    works = state = None
-                    if device.type == "cuda":
-                        torch.cuda.empty_cache()
-                write_json(out / "measure.json", found)
-        if not args.dry and not late(12):
-            try:
-                config = configure(TrainConfig, "robust_jem", "cifar10", "paper", depth=28, width=10, batch_size=64)
-                reference = Naive(config, device, torch.zeros(10, 3072), torch.eye(3072).expand(10, -1, -1))
-                x, y = torch.rand(64, 3, 32, 32, device=device) * 2 - 1, torch.arange(64, device=device) % 10
-                seconds = timed(lambda: reference.update(x, y, x), device, 2, 1)
-                found["reference WRN-28-10, batch 64, PGD-15 and 10 chain steps"] = {"ms": 1e3 * seconds, "images/s": 64 / seconds}
-                say("reference", found["reference WRN-28-10, batch 64, PGD-15 and 10 chain steps"])
-            except Exception:
-                found["failed"]["reference"] = traceback.format_exc()
-        tuned = {}
-        for name, variants in found["networks"].items():
-            plain = {v: r for v, r in variants.items() if "," not in v and "train step" in r}
-            if plain:
-                tuned[name] = max(plain, key=lambda v: plain[v]["train step"]["images/s"])
-        found["tuned"] = tuned
-        write_json(out / "measure.json", found)
-        for folder in (out, Path(args.runs)):
-            write_json(folder / "runtime.tuned.json", {"device": found["device"], "torch": found["torch"], "choice": tuned})
-        say("tuned:", tuned)
-
-
-# ------------------------------------------------------------------------------------------------------- pilots
-
+ROWS = {
+    "robust_jem": ("combined", "energy", "attack"),
+    "jempp": ("energy",),
+    "robust_classifier": ("attack",),
+}
+DRY = dict(depth=10, width=1, batch_size=16, buffer_size=200, attack_steps=1, outer_steps=1, warmup_steps=2, threads=1)
 PILOTS = {
     "batch 256, lr 0.1": dict(batch_size=256, lr=0.1),
-    "batch 128, lr 0.1": dict(),
-    "batch 128, lr 0.2": dict(lr=0.2),
-    "attack by running statistics": dict(attack_statistics="running"),
-    "3 chain steps": dict(outer_steps=3),
-    "likelihood without augmentation": dict(likelihood_augment=False),
+    "batch 128, lr 0.1": dict(batch_size=128, lr=0.1),
+    "batch 128, lr 0.2": dict(batch_size=128, lr=0.2),
+    "attack by running statistics": dict(batch_size=128, lr=0.1, attack_statistics="running"),
+    "3 chain steps": dict(batch_size=128, lr=0.1, outer_steps=3),
+    "likelihood without augmentation": dict(batch_size=128, lr=0.1, likelihood_augment=False),
 }
 
 
-def pilots(args):
-    "Short trainings of the real network, judged on training images that were kept aside: never on the test set."
-    out, end = Path(args.out), BEGAN + args.seconds
-    out.mkdir(parents=True, exist_ok=True)
-    args.compile = tuned(args)
-    share_prior()
-    images = dry_images() if args.dry else load_images("cifar10", download=False)
-    order = torch.randperm(len(images.train_x), generator=torch.Generator().manual_seed(0))
-    few = min(1000, len(order) // 5)
-    aside, kept = order[:few], order[few:]
-    images = replace(images, train_x=images.train_x[kept], train_y=images.train_y[kept], test_x=images.train_x[aside], test_y=images.train_y[aside], fingerprint="")
-    say("images:", images)
-    found = []
-    names = args.pilots or list(PILOTS)
-    for name in names:
-        if time.perf_counter() + args.each + (0 if args.dry else 4) > end:
-            say("no time for pilot:", name)
-            break
-        try:
-            args.settings = json.dumps(dict(warmup_steps=100) | PILOTS[name])
-            config = settings("robust_jem", args)
-            with executing(config, config.threads) as at:
-                state, rows = train_for(config, images, at, 3 if args.dry else args.each, end)
-                n = 20 if args.dry else 1000
-                scores = dict(accuracy=accuracy(state.fast, images.test_x[:n], images.test_y[:n]), pgd10=robust_accuracy(state.fast, images.test_x[:n], images.test_y[:n], 0.0627, 10))
-                found.append(dict(name=name, **scores, updates=state.step, seconds=round(state.seconds, 1), images_per_second=round(state.step * config.batch_size / state.seconds), recoveries=len(state.events), last=rows[-1], changes=PILOTS[name]))
-                say("pilot:", {k: v for k, v in found[-1].items() if k not in ("last", "changes")}, {k: round(rows[-1][k], 3) for k in ("loss", "energy_gap", "gradient_norm", "sampled_std") if k in rows[-1]})
-                del state
-            if at.device.type == "cuda":
-                torch.cuda.empty_cache()
-        except Exception:
-            say("FAILED pilot", name, traceback.format_exc()[-2500:])
-            found.append(dict(name=name, failed=traceback.format_exc()))
-        for folder in (out, Path(args.runs)):
-            write_json(folder / "pilots.json", {"pilots": found, **provenance(at.device)})
+def say(*words):
+    "A line with the seconds since the start."
+    print(f"[{time.perf_counter() - BEGAN:6.1f} s]", *words, flush=True)
 
 
-# ------------------------------------------------------------------------------------------------------- train and draw
-
-RECIPE = dict(width=4, batch_size=128, lr=0.1, eps=0.0627, attack_steps=3, outer_steps=5, warmup_steps=400, eps_warmup=0, schedule="cosine", track_sampled=False, ema_decay=0.0, log_every=100)
-
-
-def settings(system, args):
-    recipe = RECIPE | getattr(args, "chosen", {}) | json.loads(args.settings or "{}")
-    recipe |= json.loads(args.system_settings or "{}").get(system, {})
-    return configure(TrainConfig, system, "cifar10", "h100", seed=args.seed, out=str(Path(args.runs) / f"{system}-s{args.seed}"), device="cpu" if args.dry else "auto", compile=args.compile,
-                     **(recipe | (DRY if args.dry else {})))
+def rounded(row: dict) -> dict:
+    return {k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()}
 
 
-def train_for(config, images, at, seconds, guard):
-    "Train for a time: its pace is measured after the first updates, then the schedule covers exactly the updates that fit."
-    began = time.perf_counter()
-    state = states.TrainState(config, images, at)
-    batches = Batches(images.train_x, images.train_y, config.batch_size, config.seed, at.device)
-    health, rows = Health(), []
-    total, marks, first = None, {}, 10 if config.device == "cpu" else 60
-    def flush(lr):
+# Measuring --------------------------------------------------------------------------------------------------
+
+def measure(args):
+    "Time the variants and keep the choice where `all` looks for it."
+    networks = ("10-1/8",) if args.dry else ("28-4/256", "28-4/128", "28-10/64", "28-10/256", "28-4/512")
+    repeats = 1 if args.dry else 5
+    config = TuneConfig(networks=networks, seconds=args.seconds, out=args.out, device=device(args), repeats=repeats)
+    found = tune(config)
+    print(markdown(found))
+    Path(args.runs).mkdir(parents=True, exist_ok=True)
+    shutil.copy(Path(args.out) / "runtime.tuned.json", args.runs)
+
+
+def device(args) -> str:
+    return "cpu" if args.dry else "auto"
+
+
+def tuned(args) -> str:
+    "The variant that `measure` found fastest for a WRN-28-4; where it hasn't run, what a GPU gets by default."
+    file = Path(args.runs) / "runtime.tuned.json"
+    if args.compile != "tuned" or not file.exists():
+        return "auto" if args.compile == "tuned" else args.compile
+    choice = read_json(file)["choice"]
+    return next((v for k, v in choice.items() if k.startswith("28-4/")), "auto")
+
+
+# Training for a time ----------------------------------------------------------------------------------------
+
+def settings(system: str, args, **changes) -> TrainConfig:
+    "The preset h100, what the command line changes, and for a dry run a tiny network."
+    changes = changes | json.loads(args.settings or "{}") | (DRY if args.dry else {})
+    folder = Path(args.runs) / f"{system}-s{args.seed}"
+    return configure(TrainConfig, system, "cifar10", "h100", seed=args.seed, out=str(folder), device=device(args),
+                     compile=tuned(args), log_every=100, **changes)
+
+
+class TimedTraining:
+    """Train for a number of seconds.
+
+    The pace is measured after the first updates, which compile, search and record; then the schedule covers exactly
+    the updates that fit.
+    """
+
+    def __init__(self, config: TrainConfig, images: Images, runtime, seconds: float, guard: float):
+        self.config, self.seconds, self.guard = config, seconds, guard
+        self.state = TrainState(config, images, runtime)
+        self.batches = Batches(images.train_x, images.train_y, config.batch_size, config.seed, runtime.device)
+        self.health = Health(self.state.system)
+        self.rows: list[dict] = []
+        self.total: int | None = None
+        self.first = 60 if runtime.device.type == "cuda" else 10
+
+    def run(self) -> "TimedTraining":
+        self.began = time.perf_counter()
+        while self.total is None or self.state.step < self.total:
+            for x, y in self.batches.epoch(*divmod(self.state.step, len(self.batches))):
+                lr = self.state.config.lr * lr_factor(self.state.config, self.state.step, len(self.batches))
+                self.state.update(x, y, lr)
+                self.find_pace()
+                if self.judge(lr) or self.state.step == self.total:
+                    break
+        self.wait()
+        self.state.seconds = time.perf_counter() - self.began
+        return self
+
+    def wait(self):
+        if self.state.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def find_pace(self):
+        "Time the second half of the first updates; from then on the number of updates is known."
+        step = self.state.step
+        if self.total is not None or step not in (self.first // 2, self.first):
+            return
+        self.wait()
+        if step < self.first:
+            self.mark = time.perf_counter()
+            return
+        pace = (time.perf_counter() - self.mark) / (self.first - self.first // 2)
+        self.total = self.first + max(1, int(0.985 * self.seconds / pace))
+        system = self.state.system
+        system.asked = replace(system.asked, updates=self.total)
+        system.config = replace(system.config, updates=self.total)
+        size = self.config.batch_size
+        say(f"{self.config.system}: {1e3 * pace:.2f} ms an update, {size / pace:.0f} images/s,",
+            f"{self.total} updates, {self.total / len(self.batches):.1f} epochs")
+
+    def judge(self, lr: float) -> bool:
+        "Every log_every updates: a line of metrics. True where the run went back to an earlier update."
+        state = self.state
+        if state.step % self.config.log_every and state.step != self.total:
+            return False
         row = {k: torch.stack([p[k].float() for p in state.pending]).mean().item() for k in state.pending[0]}
         state.pending.clear()
-        row |= dict(step=state.step, epoch=state.step // len(batches) + 1, lr=lr, seconds=round(time.perf_counter() - began, 2))
-        rows.append(row)
-        return row
-    while total is None or state.step < total:
-        for x, y in batches.epoch(state.step // len(batches), state.step % len(batches)):
-            lr = state.config.lr * lr_factor(state.config, state.step, len(batches))
-            state.pending.append(train_step(state, x, y, lr))
-            if state.step in (first // 2, first) and total is None:
-                sync(at.device)
-                marks[state.step] = time.perf_counter()
-                if state.step == first:
-                    pace = (marks[first] - marks[first // 2]) / (first - first // 2)
-                    total = first + max(1, int(0.985 * seconds / pace))         # what the first updates take is warming up, not training
-                    state.asked = replace(state.asked, updates=total)
-                    state.config = replace(state.config, updates=total)
-                    say(f"{config.system}: {1e3 * pace:.2f} ms an update, {config.batch_size / pace:.0f} images/s, {total} updates, {total / len(batches):.1f} epochs")
-            if state.step % config.log_every == 0 or state.step == total:
-                row = flush(lr)
-                if state.step % (10 * config.log_every) == 0:
-                    say(config.system, {k: round(v, 3) for k, v in row.items()})
-                if why := health.check(row, state.config):
-                    if len(state.events) >= config.recoveries:
-                        raise Diverged(why)
-                    say(config.system, "recovers:", why)
-                    state.recover(*state.snapshot, {"step": state.step, "why": why, "back_to": state.snapshot[0]})
-                    rows[:] = [r for r in rows if r["step"] <= state.step]
-                    health.recall(rows, config)
-                    break
-                state.snapshot = state.copy()
-                if time.perf_counter() > guard:
-                    say(config.system, "stopped by the guard at", state.step, "of", total)
-                    total = state.step
-            if state.step == total:
-                break
-    sync(at.device)
-    state.seconds = time.perf_counter() - began
-    return state, rows
+        seconds = round(time.perf_counter() - self.began, 2)
+        row |= dict(step=state.step, epoch=(state.step - 1) // len(self.batches) + 1, lr=lr, seconds=seconds)
+        self.rows.append(row)
+        if len(self.rows) % 10 == 0:
+            say(self.config.system, rounded(row))
+        why = self.health.check(row)
+        if why:
+            self.recover(why)
+            return True
+        state.snapshot = state.copy()
+        if time.perf_counter() > self.guard:
+            say(self.config.system, "stopped by the guard at", state.step, "of", self.total)
+            self.total = state.step
+        return False
+
+    def recover(self, why: str):
+        state = self.state
+        if len(state.events) >= self.config.recoveries:
+            raise Diverged(why)
+        say(self.config.system, "recovers:", why)
+        state.recover(*state.snapshot, {"step": state.step, "why": why, "back_to": state.snapshot[0]})
+        self.rows = [r for r in self.rows if r["step"] <= state.step]
+        self.health.recall(self.rows)
+
+    def save(self, images: Images, runtime) -> Run:
+        "A run folder as `train` leaves one, with weights in bfloat16: those that are kept are those that are judged."
+        state, config = self.state, replace(self.config, updates=self.total)
+        folder, seen = Path(config.folder), state.step * config.batch_size
+        write_json(folder / "config.json", config.to_dict())
+        write_bytes(folder / "metrics.jsonl", "".join(json.dumps(r) + "\n" for r in self.rows).encode())
+        summary = dict(system=config.system, dataset=config.dataset, fingerprint=images.fingerprint, updates=state.step,
+                       images_seen=seen, seconds=round(state.seconds, 2), processes=1,
+                       images_per_second=round(seen / state.seconds, 1),
+                       parameters=sum(p.numel() for p in state.system.parameters()), recoveries=len(state.events))
+        if state.events:
+            summary["events"] = state.events
+        write_json(folder / "summary.json", summary | provenance(runtime.device, runtime.policy))
+        write_tensors(folder / "model.safetensors", {k: in_two_bytes(v) for k, v in state.system.weights().items()})
+        return Run(folder)
 
 
-def save_run(state, rows, config, images, at):
-    config = replace(config, updates=state.asked.updates)
-    folder = Path(config.folder)
-    write_json(folder / "config.json", config.to_dict())
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    seen = state.step * config.batch_size
-    events = {"events": state.events} if state.events else {}
-    write_json(folder / "summary.json", dict(system=config.system, dataset=config.dataset, fingerprint=images.fingerprint, updates=state.step, images_seen=seen, seconds=round(state.seconds, 2), processes=1,
-               images_per_second=round(seen / state.seconds, 1), parameters=sum(p.numel() for p in state.model.parameters()), recoveries=len(state.events), **events, **provenance(at.device, at.policy)))
-    rounded = {k: v.to(torch.bfloat16).to(v.dtype) if v.is_floating_point() else v for k, v in state.result().items()}     # the weights that are kept are the weights that are judged
-    write_tensors(folder / "model.safetensors", rounded)
-    return Run(folder)
-
-
-def bring_back(run, out):
-    "Weights in two bytes each, records, scores, and a few images of each sample set."
-    target = Path(out) / run.path.name
-    target.mkdir(parents=True, exist_ok=True)
-    for file in ("config.json", "summary.json", "metrics.jsonl"):
-        shutil.copy(run.path / file, target / file)
-    model = RobustJEM.from_run(run.path)
-    model.save_pretrained(target / "pretrained", torch.bfloat16, prior=False)
-    shutil.move(target / "pretrained" / "model.safetensors", target / "weights.safetensors")
-    shutil.rmtree(target / "pretrained")
-    for name in run.sample_names():
-        tensors, summary = run._sample_set(name)
-        write_tensors(target / f"samples-{name}.safetensors", {"x": tensors["x"][:1000], "y": tensors["y"][:1000], "strip": tensors["strip"]})
-        write_json(target / f"samples-{name}.json", summary)
-    if (run.path / "scores").exists():
-        shutil.copytree(run.path / "scores", target / "scores", dirs_exist_ok=True)
-
-
-def packed(folder, out):
-    "One archive of a folder in pieces of 15 MiB: few files come back, none of them large. `cat back.tar.* | tar x`"
-    archive = Path(shutil.make_archive(str(folder), "tar", folder))
-    limit, data = 15 * 2**20, archive.read_bytes()
-    out.mkdir(parents=True, exist_ok=True)
-    for i in range(0, len(data), limit):
-        (out / f"back.tar.{i // limit}").write_bytes(data[i:i + limit])
-    archive.unlink()
-
-
-def tuned(args):
-    "The variant that `measure` found fastest for a WRN-28-4; where it hasn't run: plain PyTorch."
-    if args.compile != "tuned":
-        return args.compile
-    file = Path(args.runs) / "runtime.tuned.json"
-    choice = json.loads(file.read_text())["choice"] if file.exists() else {}
-    return next((choice[k] for k in ("WRN-28-4, batch 128", "WRN-28-4, batch 256") if k in choice), "off")
-
-
-def chosen(args):
-    """The pilots' verdict: of the batch sizes and rates, the best by accuracy plus PGD accuracy; of the other changes, each that
-    is more than a point better than the base."""
-    file = Path(args.runs) / "pilots.json"
-    if not file.exists():
-        return {}
-    scores = {p["name"]: p["accuracy"] + p["pgd10"] for p in json.loads(file.read_text())["pilots"] if "accuracy" in p and not p["recoveries"]}
-    base = scores.get("batch 128, lr 0.1", 0)
-    pace = max((name for name in scores if name.startswith("batch")), key=scores.get, default=None)
-    out = dict(PILOTS[pace]) if pace else {}
-    for name, score in scores.items():
-        if not name.startswith("batch") and score > base + 0.01:
-            out |= PILOTS[name]
-    say("chosen by the pilots:", out)
-    return out
-
-
-def draw(run, args, guard):
-    changes = dict(num_samples=40, batch_size=20, outer_steps=2, target_steps=2) if args.dry else dict(num_samples=args.samples, batch_size=500)
-    for method in ROWS[run.config.system]:
-        if time.perf_counter() > guard:
-            say("no time to draw", run.config.system, method)
-            return
-        config = configure(GenerateConfig, run.config.system, "cifar10", "h100", method=method, run=str(run.path), compile=args.compile, device="cpu" if args.dry else "auto",
-                           **(json.loads(args.draw_settings or "{}").get(method, {}) | changes))
-        generate_samples(config, progress=False)
-        say("drawn:", run.config.system, method)
+def in_two_bytes(v: torch.Tensor) -> torch.Tensor:
+    return v.to(torch.bfloat16).to(v.dtype) if v.is_floating_point() else v
 
 
 def share_prior():
     "Fit the class Gaussians once: every system of a data set starts its chains from the same."
-    fitted, fit = {}, run_folders.build_prior
+    fitted, fit = {}, hybrid.build_prior
+
     def build_prior(config, images, device="cpu"):
         key = (images.fingerprint, config.prior)
         if key not in fitted:
             fitted[key] = fit(config, images, "cuda" if torch.cuda.is_available() else "cpu")
         return fitted[key].to(device)
-    run_folders.build_prior = states.build_prior = build_prior
-    sample.build_prior = build_prior
+
+    hybrid.build_prior = build_prior
 
 
-def all_systems(args):
-    out, end = Path(args.out), BEGAN + args.seconds
-    args.compile, args.chosen = tuned(args), chosen(args)
-    share_prior()
-    images = dry_images() if args.dry else load_images("cifar10")
-    say("images:", images)
-    todo = [s for s in args.systems if not (Path(args.runs) / f"{s}-s{args.seed}" / "model.safetensors").exists()]
-    for s in args.systems:
-        if s not in todo:
-            say(s, "is there already")
-    draw_each = 0.1 if args.dry else args.draw_seconds
-    for i, system in enumerate(todo):
-        config = settings(system, args)
-        rows_left = sum(len(ROWS[s]) for s in todo[i:])
-        left = end - time.perf_counter() - draw_each * rows_left - args.reserve
-        budget = left / (len(todo) - i)
-        budget -= 0 if args.dry else args.warmup_seconds
-        if budget < (1 if args.dry else 20):
-            say("no time for", system)
-            break
-        try:
-            with executing(config, config.threads) as at:
-                state, rows = train_for(config, images, at, budget, time.perf_counter() + 1.1 * budget + 2 * args.warmup_seconds)
-                run = save_run(state, rows, config, images, at)
-                say(f"{system}: trained {state.step} updates in {state.seconds:.1f} s, {len(state.events)} recoveries", {k: round(v, 3) for k, v in rows[-1].items()})
-                del state
-            if at.device.type == "cuda":
-                torch.cuda.empty_cache()
-            draw(run, args, end - args.reserve)
-            bring_back(run, Path(args.runs) / "back")
-            packed(Path(args.runs) / "back", out)
-        except Exception:
-            say("FAILED", system, traceback.format_exc()[-3000:])
-    say("done")
-
-
-def dry_images():
-    "Some CIFAR-10 where it is, else noise: a dry run needs nothing."
+def the_images(args) -> Images:
+    "CIFAR-10; a dry run takes noise where it isn't there."
+    if not args.dry:
+        return load_images("cifar10")
     try:
         return load_images("cifar10", download=False)
     except ValueError:
-        return replace(random_set(), name="cifar10", fingerprint="")
+        return replace(random_images(300), name="cifar10", fingerprint="")
 
+
+# Pilots -----------------------------------------------------------------------------------------------------
+
+def kept_aside(images: Images) -> Images:
+    "The same with some training images in the test set's place: settings are never chosen on test images."
+    order = torch.randperm(len(images.train_x), generator=torch.Generator().manual_seed(0))
+    few = min(1000, len(order) // 5)
+    aside, kept = order[:few], order[few:]
+    return replace(images, train_x=images.train_x[kept], train_y=images.train_y[kept], test_x=images.train_x[aside],
+                   test_y=images.train_y[aside], fingerprint="")
+
+
+def pilots(args):
+    "Train each setting for a moment; accuracy and PGD accuracy on the images kept aside."
+    share_prior()
+    images = kept_aside(the_images(args))
+    found = []
+    for name in args.pilots or PILOTS:
+        if time.perf_counter() + args.each > BEGAN + args.seconds:
+            say("no time for pilot:", name)
+            break
+        config = settings("robust_jem", args, warmup_steps=100, **PILOTS[name])
+        with executing(config, config.threads) as runtime:
+            training = TimedTraining(config, images, runtime, args.each, BEGAN + args.seconds).run()
+            n = 20 if args.dry else 1000
+            test = images.test_x[:n], images.test_y[:n]
+            scores = dict(accuracy=accuracy(training.state.system, *test))
+            scores["pgd10"] = robust_accuracy(training.state.system, *test, 0.0627, 10)
+            found.append(dict(name=name, **scores, updates=training.state.step, changes=PILOTS[name],
+                              seconds=round(training.state.seconds, 1), last=training.rows[-1]))
+        say("pilot:", name, scores)
+        write_json(Path(args.out) / "pilots.json", {"pilots": found, **provenance(runtime.device)})
+
+
+# All systems ------------------------------------------------------------------------------------------------
+
+def all_systems(args):
+    "An equal time for each system that isn't there yet, then its samples; packed after each."
+    share_prior()
+    images = the_images(args)
+    say("images:", images)
+    todo = [s for s in args.systems if not (Path(args.runs) / f"{s}-s{args.seed}" / "model.safetensors").exists()]
+    for i, system in enumerate(todo):
+        rows = sum(len(ROWS[s]) for s in todo[i:])
+        left = BEGAN + args.seconds - args.reserve - time.perf_counter() - args.draw_seconds * rows
+        budget = left / (len(todo) - i) - args.warmup_seconds
+        if budget < args.least:
+            say("no time for", system)
+            break
+        try:
+            one_system(system, images, budget, args)
+        except Exception:           # the next system may still be trained
+            say("FAILED", system, traceback.format_exc())
+    say("done")
+
+
+def one_system(system: str, images: Images, budget: float, args):
+    config = settings(system, args)
+    with executing(config, config.threads) as runtime:
+        guard = time.perf_counter() + 1.1 * budget + 2 * args.warmup_seconds
+        training = TimedTraining(config, images, runtime, budget, guard).run()
+        run = training.save(images, runtime)
+        say(f"{system}: {training.state.step} updates in {training.state.seconds:.1f} s,",
+            f"{len(training.state.events)} recoveries", rounded(training.rows[-1]))
+        del training
+    draw(run, args)
+    bring_back(run, Path(args.runs) / "back", args)
+    pack(Path(args.runs) / "back", Path(args.out))
+
+
+def draw(run: Run, args):
+    "The sample sets of a system's rows, while there is time."
+    changes = dict(num_samples=args.samples)
+    if args.dry:
+        changes = dict(num_samples=40, batch_size=20, outer_steps=2, target_steps=2)
+    by_method = json.loads(args.draw_settings or "{}")
+    for method in ROWS[run.config.system]:
+        if time.perf_counter() > BEGAN + args.seconds - args.reserve:
+            say("no time to draw", run.config.system, method)
+            return
+        config = configure(GenerateConfig, run.config.system, "cifar10", "h100", method=method, run=str(run.path),
+                           compile=run.config.compile, device=device(args), **(by_method.get(method, {}) | changes))
+        generate_samples(config, progress=False)
+        say("drawn:", run.config.system, method)
+
+
+def bring_back(run: Run, folder: Path, args):
+    "Weights in two bytes each, records, scores, and the first images of each sample set."
+    target = folder / run.path.name
+    target.mkdir(parents=True, exist_ok=True)
+    for file in ("config.json", "summary.json", "metrics.jsonl"):
+        shutil.copy(run.path / file, target / file)
+    RobustJEM.from_run(run.path).save_pretrained(target / "pretrained", torch.bfloat16, prior=False)
+    for name in run.sample_names():
+        x, y, summary = run.samples(name)
+        images = {"x": x[:args.kept], "y": y[:args.kept], "strip": run.strip(name)[1]}
+        write_tensors(target / f"samples-{name}.safetensors", images)
+        write_json(target / f"samples-{name}.json", summary)
+    if (run.path / "scores").exists():
+        shutil.copytree(run.path / "scores", target / "scores", dirs_exist_ok=True)
+
+
+def pack(folder: Path, out: Path):
+    "One archive in pieces of 15 MiB: `cat back.tar.* | tar x` opens it."
+    archive = Path(shutil.make_archive(str(folder), "tar", folder))
+    limit, data = 15 * 2**20, archive.read_bytes()
+    for i in range(0, len(data), limit):
+        write_bytes(out / f"back.tar.{i // limit:02}", data[i:i + limit])
+    archive.unlink()
+
+
+# Judging ----------------------------------------------------------------------------------------------------
 
 def judge(args):
-    out = Path(args.out)
-    args.compile = tuned(args)
+    "Score what `all` left; test images and prior draws are the same for every run, and scored once."
     share_prior()
     first = None
     for system in args.systems:
-        path = Path(args.runs) / f"{system}-s{args.seed}"
-        if not (path / "model.safetensors").exists():
+        run = Path(args.runs) / f"{system}-s{args.seed}"
+        if not (run / "model.safetensors").exists():
             say(system, "isn't there")
             continue
-        try:
-            if first is not None:                  # the same images for every run
-                (path / "scores").mkdir(exist_ok=True)
-                for name in ("held-out", "prior"):
-                    if (first / "scores" / f"{name}.json").exists():
-                        shutil.copy(first / "scores" / f"{name}.json", path / "scores")
-            small = dict(num_robust=20, attack_steps=1) if args.dry else dict(num_robust=10_000)
-            config = configure(EvaluateConfig, system, "cifar10", "h100", run=str(path), extractor=args.extractor, attack_eps=(0.0627,), by_class=False, batch_size=500 if not args.dry else 20,
-                               splits=10 if not args.dry else 1, device="cpu" if args.dry else "auto", precision="float32" if args.dry else "bfloat16", compile="off" if args.dry else args.compile, **small)
-            scores = evaluate_run(config, progress=False)
-            say(system, json.dumps({k: {a: b for a, b in v.items() if isinstance(b, (float, dict)) and a != "diversity"} for k, v in scores.items()})[:1500])
-            first = path
-            bring_back(Run(path), Path(args.runs) / "back")
-            packed(Path(args.runs) / "back", out)
-        except Exception:
-            say("FAILED", system, traceback.format_exc()[-3000:])
+        if first is not None:
+            (run / "scores").mkdir(exist_ok=True)
+            for name in ("held-out", "prior"):
+                shutil.copy(first / "scores" / f"{name}.json", run / "scores")
+        how = dict(num_robust=10_000, precision="bfloat16", compile=tuned(args))
+        if args.dry:
+            how = dict(num_robust=20, attack_steps=1, batch_size=20, splits=1)
+        config = configure(EvaluateConfig, system, "cifar10", "h100", run=str(run), extractor=args.extractor,
+                           attack_eps=(0.0627,), by_class=False, device=device(args), **how)
+        scores = evaluate_run(config, progress=False)
+        say(system, {name: [k for k in part] for name, part in scores.items()})
+        first = first or run
+        bring_back(Run(run), Path(args.runs) / "back", args)
+        pack(Path(args.runs) / "back", Path(args.out))
     say("judged")
 
 
-if __name__ == "__main__":
+def trunk(args):
+    """Rename an operator that PyTorch 2.11 lacks.
+
+    It stands in Inception's branch for Lanczos interpolation, which is never taken: the network resizes bilinearly.
+    """
+    source, target = Path(args.file), Path(args.out) / Path(args.file).name
+    if os.path.realpath(source) == os.path.realpath(target):
+        sys.exit(f"gpu.py trunk: OUT is the folder of {source}, which would be overwritten; name another folder")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    old, new = b"torch._upsample_lanczos2d_aa(", b"torch._upsample_bicubic2d_aa("
+    found = 0
+    with zipfile.ZipFile(source) as given, zipfile.ZipFile(target, "w", zipfile.ZIP_STORED) as made:
+        for name in given.namelist():
+            data = given.read(name)
+            if name.endswith(".py"):
+                found += data.count(old)
+                data = data.replace(old, new)
+            made.writestr(name, data)
+    print(f"{target}: {found} calls replaced")
+
+
+def arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=["measure", "pilots", "all", "judge"])
-    parser.add_argument("out")
-    parser.add_argument("--seconds", type=float, default=110, help="wall-clock time for the stage, its start included")
+    parser.add_argument("stage", choices=STAGES)
+    parser.add_argument("out", help="what is brought back")
+    parser.add_argument("file", nargs="?", help="of trunk")
+    parser.add_argument("--seconds", type=float, default=110, help="for the stage, its start included")
     parser.add_argument("--runs", default="runs/gpu")
-    parser.add_argument("--systems", nargs="+", default=SYSTEMS, choices=SYSTEMS)
+    parser.add_argument("--systems", nargs="+", default=list(ROWS), choices=ROWS)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--compile", default="tuned", help="as for train; tuned: what `measure` found fastest")
-    parser.add_argument("--samples", type=int, default=10_000)
-    parser.add_argument("--draw-seconds", type=float, default=9, help="kept for each row of samples")
-    parser.add_argument("--warmup-seconds", type=float, default=7, help="kept for each system's first updates")
-    parser.add_argument("--reserve", type=float, default=10, help="kept for writing")
-    parser.add_argument("--settings", help="JSON: fields of TrainConfig for all systems")
-    parser.add_argument("--system-settings", help="JSON: fields of TrainConfig by system")
+    parser.add_argument("--settings", help="JSON: fields of TrainConfig")
     parser.add_argument("--draw-settings", help="JSON: fields of GenerateConfig by method")
-    parser.add_argument("--extractor", default="inception")
-    parser.add_argument("--each", type=float, default=12, help="seconds of a pilot")
+    parser.add_argument("--samples", type=int, default=10_000, help="of each row")
+    parser.add_argument("--kept", type=int, default=1000, help="images of each row that are brought back")
+    parser.add_argument("--draw-seconds", type=float, default=15, help="kept for each row")
+    parser.add_argument("--warmup-seconds", type=float, default=7, help="kept for each system's first updates")
+    parser.add_argument("--least", type=float, default=20, help="seconds that a training is worth")
+    parser.add_argument("--reserve", type=float, default=10, help="seconds kept for writing")
+    parser.add_argument("--each", type=float, default=9, help="seconds of a pilot")
     parser.add_argument("--pilots", nargs="+", choices=PILOTS, help="these alone")
+    parser.add_argument("--extractor", default="inception", help="of judge")
     parser.add_argument("--dry", action="store_true", help="on the CPU, with a tiny network")
-    arguments = parser.parse_args()
+    args = parser.parse_args()
+    if args.dry:
+        args.draw_seconds = args.warmup_seconds = args.reserve = args.least = 0.5
+    return args
+
+
+STAGES = {"measure": measure, "pilots": pilots, "all": all_systems, "judge": judge, "trunk": trunk}
+
+if __name__ == "__main__":
     warnings.filterwarnings("ignore", category=UserWarning)
-    {"measure": measure, "pilots": pilots, "all": all_systems, "judge": judge}[arguments.stage](arguments)
+    given = arguments()
+    STAGES[given.stage](given)

@@ -20,7 +20,7 @@ from ..core.files import read_json
 from ..core.images import data_root, load_images
 from ..engine.runtime import resolve_device
 from ..judge.extractors import feature_extractor
-from ..systems.catalog import HOW, EvaluateConfig, GenerateConfig, Suite, TrainConfig, configure, sample_plan
+from ..systems.catalog import RUNTIME_FIELDS, EvaluateConfig, GenerateConfig, Suite, TrainConfig, configure, sample_plan
 
 # %% ../../nbs/app/00_replicate.ipynb #900c4c62
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Stage:
             if not file.exists(): return False
             there = read_json(file)
             there = there.get("config", there)
-            return all(json.dumps(there.get(k)) == json.dumps(v) for k, v in config.to_dict().items() if k not in HOW)
+            return all(json.dumps(there.get(k)) == json.dumps(v) for k, v in config.to_dict().items() if k not in RUNTIME_FIELDS)
         if self.notebook == "train" and not (self.output.parent.parent / "model.safetensors").exists(): return False
         if not self.output.exists() or not all(same(f, c) for f, c in self.expected): return False
         asked = read_json(self.output).get("metadata", {}).get("papermill", {}).get("parameters", {})

@@ -6,7 +6,7 @@
 __all__ = ['VARIANTS', 'TuneConfig', 'shape', 'median_seconds', 'precision_of', 'energy_gradient', 'agreement', 'random_images',
            'hot_paths', 'kernel_table', 'peak_rate', 'measure_variant', 'choice', 'tune', 'markdown']
 
-# %% ../../nbs/bench/05_tune.ipynb #d6bb45ac
+# %% ../../nbs/bench/05_tune.ipynb #f4bcb283
 import statistics
 import time
 import traceback
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from .naive import flops, step_flops
+from .scaling import one_update
 from ..core.config import Config, option
 from ..core.errors import InputError
 from ..core.files import write_bytes, write_json
@@ -28,7 +29,6 @@ from ..engine.distributed import World
 from ..engine.graphs import Captured
 from ..engine.runs import provenance
 from ..engine.runtime import Deadline, Execution, choose_policy, executing
-from ..engine.train import HotPaths, train_step
 from ..networks.fused import can_fuse
 from ..networks.wide_resnet import WideResNet
 from ..systems.catalog import TrainConfig, configure
@@ -133,7 +133,7 @@ def agreement(
         return float((a.double() - b).norm() / b.norm())
     return {"logits": distance(logits, exact_logits), "gradient": distance(gradient, exact_gradient)}
 
-# %% ../../nbs/bench/05_tune.ipynb #54e8c734
+# %% ../../nbs/bench/05_tune.ipynb #dc19d801
 def random_images(n: int) -> Images:
     "Noise of CIFAR-10's shape: speed doesn't depend on what the images show."
     x = torch.randint(256, (n, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -149,14 +149,15 @@ def hot_paths(
     policy = choose_policy(device, precision_of(device), config.compile)
     images = random_images(max(2000, config.batch_size))
     state = TrainState(config, images, Execution(World(), device, policy, Deadline(0)))
-    state.model.train()
-    hot = state.hot = HotPaths(state)
-    state.fast.prepare()
+    system = state.system
+    system.network.train()
+    hot = system.hot_paths(state.stepper)
+    system.fast.prepare()
     raw = images.train_x[:config.batch_size].to(device)
     y = images.train_y[:config.batch_size].to(device)
     x = raw.float() / 127.5 - 1
     def single(images):
-        return energy_gradient(state.fast, images)
+        return energy_gradient(system.fast, images)
     if hot.captures:
         single = Captured(single)
     f = flops(WideResNet(config.depth, config.width), (3, 32, 32))
@@ -165,7 +166,7 @@ def hot_paths(
         "a chain": (lambda: hot.chain(x, None), config.outer_steps * f["gradient"]),
         "an attack": (lambda: hot.attack(x, y, config.eps), config.attack_steps * f["gradient"]),
         "an update's three passes": (lambda: hot.update(y, None, x, x, x, None, None), 3 * f["update"]),
-        "a whole update": (lambda: train_step(state, raw, y, 1e-3), step_flops(config, f)),
+        "a whole update": (lambda: one_update(state, raw, y), step_flops(config, f)),
     }
 
 

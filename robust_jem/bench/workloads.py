@@ -12,16 +12,15 @@ import torch
 from torch import Tensor
 
 from .naive import Naive, step_flops
-from .scaling import random_batch, random_images
+from .scaling import one_update, random_batch, random_images
 from ..ebm.attacks import pgd
 from ..ebm.energy import score_of
 from ..ebm.samplers import proximal_sgld
 from ..engine.checkpoints import TrainState
 from ..engine.runtime import Execution, Policy, choose_policy
-from ..engine.sample import generate
-from ..engine.train import train_step
 from ..judge.sample_scores import frechet_distance, moments
 from ..systems.catalog import TrainConfig
+from ..systems.hybrid import generate
 
 # %% ../../nbs/bench/02_workloads.ipynb #176c4c73
 WORKLOADS = ("sampler", "attack", "update", "prior", "generation", "scoring")
@@ -70,23 +69,24 @@ def our_works(
 ) -> dict[str, Callable]: # by workload, without arguments
     "Each workload as the package does it, under a policy."
     state = TrainState(config, random_images(), at)
-    state.model.train()
+    system = state.system
+    system.network.train()
     x, y, raw = random_batch(config.batch_size, at.device)
-    prior = state.buffer.prior
+    prior = system.prior
     labels = torch.arange(OUR_DRAWS) % 10
 
     def generation():
-        generate(state.fast, prior, y.cpu(), "combined", sampler=config, target_steps=steps, outer_steps=steps,
+        generate(system.fast, prior, y.cpu(), "combined", sampler=config, target_steps=steps, outer_steps=steps,
                  attack_statistics="batch")
 
     def scoring():
         with torch.no_grad():
-            _score(state.model.features(x))
+            _score(system.network.features(x))
 
     return {
-        "sampler": lambda: proximal_sgld(score_of(state.fast), x, steps, config.inner_steps, config.sampler_step_size),
-        "attack": lambda: pgd(state.fast, x, y, config.eps, steps),
-        "update": lambda: train_step(state, raw, y, 1e-3),
+        "sampler": lambda: proximal_sgld(score_of(system.fast), x, steps, config.inner_steps, config.sampler_step_size),
+        "attack": lambda: pgd(system.fast, x, y, config.eps, steps),
+        "update": lambda: one_update(state, raw, y),
         "prior": lambda: prior.sample(labels),
         "generation": generation,
         "scoring": scoring,

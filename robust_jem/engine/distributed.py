@@ -35,61 +35,91 @@ class World:
 
     def share(self, n: int, name: str) -> int:
         "This process's part of `n`; an `InputError` that names the field where `n` can't be divided evenly."
-        if n % self.size: raise InputError(f"{name}: {n} can't be divided among {self.size} processes; accepted: a multiple of {self.size}")
+        if n % self.size:
+            raise InputError(f"{name}: {n} can't be divided among {self.size} processes; accepted: a multiple of {self.size}")
         return n // self.size
 
     def mean(self, t: Tensor) -> Tensor:
         "The mean over the processes."
-        if self.size == 1: return t
-        t = t.clone(); dist.all_reduce(t)
+        if self.size == 1:
+            return t
+        t = t.clone()
+        dist.all_reduce(t)
         return t / self.size
 
     def gather(self, t: Tensor) -> Tensor:
         "The processes' tensors (of one shape), one after the other along the first dimension; everywhere."
-        if self.size == 1: return t
+        if self.size == 1:
+            return t
         parts = [torch.empty_like(t) for _ in range(self.size)]
         dist.all_gather(parts, t.contiguous())
         return torch.cat(parts)
 
     def agree(self, flag: bool, device: torch.device | str = "cpu") -> bool:
         "Process 0's answer, everywhere: for decisions that depend on the clock."
-        if self.size == 1: return flag
+        if self.size == 1:
+            return flag
         t = torch.tensor([flag], dtype=torch.uint8, device=device)
         dist.broadcast(t, 0)
         return bool(t.item())
 
     def first(self, work):
         "`work()`, by one process of each machine before the others: for what is downloaded or cached once."
-        if self.local_rank == 0: out = work()
+        if self.local_rank == 0:
+            out = work()
         self.wait()
         return out if self.local_rank == 0 else work()
 
     def wait(self):
         "Go on when all processes are here."
-        if self.size > 1: dist.barrier()
+        if self.size > 1:
+            dist.barrier()
 
 # %% ../../nbs/engine/00_distributed.ipynb #9dec49d9
+def _job_of_torchrun(device_type: str) -> int:
+    "This process's number on its machine; an `InputError` where the job, or its GPU, is incomplete."
+    missing = [k for k in ("RANK", "MASTER_ADDR", "MASTER_PORT") if k not in os.environ]
+    if missing:
+        raise InputError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']} but {', '.join(missing)} isn't set; "
+                         "start the job with torchrun, or unset WORLD_SIZE")
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    if device_type == "cuda":
+        if local >= torch.cuda.device_count():
+            raise InputError(f"--nproc-per-node: process {local} has no GPU of its own, this machine has {torch.cuda.device_count()}")
+        torch.cuda.set_device(local)
+    return local
+
+def _is_lost_peer(e: BaseException) -> bool:
+    "Whether an exception says that another process has gone; PyTorch has no one type for it."
+    signs = ("connection closed by peer", "connection reset", "gloo", "nccl", "timed out waiting")
+    return isinstance(e, RuntimeError) and (isinstance(e, dist.DistError) or any(s in str(e).lower() for s in signs))
+
 @contextmanager
 def join_world(
     device_type: str = "cpu", # "cpu" exchanges through gloo, "cuda" through nccl
     minutes: float = 10.0, # a process that waits longer than this for another gives up
 ):
-    "The job that `torchrun` started this process for, as a `World`; alone where there is none. Raises `PeerLost` in the block when another process dies."
+    """The job that `torchrun` started this process for, as a `World`; alone where there is none.
+
+    Raises `PeerLost` in the block when another process dies.
+    """
     if int(os.environ.get("WORLD_SIZE", 1)) == 1 or not dist.is_available():
-        yield World(); return
-    missing = [k for k in ("RANK", "MASTER_ADDR", "MASTER_PORT") if k not in os.environ]
-    if missing: raise InputError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']} but {', '.join(missing)} isn't set; start the job with torchrun, or unset WORLD_SIZE")
-    local = int(os.environ.get("LOCAL_RANK", 0))
-    if device_type == "cuda":
-        if local >= torch.cuda.device_count(): raise InputError(f"--nproc-per-node: process {local} has no GPU of its own, this machine has {torch.cuda.device_count()}")
-        torch.cuda.set_device(local)
+        yield World()
+        return
+    local = _job_of_torchrun(device_type)
     ours = not dist.is_initialized()
-    if ours: dist.init_process_group("cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo", timeout=timedelta(minutes=minutes))
-    try: yield World(dist.get_rank(), dist.get_world_size(), local)
+    if ours:
+        backend = "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(minutes=minutes))
+    try:
+        yield World(dist.get_rank(), dist.get_world_size(), local)
     except BaseException as e:
-        traceback.clear_frames(e.__traceback__); gc.collect()          # what still holds the process group must go before the group does
-        if isinstance(e, RuntimeError) and (isinstance(e, dist.DistError) or any(s in str(e).lower() for s in ("connection closed by peer", "connection reset", "gloo", "nccl", "timed out waiting"))):
-            raise PeerLost(f"another of the {dist.get_world_size()} processes has ended ({str(e).splitlines()[0][:100]}); the last checkpoint is whole, start the job again to go on from it") from e
+        traceback.clear_frames(e.__traceback__)
+        gc.collect()                            # what still holds the process group must go before the group does
+        if _is_lost_peer(e):
+            raise PeerLost(f"another of the {dist.get_world_size()} processes has ended ({str(e).splitlines()[0][:100]}); "
+                           "the last checkpoint is whole, start the job again to go on from it") from e
         raise
     finally:
-        if ours: dist.destroy_process_group()
+        if ours:
+            dist.destroy_process_group()

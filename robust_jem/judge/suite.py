@@ -24,10 +24,8 @@ from ..core.images import Images, load_images, progress_bar, to_uint8, to_unit
 from ..core.random import stream
 from ..ebm.attacks import distal, pgd
 from ..ebm.energy import marginal_energy, untouched
-from ..engine.runs import Run, build_prior
+from ..engine.runs import Run
 from ..engine.runtime import Execution, at_a_size_that_fits, executing
-from ..engine.sample import generate
-from ..engine.train import run_chains
 from .calibration import calibration
 from .diversity import nearest
 from .evaluate import ResultCache, SampleScorer, draw_test_images, evaluate_run
@@ -35,6 +33,7 @@ from .ood import auroc, detect_ood, ood_images, ood_scores
 from .robustness import SignedInterval, accuracy, autoattack_accuracy, device_of, robust_accuracy
 from .sample_scores import reference_choice
 from ..systems.catalog import SYSTEMS, EvaluateConfig, GenerateConfig, TrainConfig, configure
+from ..systems.hybrid import build_prior, generate, run_chains
 
 # %% ../../nbs/judge/07_suite.ipynb #5b19fb2b
 @dataclass

@@ -19,7 +19,7 @@ import pandas as pd
 from ..core.config import Config
 from ..core.errors import InputError
 from ..engine.runs import Run
-from ..systems.catalog import HOW, SYSTEMS
+from ..systems.catalog import RUNTIME_FIELDS, SYSTEMS
 
 # %% ../../nbs/report/01_results.ipynb #8d44e455
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def _settings(run: Run, training: bool) -> dict:
     scores = run.scores()
     out = {k: scores[part][v] for k, part, v in _MEASURED if part in scores}
     if training:
-        free = HOW | {"system", "seed", "precision"}
+        free = RUNTIME_FIELDS | {"system", "seed", "precision"}
         out |= {k: v for k, v in run.config.to_dict().items() if k not in free}
         out["precision"] = run.summary["precision"]                     # what "auto" came to
     return out
@@ -153,7 +153,7 @@ def depends_on(scores: dict) -> str: # 16 hexadecimal digits
              "threat_model", "n attacked", "num_samples", "seed")
     settings = {k: scores[k] for k in names if k in scores}
     asked = scores.get("samples", {})
-    settings["samples"] = {k: v for k, v in asked.items() if k not in HOW | {"run", "name"}}
+    settings["samples"] = {k: v for k, v in asked.items() if k not in RUNTIME_FIELDS | {"run", "name"}}
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
 def _measured(scores: dict) -> Iterator[tuple[str, float, int]]:

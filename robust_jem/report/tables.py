@@ -28,7 +28,7 @@ from robust_jem.report.results import (
     collect, drawn_as, find_runs, results_table,
 )
 from .run_figures import curves, paper_figures, robustness, save_png
-from ..systems.catalog import HOW, SYSTEMS, TrainConfig
+from ..systems.catalog import RUNTIME_FIELDS, SYSTEMS, TrainConfig
 
 # %% ../../nbs/report/03_tables.ipynb #e9100d0c
 Groups = dict[str, list[Run]]                # runs by system, from `collect`
@@ -238,7 +238,7 @@ def _sample_notes(system: str, mine: list[Run]) -> list[str]:
     notes = []
     for name, (first, *others) in sorted(rows.items()):
         for s in others:
-            other = [k for k, v in s.items() if k not in HOW | {"seed", "name"} and v != first[k]]
+            other = [k for k, v in s.items() if k not in RUNTIME_FIELDS | {"seed", "name"} and v != first[k]]
             if other:
                 raise InputError(f"runs: sample sets called {name} of {title} differ in {other[0]} ({s[other[0]]} and "
                                  f"{first[other[0]]}), so they can't share a row; name one otherwise")

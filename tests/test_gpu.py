@@ -1,0 +1,84 @@
+"""The script for a GPU's minutes, dry: the very stages on a CPU, with a tiny network."""
+import json
+import re
+import subprocess
+import sys
+import tarfile
+import zipfile
+
+import pytest
+import torch
+
+from robust_jem.app.replicate import notebook_path
+from robust_jem.engine.sample import RobustJEM
+
+SCRIPT = notebook_path("train").parent / "gpu.py"
+
+
+@pytest.fixture
+def gpu(here, command):
+    "Run a stage of the script, dry, in the working directory; its output."
+    def run(*argv):
+        done = subprocess.run([sys.executable, str(SCRIPT), *map(str, argv)], cwd=here, env=command.env,
+                              capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-1500:]
+        assert "FAILED" not in done.stdout, done.stdout
+        return done.stdout
+    return run
+
+
+def test_all_goes_on_with_what_is_missing_and_its_results_load(here, image_tree, gpu):
+    image_tree("cifar10", classes=[f"c{i}" for i in range(4)], train=8, test=4, size=16)
+    gpu("all", "out", "--dry", "--runs", "runs", "--systems", "robust_classifier", "--seconds", 8)
+    first = here / "runs/robust_classifier-s0/model.safetensors"
+    before = first.stat().st_mtime_ns
+    gpu("all", "out", "--dry", "--runs", "runs", "--systems", "robust_classifier", "robust_jem", "--seconds", 14)
+    assert first.stat().st_mtime_ns == before
+    for system in ("robust_classifier", "robust_jem"):
+        folder = here / "runs" / f"{system}-s0"
+        config, summary = (json.loads((folder / f"{name}.json").read_text()) for name in ("config", "summary"))
+        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        assert config["updates"] == summary["updates"] == rows[-1]["step"]      # the schedule covers what was trained
+        assert rows[-1]["lr"] < 0.2 * config["lr"]
+
+    archive = here / "back.tar"
+    archive.write_bytes(b"".join(p.read_bytes() for p in sorted((here / "out").glob("back.tar.*"))))
+    with tarfile.open(archive) as opened:
+        opened.extractall(here / "back", filter="data")
+    jem = RobustJEM.from_pretrained(here / "back/robust_jem-s0/pretrained")
+    assert jem.classify(torch.zeros(1, 3, 16, 16)).shape == (1,)
+    assert {p.name for p in (here / "back/robust_jem-s0").glob("samples-*.json")} == {
+        f"samples-{method}.json" for method in ("attack", "combined", "energy")}
+
+
+@pytest.mark.long
+def test_pilots_and_judge(here, image_tree, gpu, command):
+    image_tree("cifar10", classes=[f"c{i}" for i in range(4)], train=8, test=4, size=16)
+    judge = ("train --system wide_resnet --dataset cifar10 --preset cifar10-cpu --depth 10 --width 1 --batch-size 16 "
+             "--epochs 1 --warmup-steps 0 --device cpu --out judge").split()
+    assert subprocess.run([*command.argv, *judge], cwd=here, env=command.env).returncode == 0
+    gpu("pilots", "out", "--dry", "--pilots", "batch 128, lr 0.1", "--each", 1, "--seconds", 60)
+    pilots = json.loads((here / "out/pilots.json").read_text())["pilots"]
+    assert [p["name"] for p in pilots] == ["batch 128, lr 0.1"] and 0 <= pilots[0]["pgd10"] <= pilots[0]["accuracy"] <= 1
+    gpu("all", "out", "--dry", "--runs", "runs", "--systems", "robust_jem", "jempp", "--seconds", 12)
+    gpu("judge", "out", "--dry", "--runs", "runs", "--extractor", "classifier:judge", "--systems", "robust_jem", "jempp")
+    scores = {p.stem for p in (here / "runs/jempp-s0/scores").glob("*.json")}
+    assert scores == {"classification", "held-out", "prior", "energy"}
+
+
+def test_trunk_is_made_for_an_older_pytorch(tmp_path, gpu):
+    "Scripts of F.interpolate name an operator that PyTorch 2.11 lacks; the copy doesn't, and computes the same."
+    class Resize(torch.nn.Module):
+        def forward(self, x):
+            return torch.nn.functional.interpolate(x, size=[9, 9], mode="bilinear").flatten(1)
+
+    def operators(path):
+        with zipfile.ZipFile(path) as script:
+            code = b"".join(script.read(name) for name in script.namelist() if name.endswith(".py"))
+        return set(re.findall(rb"torch\.(_upsample_\w+)\(", code))
+
+    torch.jit.script(Resize()).save(str(tmp_path / "resize.pt"))
+    gpu("trunk", tmp_path / "out", tmp_path / "resize.pt")
+    assert operators(tmp_path / "out/resize.pt") == operators(tmp_path / "resize.pt") - {b"_upsample_lanczos2d_aa"}
+    x = torch.rand(2, 3, 4, 4)
+    assert torch.equal(torch.jit.load(str(tmp_path / "out/resize.pt"))(x), Resize()(x))
