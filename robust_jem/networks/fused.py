@@ -21,6 +21,8 @@ except ImportError:             # no Triton on this system: the package runs wit
     triton = None
 
 # %% ../../nbs/networks/01_fused.ipynb #61faaf27
+# ruff: noqa: PLR0917
+# (a kernel takes pointers, sizes and strides, all by position)
 if triton is not None:
 
     @triton.jit
@@ -45,7 +47,8 @@ if triton is not None:
         return mean, variance
 
     @triton.jit
-    def _sum_kernel(x, residual, bias, s, sums, M, C, HAS_RESIDUAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):
+    def _sum_kernel(x, residual, bias, s, sums, M, C,
+                    HAS_RESIDUAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):
         "s = x + residual + bias, and the sums of s and s² over pixels."
         pid_c = tl.program_id(1)
         total = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
@@ -84,7 +87,8 @@ if triton is not None:
         tl.store(y + at, tl.where(z > 0, z, slope * z).to(y.dtype.element_ty), mask=inside)
 
     @triton.jit
-    def _gradient_sums_kernel(dy, s, p0, p1, weight, shift, sums, M, C, count, eps, slope, BATCH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):
+    def _gradient_sums_kernel(dy, s, p0, p1, weight, shift, sums, M, C, count, eps, slope,
+                              BATCH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):
         "Sums over pixels of g and g·(s - mean)/deviation, where g is the gradient at the norm's output."
         pid_c = tl.program_id(1)
         columns = pid_c * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -146,7 +150,8 @@ if triton is not None:
         tl.store(y + at, value.to(y.dtype.element_ty), mask=(pixel < M)[:, None])
 
     @triton.jit
-    def _stem_gradient_kernel(g, weight, dx, M, H, W, CHANNELS: tl.constexpr, PADDED: tl.constexpr, OUT: tl.constexpr, BLOCK: tl.constexpr):
+    def _stem_gradient_kernel(g, weight, dx, M, H, W, CHANNELS: tl.constexpr, PADDED: tl.constexpr,
+                              OUT: tl.constexpr, BLOCK: tl.constexpr):
         "Its input gradient: [M, OUT] to images [N, CHANNELS, H, W] in float32."
         pixel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
         n, row, column = pixel // (H * W), (pixel // W) % H, pixel % W
@@ -159,7 +164,8 @@ if triton is not None:
             inside = (pixel < M) & (r >= 0) & (r < H) & (c >= 0) & (c < W)
             at = ((n * H + r) * W + c)[:, None].to(tl.int64) * OUT + out[None, :]
             v = tl.load(g + at, mask=inside[:, None], other=0.0).to(tl.float32)
-            w = tl.load(weight + out[:, None] * (CHANNELS * 9) + channel[None, :] * 9 + tap, mask=(channel < CHANNELS)[None, :], other=0.0)
+            w = tl.load(weight + out[:, None] * (CHANNELS * 9) + channel[None, :] * 9 + tap,
+                        mask=(channel < CHANNELS)[None, :], other=0.0)
             value += tl.sum(v[:, :, None] * w[None, :, :], axis=1)
         at = n[:, None].to(tl.int64) * (CHANNELS * H * W) + channel[None, :] * (H * W) + (row * W + column)[:, None]
         tl.store(dx + at, value, mask=(pixel < M)[:, None] & (channel < CHANNELS)[None, :])
@@ -196,8 +202,9 @@ class _NormAct(torch.autograd.Function):
         else:
             p0, p1 = mean, variance
         fuse_sum = has_residual and not batch
-        _apply_kernel[(tiles, columns)](x if fuse_sum or not has_residual else s, residual, bias, s, y, p0, p1, weight, shift, rows, c, float(rows), eps, slope,
-                                        fuse_sum, batch, block_m, block_c, num_warps=8)
+        _apply_kernel[(tiles, columns)](
+            x if fuse_sum or not has_residual else s, residual, bias, s, y, p0, p1, weight, shift,
+            rows, c, float(rows), eps, slope, fuse_sum, batch, block_m, block_c, num_warps=8)
         ctx.save_for_backward(s, p0, p1, weight, shift)
         ctx.batch, ctx.eps, ctx.slope, ctx.has_residual = batch, eps, slope, has_residual
         ctx.set_materialize_grads(False)
@@ -217,16 +224,21 @@ class _NormAct(torch.autograd.Function):
         wanted = ctx.batch or ctx.needs_input_grad[3] or ctx.needs_input_grad[4]
         if wanted:
             programs = (min(tiles, max(1, 1056 // columns)), columns)
-            _gradient_sums_kernel[programs](dy, s, p0, p1, weight, shift, sums, rows, c, float(rows), ctx.eps, ctx.slope, ctx.batch, block_m, block_c, num_warps=8)
+            _gradient_sums_kernel[programs](
+                dy, s, p0, p1, weight, shift, sums, rows, c, float(rows), ctx.eps, ctx.slope,
+                ctx.batch, block_m, block_c, num_warps=8)
         dx = torch.empty_like(s)
         stream = ds is not None
         ds = _matrix(ds) if stream else dy
-        _gradient_kernel[(tiles, columns)](dy, s, ds, p0, p1, weight, shift, sums, dx, rows, c, float(rows), ctx.eps, ctx.slope,
-                                           stream, ctx.batch, block_m, block_c, num_warps=8)
+        _gradient_kernel[(tiles, columns)](
+            dy, s, ds, p0, p1, weight, shift, sums, dx, rows, c, float(rows), ctx.eps, ctx.slope,
+            stream, ctx.batch, block_m, block_c, num_warps=8)
         bias = None
         if ctx.needs_input_grad[2]:         # batch statistics cancel it
             bias = torch.zeros_like(weight) if ctx.batch else dx.sum((0, 2, 3), dtype=torch.float32)
-        return dx, dx if ctx.has_residual else None, bias, sums[1] if wanted else None, sums[0] if wanted else None, None, None, None, None, None
+        dresidual = dx if ctx.has_residual else None
+        dweight, dshift = (sums[1], sums[0]) if wanted else (None, None)
+        return dx, dresidual, bias, dweight, dshift, None, None, None, None, None
 
 
 class _Stem(torch.autograd.Function):
@@ -250,7 +262,8 @@ class _Stem(torch.autograd.Function):
         dx = dw = db = None
         if ctx.needs_input_grad[0]:
             dx = torch.empty((n, c, h, w), device=x.device, dtype=torch.float32)
-            _stem_gradient_kernel[(triton.cdiv(n * h * w, 64),)](g, weight.detach().contiguous(), dx, n * h * w, h, w, c, triton.next_power_of_2(c), out, 64)
+            _stem_gradient_kernel[(triton.cdiv(n * h * w, 64),)](
+                g, weight.detach().contiguous(), dx, n * h * w, h, w, c, triton.next_power_of_2(c), out, 64)
             dx = dx.to(x.dtype)
         if ctx.needs_input_grad[1]:
             patches = F.unfold(x.float(), 3, padding=1)
@@ -282,7 +295,13 @@ def can_fuse(
     return None
 
 
-def _norm_act(x: Tensor, residual: Tensor | None, bias: Tensor, norm: nn.BatchNorm2d, tracked: list) -> tuple[Tensor, Tensor]:
+def _norm_act(
+    x: Tensor, # [N,C,H,W]
+    residual: Tensor | None, # added to x, with the bias
+    bias: Tensor, # [C], of the convolution that made x, or of both summands
+    norm: nn.BatchNorm2d, # what follows
+    tracked: list, # gets what the running statistics need, where they move
+) -> tuple[Tensor, Tensor]: # the sum, and the activation
     "One norm of the network, by the statistics that its mode asks for."
     if norm.training or norm.running_mean is None:
         sums = torch.zeros(2, norm.num_features, device=x.device)
@@ -290,7 +309,8 @@ def _norm_act(x: Tensor, residual: Tensor | None, bias: Tensor, norm: nn.BatchNo
         if norm.training and norm.track_running_stats:
             tracked.append((norm, sums, x.numel() // norm.num_features, None if residual is not None else bias))
         return out
-    mean = norm.running_mean if residual is not None else norm.running_mean - bias.detach()       # the kernel adds a bias to sums only
+    # the kernel adds a bias to sums only
+    mean = norm.running_mean if residual is not None else norm.running_mean - bias.detach()
     return _NormAct.apply(x, residual, bias, norm.weight, norm.bias, mean, norm.running_var, None, norm.eps, 0.2)
 
 
@@ -299,9 +319,11 @@ def _track(tracked: list):
     "Move the running statistics of all norms of one forward pass."
     for momentum in {norm.momentum for norm, *_ in tracked}:
         part = [t for t in tracked if t[0].momentum == momentum]
-        means = [sums[0] / count for _, sums, count, _ in part]
-        variances = [(sums[1] / count - mean.square()).clamp_min(0) * (count / max(count - 1, 1)) for (_, sums, count, _), mean in zip(part, means)]
-        means = [mean if bias is None else mean + bias.detach() for (*_, bias), mean in zip(part, means)]
+        means, variances = [], []
+        for _, sums, count, bias in part:
+            mean = sums[0] / count
+            variances.append((sums[1] / count - mean.square()).clamp_min(0) * (count / max(count - 1, 1)))
+            means.append(mean if bias is None else mean + bias.detach())
         torch._foreach_lerp_([norm.running_mean for norm, *_ in part], means, momentum)
         torch._foreach_lerp_([norm.running_var for norm, *_ in part], variances, momentum)
         torch._foreach_add_([norm.num_batches_tracked for norm, *_ in part], 1)
@@ -314,7 +336,8 @@ def fused_forward(
     weights: dict | None = None, # convolutions' rounded weights by their id; none: rounded here, with a gradient
 ) -> Tensor: # logits [B,K], float32
     "A Wide-ResNet's logits through the fused layers; gradients, modes and running statistics as in `model(x)`."
-    rounded = (lambda conv: conv.weight.to(dtype)) if weights is None else (lambda conv: weights[id(conv)])
+    def rounded(conv):
+        return conv.weight.to(dtype) if weights is None else weights[id(conv)]
     tracked: list = []
     nothing = torch.zeros_like(model.stem.bias)
     stream, branch, bias = _Stem.apply(x, model.stem.weight, model.stem.bias, dtype), None, nothing

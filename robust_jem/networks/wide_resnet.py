@@ -21,15 +21,22 @@ NORMS = {
 class Block(nn.Module):
     "Pre-activation residual block: (norm, LeakyReLU, 3x3 convolution) twice, plus the shortcut."
 
-    def __init__(self, c_in: int, c_out: int, stride: int, norm: str):
+    def __init__(self,
+        c_in: int, # channels before …
+        c_out: int, # … and after
+        stride: int, # of the second convolution; 2 halves the resolution
+        norm: str, # one of NORMS
+    ):
         super().__init__()
-        in_place = norm != "none"                    # a norm's output belongs to nobody else, and its backward pass doesn't need it: a third less memory
+        # a norm's output belongs to nobody else, and its backward pass doesn't need it: a third less memory
+        in_place = norm != "none"
         self.residual = nn.Sequential(
             NORMS[norm](c_in), nn.LeakyReLU(0.2, in_place), nn.Conv2d(c_in, c_out, 3, 1, 1),
             NORMS[norm](c_out), nn.LeakyReLU(0.2, in_place), nn.Conv2d(c_out, c_out, 3, stride, 1))
         self.shortcut = nn.Identity() if c_in == c_out and stride == 1 else nn.Conv2d(c_in, c_out, 1, stride)
 
-    def forward(self, x: Tensor) -> Tensor: return self.residual(x) + self.shortcut(x)
+    def forward(self, x: Tensor) -> Tensor:
+        return self.residual(x) + self.shortcut(x)
 
 class WideResNet(nn.Module):
     """Wide-ResNet `depth`-`width` as JEM++ uses it: images `[B,C,H,W]` in [-1,1] to logits `[B,K]`.
@@ -38,6 +45,7 @@ class WideResNet(nn.Module):
     `features(x)` are the pooled `[B, 64*width]` activations before the last layer.
     Raises `InputError` unless `depth = 6n + 4` with n >= 1, `width >= 1` and `norm` is known.
     """
+
     def __init__(self,
         depth: int = 28, # 6n + 4 (JEM++: 28)
         width: int = 10, # channel multiplier (JEM++: 10)
@@ -46,16 +54,26 @@ class WideResNet(nn.Module):
         norm: str = "batch", # "batch" (JEM++), "none" (JEM) or "group"
     ):
         super().__init__()
-        if depth < 10 or (depth - 4) % 6: raise InputError(f"depth: {depth} is not 6n+4; accepted: 10, 16, 22, 28, 34, 40, …")
-        if width < 1: raise InputError(f"width: {width} is below 1")
-        if norm not in NORMS: raise InputError(f"norm: {norm!r} is unknown; accepted: {', '.join(NORMS)}")
+        if depth < 10 or (depth - 4) % 6:
+            raise InputError(f"depth: {depth} is not 6n+4; accepted: 10, 16, 22, 28, 34, 40, …")
+        if width < 1:
+            raise InputError(f"width: {width} is below 1")
+        if norm not in NORMS:
+            raise InputError(f"norm: {norm!r} is unknown; accepted: {', '.join(NORMS)}")
         self.stem = nn.Conv2d(in_channels, 16, 3, 1, 1)
         layers, c_in = [], 16
         for c_out, stride in ((16 * width, 1), (32 * width, 2), (64 * width, 2)):
             for i in range((depth - 4) // 6):
                 layers.append(Block(c_in, c_out, stride if i == 0 else 1, norm))
                 c_in = c_out
-        self.trunk = nn.Sequential(*layers, NORMS[norm](c_in), nn.LeakyReLU(0.2), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(c_in, num_classes))
+        self.trunk = nn.Sequential(
+            *layers,
+            NORMS[norm](c_in), nn.LeakyReLU(0.2), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+            nn.Linear(c_in, num_classes))
 
-    def forward(self, x: Tensor) -> Tensor: return self.trunk(self.stem(x))
-    def features(self, x: Tensor) -> Tensor: return self.trunk[:-1](self.stem(x))
+    def forward(self, x: Tensor) -> Tensor:
+        return self.trunk(self.stem(x))
+
+    def features(self, x: Tensor) -> Tensor:
+        "Pooled activations `[B, 64*width]`: what the last, linear layer sees."
+        return self.trunk[:-1](self.stem(x))
