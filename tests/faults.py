@@ -31,10 +31,11 @@ from robust_jem.core.files import read_tensors
 from robust_jem.ebm import attacks, energy, objectives, replay, samplers
 from robust_jem.ebm.priors import GaussianMixturePrior, UniformPrior
 from robust_jem.engine import run_log, runtime, sample
+from robust_jem.systems import hybrid
 from robust_jem.engine.checkpoints import TrainState
 from robust_jem.engine.recovery import Diverged
 from robust_jem.engine.runs import Run
-from robust_jem.engine.sample import RobustJEM
+from robust_jem.engine.pretrained import RobustJEM
 from robust_jem.engine.train import train
 from robust_jem.judge import calibration, diversity, evaluate as judge_evaluate, extractors, ood, robustness, sample_scores
 from robust_jem.networks import wide_resnet
@@ -414,7 +415,7 @@ def calls(folder):
     frechet = lambda mean, covariance: sample_scores.frechet_distance(*sample_scores.moments(f), mean, covariance)
     robust = lambda eps=0.1, **kw: robustness.robust_accuracy(m, x8, y, eps, **kw)
     calibrate = lambda logits=logits, y=y, bins=15: calibration.calibration(logits, y, bins)
-    generate = lambda *a, **kw: sample.generate(m, prior, y, *a, **kw)
+    generate = lambda *a, **kw: hybrid.generate(m, prior, y, *a, **kw)
     fitted = lambda **kw: train(configure(TrainConfig, **{"out": "new"} | kw), progress=False)
     draw = lambda **kw: sample.generate_samples(configure(GenerateConfig, **RUN | kw), progress=False)
     evaluate = lambda **kw: judge_evaluate.evaluate_run(configure(EvaluateConfig, **RUN | kw), progress=False)

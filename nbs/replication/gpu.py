@@ -27,14 +27,15 @@ from robust_jem.core.files import write_json, write_tensors
 from robust_jem.core.images import Batches, Images, load_images
 from robust_jem.core.random import stream
 from robust_jem.ebm.energy import marginal_energy, untouched, input_gradient
-from robust_jem.engine import sample
+from robust_jem.engine import pretrained
 from robust_jem.engine.checkpoints import TrainState
 from robust_jem.engine.distributed import World
 from robust_jem.engine.graphs import Captured
 from robust_jem.engine.recovery import Diverged, Health
 from robust_jem.engine.runs import Run, provenance
 from robust_jem.engine.runtime import Deadline, Execution, choose_policy, executing
-from robust_jem.engine.sample import RobustJEM, generate_samples
+from robust_jem.engine.pretrained import RobustJEM
+from robust_jem.engine.sample import generate_samples
 from robust_jem.engine.train import lr_factor
 from robust_jem.judge.evaluate import evaluate_run
 from robust_jem.judge.robustness import accuracy, robust_accuracy
@@ -436,7 +437,7 @@ def share_prior():
         if key not in fitted:
             fitted[key] = fit(config, images, "cuda" if torch.cuda.is_available() else "cpu")
         return fitted[key].to(device)
-    hybrid.build_prior = sample.build_prior = build_prior
+    hybrid.build_prior = pretrained.build_prior = build_prior
 
 
 def all_systems(args):
