@@ -36,12 +36,13 @@ from robust_jem.engine import run_log, runtime, sample
 from robust_jem.engine.checkpoints import TrainState
 from robust_jem.engine.recovery import Diverged
 from robust_jem.engine.runs import Run
-from robust_jem.engine.sample import RobustJEM
+from robust_jem.engine.pretrained import RobustJEM
 from robust_jem.engine.train import train
 from robust_jem.judge import calibration, diversity, extractors, ood, robustness, sample_scores
 from robust_jem.judge import evaluate as judge_evaluate
 from robust_jem.networks import wide_resnet
 from robust_jem.report import tables
+from robust_jem.systems import hybrid
 from robust_jem.systems.catalog import EvaluateConfig, GenerateConfig, TrainConfig, configure, sample_plan
 
 REPO = Path(__file__).resolve().parent.parent
@@ -759,7 +760,7 @@ def calls_of_runs(t):
     other = RobustJEM(t.model, UniformPrior((1, 8, 8)), t.run.config, t.images.classes, (1, 8, 8))
 
     def generate(*a, **kw):
-        return sample.generate(t.model, t.prior, t.y, *a, **kw)
+        return hybrid.generate(t.model, t.prior, t.y, *a, **kw)
 
     def fit(**kw):
         return train(configure(TrainConfig, **{"out": "new"} | kw), progress=False)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from robust_jem.app.replicate import notebook_path
-from robust_jem.engine.sample import RobustJEM
+from robust_jem.engine.pretrained import RobustJEM
 
 SCRIPT = notebook_path("train").parent / "gpu.py"
 

@@ -11,7 +11,7 @@ from conftest import REPO
 
 from robust_jem.core.files import read_json
 from robust_jem.core.images import to_unit
-from robust_jem.engine.sample import RobustJEM
+from robust_jem.engine.pretrained import RobustJEM
 
 FOLDERS = sorted(p.parent for p in (REPO / "data" / "pretrained").glob("*/model.safetensors"))
 

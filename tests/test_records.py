@@ -21,7 +21,8 @@ from robust_jem.ebm.objectives import Terms, hybrid_loss
 from robust_jem.engine.recovery import Health
 from robust_jem.engine.runtime import as_written
 from robust_jem.engine.runs import Run
-from robust_jem.engine.sample import RobustJEM, generate_samples
+from robust_jem.engine.pretrained import RobustJEM
+from robust_jem.engine.sample import generate_samples
 from robust_jem.judge.extractors import feature_extractor
 from robust_jem.systems import hybrid
 from robust_jem.systems.catalog import GenerateConfig, TrainConfig, build_system, configure

@@ -304,7 +304,7 @@ def test_gpu_script_makes_a_trunk_for_an_older_pytorch(tmp_path):
 @pytest.mark.parametrize("systems", (["robust_jem"], pytest.param(["robust_classifier", "robust_jem"], marks=pytest.mark.long)), ids="-".join)
 def test_gpu_script_runs_to_the_end_on_a_cpu(here, image_tree, command, systems):
     "The very commands of a GPU's minutes, small: each stage leaves what the next one needs, and what is brought back loads without the data."
-    from robust_jem.engine.sample import RobustJEM
+    from robust_jem.engine.pretrained import RobustJEM
     image_tree("cifar10", classes=[f"c{i}" for i in range(4)], train=8, test=4, size=16)
     script = command_line.notebook_path("train").parent / "gpu.sh"
     judge = subprocess.run([*command.argv, *"train --system wide_resnet --dataset cifar10 --preset cifar10-cpu --depth 10 --width 1 --batch-size 16 --epochs 1 --warmup-steps 0 --device cpu --out judge".split()], env=command.env, capture_output=True, text=True)

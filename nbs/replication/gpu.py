@@ -29,10 +29,11 @@ from robust_jem.bench.tune import TuneConfig, markdown, random_images, tune
 from robust_jem.core.files import read_json, write_bytes, write_json, write_tensors
 from robust_jem.core.images import Batches, Images, load_images
 from robust_jem.engine.checkpoints import TrainState
+from robust_jem.engine.pretrained import RobustJEM
 from robust_jem.engine.recovery import Diverged, Health
 from robust_jem.engine.runs import Run, provenance
 from robust_jem.engine.runtime import executing
-from robust_jem.engine.sample import RobustJEM, generate_samples
+from robust_jem.engine.sample import generate_samples
 from robust_jem.engine.train import lr_factor
 from robust_jem.judge.evaluate import evaluate_run
 from robust_jem.judge.robustness import accuracy, robust_accuracy

@@ -127,10 +127,12 @@ class TrainState:
         self.world.wait()
 
     def _gathered(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {k: self.world.gather(v) if k.startswith("generator.") or self._is_shared_out(k) else v for k, v in tensors.items()}
+        "The same, with all processes' parts of what each has a part of."
+        parts = {k for k in tensors if k.startswith("generator.") or self._is_shared_out(k)}
+        return {k: self.world.gather(v) if k in parts else v for k, v in tensors.items()}
 
     def _is_shared_out(self, key: str) -> bool:
-        "Whether each process has a part of this tensor."
+        "Whether each process has some rows of this tensor."
         return key.removeprefix("snapshot.").removeprefix("system.") in self.system.per_process
 
     def load(self, path: Path):
@@ -173,7 +175,8 @@ class TrainState:
 
     def _warn_of_changes(self, path: Path, meta: dict, fresh: bool):
         if meta["precision"] != self.precision:
-            warnings.warn(f"{path} was written in {meta['precision']}; the run goes on in {self.precision}, so not bit for bit")
+            warnings.warn(f"{path} was written in {meta['precision']}; the run goes on in {self.precision}, "
+                          "so not bit for bit")
         if fresh:
             warnings.warn(f"{path} was written by {meta['processes']} process(es) or on another kind of device: "
                           "the run goes on with fresh noise, so not bit for bit")
@@ -183,7 +186,8 @@ class TrainState:
         if meta["config"] != _settings(self.system.asked):
             raise InputError(f"{path}: a checkpoint of other settings; use another folder, or remove it")
         if meta.get("fingerprint", self.fingerprint) != self.fingerprint:
-            raise InputError(f"{path}: the data set has changed since (fingerprint {meta['fingerprint']} then, {self.fingerprint} now); "
+            then, now = meta["fingerprint"], self.fingerprint
+            raise InputError(f"{path}: the data set has changed since (fingerprint {then} then, {now} now); "
                              "bring the old images back, or train into another folder")
 
     def _check_contents(self, tensors: dict[str, Tensor], meta: dict):
@@ -230,7 +234,7 @@ class TrainState:
                 shapes |= {prefix + k: shape for k, shape in moment_shapes(optimizer, names).items()}
         return shapes
 
-# %% ../../nbs/engine/05_checkpoints.ipynb #927c1ca5
+# %% ../../nbs/engine/05_checkpoints.ipynb #cf3d03b0
 def optimizer_tensors(
     optimizer: Optimizer,
     names: dict[Tensor, str], # of the parameters

@@ -62,7 +62,8 @@ class RunLog:
 
     def _still_there(self):
         if not (self.run.path / "config.json").exists():
-            raise InputError(f"{self.run.path} has gone, or lost its config.json, while the run was training; nothing was written")
+            raise InputError(f"{self.run.path} has gone, or lost its config.json, while the run was training; "
+                             "nothing was written")
 
     def back_to(self, step: int):
         "Take back what came after an update."
@@ -101,13 +102,17 @@ class RunLog:
         "Whether an epoch has just ended that was better than all before, by the mean over its lines."
         state, epoch = self.state, self.state.step // self.per_epoch
         ended = self.main and state.step % self.per_epoch == 0
-        scores = [state.system.selection_score(r) for r in self.run.metrics() if r.get("epoch") == epoch] if ended else []
+        rows = [r for r in self.run.metrics() if r.get("epoch") == epoch] if ended else []
+        scores = [state.system.selection_score(r) for r in rows]
         score = sum(scores) / len(scores) if scores else math.inf
         better, state.best = score < state.best, min(score, state.best)
         return better
 
     def _show(self):
-        "To TensorBoard, with each checkpoint, not in between: its thread would meet a full disk or a vanished folder unseen."
+        """Lines to TensorBoard, with each checkpoint, not in between.
+
+        Its thread would meet a full disk or a vanished folder unseen.
+        """
         with _written(self.run.path / "tensorboard"):
             for row in self.unseen:
                 for k, v in row.items():
@@ -147,7 +152,8 @@ class RunLog:
                 break
             except InputError as e:
                 if i == len(files) - 1:
-                    raise InputError(f"{e}; no checkpoint before it is left: remove the folder checkpoints to begin anew") from e
+                    raise InputError(f"{e}; no checkpoint before it is left: "
+                                     "remove the folder checkpoints to begin anew") from e
                 if "other settings" in str(e):
                     raise InputError(str(e)) from e
                 warnings.warn(f"{e}; going on from the checkpoint before it")
@@ -167,7 +173,8 @@ class RunLog:
         if len(state.events) >= config.recoveries:
             files = self.run.checkpoints()
             last = files[0].name if files else "not yet written"
-            raise Diverged(f"{self.run.path}: {why} at update {state.step}, after {len(state.events)} of {config.recoveries} recoveries; "
+            used = f"{len(state.events)} of {config.recoveries} recoveries"
+            raise Diverged(f"{self.run.path}: {why} at update {state.step}, after {used}; "
                            f"the last checkpoint is {last}. Lower lr or sampler_step_size, or raise energy_penalty")
         at = state.step
         step, tensors = self._way_back(why, fresh_state)
@@ -175,7 +182,8 @@ class RunLog:
             e["step"] = min(e["step"], step)
         seen = {k: str(v) for k, v in row.items()}
         number = len(state.events) + 1
-        event = {"event": "recovery", "step": step, "why": why, "at": at, "back_to": step, "number": number, "seen": seen}
+        event = {"event": "recovery", "step": step, "why": why, "at": at, "back_to": step, "number": number}
+        event["seen"] = seen
         state.recover(step, tensors, event)
         state.snapshot = state.copy()
         state.world.wait()
@@ -185,7 +193,8 @@ class RunLog:
         self.save()                                                 # a kill from here on goes on from the recovery
         if self.main:
             settings = ", ".join(f"{k} {v:g}" for k, v in event["settings"].items())
-            warnings.warn(f"{self.run.path}: {why} at update {at}; recovery {number} of {config.recoveries}: back to update {step}, {settings}")
+            warnings.warn(f"{self.run.path}: {why} at update {at}; recovery {number} of {config.recoveries}: "
+                          f"back to update {step}, {settings}")
 
     def _way_back(self, why: str, fresh_state: Callable[[], TrainState]) -> tuple[int, dict]:
         "The latest state that no recovery has gone back to: its update, and its tensors."
@@ -200,8 +209,9 @@ class RunLog:
                     fresh.load(file)
                     return fresh.copy()
         if step > self.per_epoch:
-            raise Diverged(f"{self.run.path}: {why} at update {self.state.step}, and no earlier state is left to go back to; "
-                           "raise keep_checkpoints, lower lr or sampler_step_size, or raise energy_penalty")
+            raise Diverged(f"{self.run.path}: {why} at update {self.state.step}, "
+                           "and no earlier state is left to go back to; raise keep_checkpoints, "
+                           "lower lr or sampler_step_size, or raise energy_penalty")
         return fresh.snapshot
 
     def _forget_after(self, step: int):
@@ -225,4 +235,5 @@ def _written(path: Path):
     try:
         yield
     except OSError as e:
-        raise InputError(f"{path}: can't be written ({e.strerror or e}); make room, then continue with the same command") from e
+        raise InputError(f"{path}: can't be written ({e.strerror or e}); "
+                         "make room, then continue with the same command") from e

@@ -36,6 +36,8 @@ def lr_factor(
     return warm * 0.5 * (1 + math.cos(math.pi * step / max(1, total)))
 
 # %% ../../nbs/engine/07_train.ipynb #f3c22a8f
+_GOES_ON = "the same command goes on from there"
+
 class Training:
     "One run in training: everything that the loop holds together."
 
@@ -134,11 +136,12 @@ class Training:
         return ending, self.world.agree(self.runtime.deadline.reached(), self.runtime.device)
 
     def _stop(self, ending: bool, late: bool):
-        where, of = self.log.run.path, f"update {self.state.step} of {self.total}"
+        folder, update = self.log.run.path, f"update {self.state.step} of {self.total}"
         if ending:
-            raise Interrupted(self.stop.signal or 15, f"{where}: interrupted at {of} and saved; the same command goes on from there")
+            raise Interrupted(self.stop.signal or 15, f"{folder}: interrupted at {update} and saved; {_GOES_ON}")
         if late:
-            raise OutOfTime(f"{where}: stopped at {of} after max_minutes {self.config.max_minutes:g}; the same command goes on from there")
+            limit = f"max_minutes {self.config.max_minutes:g}"
+            raise OutOfTime(f"{folder}: stopped at {update} after {limit}; {_GOES_ON}")
 
     def save(self):
         "Write a checkpoint, and note how long that takes."

@@ -17,7 +17,7 @@ import torch
 from ..core.errors import InputError
 from ..core.files import read_tensors, write_bytes, write_json
 from ..engine.runs import Run
-from ..engine.sample import RobustJEM
+from ..engine.pretrained import RobustJEM
 from ..judge.ood import SCORES
 from .figures import SuiteResults, distal_sheet, draw, reliability, robustness_curves, save_figure
 from .results import SAMPLE_SCORES
@@ -258,7 +258,7 @@ def _the_model(run: Run, shape: tuple[int, ...], classes: int, load: str) -> str
 | made by | commit {m['commit']}, torch {m['torch']} |
 
 ```python
-from robust_jem.engine.sample import RobustJEM
+from robust_jem.engine.pretrained import RobustJEM
 model = RobustJEM.{load}
 model.classify(x); model.energy(x); model.generate(y)          # x in [-1, 1]
 ```"""

@@ -27,7 +27,9 @@ Precision = Literal["auto", "float32", "bfloat16", "float16"]
 Compile = Literal["auto", "off", "default", "reduce-overhead", "max-autotune", "fused"]
 Suite = Literal["table", "full", "robustness", "calibration", "detection", "distal", "landscape", "neighbours"]
 # Fields that say where and how fast, not what: a run may go on with others.
-RUNTIME_FIELDS = {"out", "run", "root", "device", "threads", "compile", "max_minutes", "keep_checkpoints", "checkpoint_minutes"}
+RUNTIME_FIELDS = {
+    "out", "run", "root", "device", "threads", "compile", "max_minutes", "keep_checkpoints", "checkpoint_minutes",
+}
 
 @dataclass(frozen=True)
 class TrainConfig(Config):
@@ -41,7 +43,7 @@ class TrainConfig(Config):
     device: str = "auto"  # auto, cpu, cuda, cuda:1, …
     threads: int = option(0, 0, 4096)  # CPU threads, at most one a core; 0: PyTorch's choice
     precision: Precision = "auto"  # of the network's products; auto: bfloat16 where the device multiplies it fast
-    compile: Compile = "auto"  # torch.compile's mode, or fused: own kernels, CUDA graphs; auto: default on a GPU, off on a CPU
+    compile: Compile = "auto"  # torch.compile's mode, or fused: own kernels, graphs; auto: default on a GPU, else off
     max_minutes: float = option(0.0, 0)  # stop with a checkpoint after this time; 0: no limit
     depth: int = option(28, 10, 1000)  # of the Wide-ResNet: 6n + 4 (JEM++)
     width: int = option(10, 1, 100)  # of the Wide-ResNet (JEM++)
@@ -100,8 +102,8 @@ class TrainConfig(Config):
         super().__post_init__()
         check_names(system=self.system, preset=self.preset)
         if not (self.clean_weight or self.adversarial_weight or self.likelihood_weight):
-            raise InputError("clean_weight, adversarial_weight, likelihood_weight: all 0, so there is nothing to train; "
-                             "set one above 0")
+            raise InputError("clean_weight, adversarial_weight, likelihood_weight: all 0, "
+                             "so there is nothing to train; set one above 0")
         if self.likelihood_weight and self.buffer_size < self.batch_size:
             raise InputError(f"buffer_size: {self.buffer_size} is below batch_size {self.batch_size}; "
                              "each update draws a batch of different chains")
@@ -175,18 +177,18 @@ class EvaluateConfig(Config):
     model_inputs: Literal["signed", "unit"] = "signed"  # what it takes: images in [-1,1], or in [0,1] as RobustBench's
     out: str = ""  # folder of the suite's results; empty: RUN/suite, or runs/models/<factory>
     root: str = ""  # for a model: folder of the data sets; empty: $ROBUST_JEM_DATA, else ./data
-    extractor: str = "inception"  # inception, path/to/script.pt, classifier:RUN or efficientnet-lite0; a + joins features+classes
+    extractor: str = "inception"  # inception, path/to/script.pt, classifier:RUN, efficientnet-lite0; features+classes
     extractor_precision: Literal["float32", "bfloat16"] = "float32"  # of its products
     attack_eps: tuple[float, ...] = option((0.0314, 0.0627, 0.1), 0)  # L∞ radii of the robustness curve, [-1,1] scale
-    l2_eps: tuple[float, ...] = option((0.5, 1.0, 2.0), 0)  # suite: L2 radii, [-1,1] scale (RobustBench's 0.5 is 1 here)
+    l2_eps: tuple[float, ...] = option((0.5, 1.0, 2.0), 0)  # suite: L2 radii (RobustBench's 0.5 is 1 here)
     attack_steps: int = option(20, 0)  # PGD steps of the robustness curve
     attack_norm: Literal["linf", "l2"] = "linf"  # its ball in Table 1
     num_robust: int = option(10_000, 1)  # test images attacked
     restarts: int = option(5, 1)  # suite: random starts of the stronger attacks
     num_restarts: int = option(1000, 1)  # suite: test images for these
-    autoattack_eps: tuple[float, ...] = option((0.0627,), 0)  # suite: L∞ radii of AutoAttack (RobustBench's 8/255 is 0.0627)
+    autoattack_eps: tuple[float, ...] = option((0.0627,), 0)  # suite: L∞ radii of AutoAttack (8/255 is 0.0627)
     num_autoattack: int = option(200, 0)  # suite: test images for it; 0: not run
-    strangers: tuple[str, ...] = STRANGERS  # suite: what must be told from test images: these, data sets, folders of images
+    strangers: tuple[str, ...] = STRANGERS  # suite: to be told from test images; these, data sets, folders of images
     num_strangers: int = option(10_000, 1)  # suite: images of each
     batch_size: int = option(500, 1)  # images at a time
     splits: int = option(10, 1)  # of the Inception Score (convention: 10)
@@ -281,11 +283,14 @@ def sample_plan(
     system: str, # as in `configure`
     dataset: str,
     preset: str,
-    seeds: tuple[int, ...] = (0,), # of sampling; the first one's sets are named after the method, others `energy-seed1` …
+    seeds: tuple[int, ...] = (0,), # of sampling; the first's sets are named as the method, others `energy-seed1` …
     method: str = "all", # or one way alone
     **changes, # any other field of `GenerateConfig`
 ) -> list[GenerateConfig]: # one a sample set
-    "Every way a system is sampled: its rows of Table 1, and of energy chains unconditional ones too, by the first seed."
+    """Every way a system is sampled: its rows of Table 1.
+
+    Where it has energy chains, unconditional ones too, by the first seed.
+    """
     def made(**settings):
         return configure(GenerateConfig, system, dataset, preset, **(settings | changes))
 

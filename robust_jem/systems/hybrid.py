@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['METHODS', 'build_model', 'build_prior', 'build_optimizer', 'run_chains', 'generate', 'HotPaths', 'Hybrid']
 
-# %% ../../nbs/systems/01_hybrid.ipynb #17cf3267
+# %% ../../nbs/systems/01_hybrid.ipynb #33274e1b
 import dataclasses
 import math
 from collections.abc import Callable
@@ -28,11 +28,11 @@ from ..networks.wide_resnet import WideResNet
 from .base import Batch, Runtime, Step, System
 from .catalog import GenerateConfig, TrainConfig
 
-# %% ../../nbs/systems/01_hybrid.ipynb #f7dc1ab2
+# %% ../../nbs/systems/01_hybrid.ipynb #e46d0683
 def build_model(config: TrainConfig, images: Images) -> WideResNet:
     "The network of a configuration, initialised from its seed; the global random state is left alone."
     with torch.random.fork_rng(devices=[]):
-        torch.random.default_generator.manual_seed(config.seed)     # torch.manual_seed would also seed, and keep, the GPU's
+        torch.random.default_generator.manual_seed(config.seed)     # torch.manual_seed would seed the GPU's as well
         return WideResNet(config.depth, config.width, images.num_classes, images.shape[0], config.norm)
 
 def build_prior(config: TrainConfig, images: Images, device="cpu") -> GaussianMixturePrior | UniformPrior:
@@ -49,7 +49,7 @@ def build_optimizer(config: TrainConfig, parameters: list[nn.Parameter], runtime
         return torch.optim.SGD(parameters, lr, momentum=0.9, weight_decay=config.weight_decay, fused=fused)
     return torch.optim.Adam(parameters, config.lr, betas=(0.9, 0.999), weight_decay=config.weight_decay, fused=fused)
 
-# %% ../../nbs/systems/01_hybrid.ipynb #b3cbfe8e
+# %% ../../nbs/systems/01_hybrid.ipynb #f39691a9
 def run_chains(
     model: nn.Module,
     x: Tensor, # starts [B,C,H,W]
@@ -75,7 +75,7 @@ def run_chains(
     args.pop("inner_steps")
     return sgld(score, x, args.pop("outer_steps"), **args)
 
-# %% ../../nbs/systems/01_hybrid.ipynb #e4f32d13
+# %% ../../nbs/systems/01_hybrid.ipynb #6323efca
 METHODS = ("attack", "energy", "combined")
 
 def generate(
@@ -94,12 +94,15 @@ def generate(
     random_start: bool = False, # begin the attack at a random point of its ball
     contrast: float = 0.8, # combined: the attack's result is scaled by this about mid-grey
     bounds: tuple[float, float] | None = (-1, 1), # energy: clamp the chain; combined never clamps (paper)
-    attack_statistics: str | None = "running", # batch norm while attacking: as the classifier classifies; none: the model's mode
+    attack_statistics: str | None = "running", # batch norm while attacking: as it classifies; none: the model's mode
     sampler_statistics: str | None = "batch", # batch norm while sampling: as in training; none: the model's mode
     generator: torch.Generator | None = None, # on the prior's device
     on_stage: Callable[[str, Tensor], None] | None = None, # called with (name, x): prior, attack, contrast, step 1, …
 ) -> Tensor: # images [B,C,H,W]; in [-1,1] except after "combined", which isn't clamped
-    "Draw images of the wanted classes from scratch. Raises `InputError` for an unknown method or arguments out of range."
+    """Draw images of the wanted classes from scratch.
+
+    Raises `InputError` for an unknown method or arguments out of range.
+    """
     if method not in METHODS:
         raise InputError(f"method: {method!r} is unknown; accepted: {', '.join(METHODS)}")
     if not 0 < contrast <= 1:
@@ -126,7 +129,7 @@ def generate(
         )
     return x
 
-# %% ../../nbs/systems/01_hybrid.ipynb #4166f7b1
+# %% ../../nbs/systems/01_hybrid.ipynb #cd6d6aa2
 class HotPaths:
     "The heavy parts of an update as functions of tensors; recorded as CUDA graphs where the runtime records."
 
@@ -167,7 +170,7 @@ class HotPaths:
         loss, parts = self.system.loss(y, *images)
         return parts | {"gradient_norm": self.step.optimize("network", loss)}
 
-# %% ../../nbs/systems/01_hybrid.ipynb #93d5ee96
+# %% ../../nbs/systems/01_hybrid.ipynb #e4265a94
 class Hybrid(System):
     "JEM, JEM++, Robust JEM, IGEBM and plain classifiers: a network whose logits are an energy."
     capabilities = frozenset({"logits", "log_density", "sample", "start"})
@@ -187,7 +190,8 @@ class Hybrid(System):
         self.images, self.runtime = images, runtime
         self.network = build_model(config, images).to(runtime.device)
         accelerated = runtime.accelerate(self.network)
-        self._views = {"chains": accelerated, "update": accelerated.update_view()}     # in a dict, or they would be saved too
+        # In a dict, which Module doesn't look into: the network would be saved once more.
+        self._views = {"chains": accelerated, "update": accelerated.update_view()}
         self._prior = self._hot = self.average = self.replay = None
         if rng is not None:
             self._prepare_training(rng)
@@ -307,7 +311,8 @@ class Hybrid(System):
     def back_off(self, times: int):
         """Each recovery goes another step in the same direction.
 
-        A lower learning rate, a shorter step of the sampler, more of them, and a little pull of the energies towards zero.
+        A lower learning rate, a shorter step of the sampler, more of them, and a little pull of the energies towards
+        zero.
         """
         super().back_off(times)
         self._hot = None
@@ -356,7 +361,7 @@ class Hybrid(System):
         y: Tensor, # labels [B] of the images to draw
         how: GenerateConfig, # the method, and its settings
         rng: torch.Generator, # on the device
-        on_stage: Callable[[str, Tensor], None] | None = None, # called with (name, x): prior, attack, contrast, step 1, …
+        on_stage: Callable[[str, Tensor], None] | None = None, # called with (name, x): prior, attack, step 1, …
     ) -> Tensor: # images [B,C,H,W]; in [-1,1] except after "combined", which isn't clamped
         "Draw images of the wanted classes in one of the three ways."
         asked = {name: getattr(how, name) for name in ("sampler_step_size", "noise_std")}

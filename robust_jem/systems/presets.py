@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['PRESETS']
 
-# %% ../../nbs/systems/02_presets.ipynb #19534a51
+# %% ../../nbs/systems/02_presets.ipynb #6bf084bc
 from typing import Any
 
-# %% ../../nbs/systems/02_presets.ipynb #aa7a7464
+# %% ../../nbs/systems/02_presets.ipynb #c4550b45
 _DIGITS = dict(
     depth=10, width=1, eps=0.2, attack_steps=5, sampler_step_size=0.04, track_sampled=False, buffer_size=1000,
     pad=0, flip=False, schedule="cosine", warmup_steps=50, epochs=16, threads=1,
@@ -23,7 +23,8 @@ _CPU = dict(
     depth=10, width=2, attack_steps=7, outer_steps=5, batch_size=128, epochs=2, schedule="cosine", warmup_steps=100,
     track_sampled=False, buffer_size=2000,
 )
-# For the minutes of gpu.sh, which also finds the epochs that fit: 40 are 25 minutes of an H100; tried with ten, data/pretrained/robust_jem-h100.
+# For the minutes of gpu.sh, which also finds the epochs that fit: 40 are 25 minutes of an H100.
+# Tried with ten: data/pretrained/robust_jem-h100.
 _H100 = dict(
     width=4, eps=0.0627, attack_steps=3, outer_steps=5, batch_size=256, epochs=40, schedule="cosine", warmup_steps=300,
     eps_warmup=800, track_sampled=False,

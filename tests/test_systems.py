@@ -1,0 +1,142 @@
+"""A system of another kind: one class and one entry of the catalog, and it is trained, killed, resumed and sampled like any other."""
+import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.distributions import MultivariateNormal
+
+from robust_jem.core.errors import InputError
+from robust_jem.core.files import read_tensors
+from robust_jem.core.images import to_unit
+from robust_jem.engine.runs import Run
+from robust_jem.engine.sample import generate_samples
+from robust_jem.engine.train import train
+from robust_jem.systems.base import System
+from robust_jem.systems.catalog import SYSTEMS, Entry, GenerateConfig, TrainConfig, configure, register
+
+
+class Gaussian(System):
+    "Images are Gaussian: their mean and their covariance are learned in turns. It classifies nothing."
+    capabilities = frozenset({"log_density", "normalised", "sample"})
+    watched = {}
+
+    def __init__(self, config, images, runtime, rng=None):
+        super().__init__(config)
+        self.shape, pixels = images.shape, math.prod(images.shape)
+        self.mean, self.factor = nn.Parameter(torch.zeros(pixels)), nn.Parameter(torch.eye(pixels))
+        self._optimizers = {
+            "mean": torch.optim.SGD([self.mean], config.lr, momentum=0.9),
+            "covariance": torch.optim.Adam([self.factor], config.lr),
+        }
+
+    def optimizers(self):
+        return self._optimizers
+
+    def update(self, batch, step):
+        x = to_unit(batch.x)
+        x = x + 0.1 * torch.randn(x.shape, generator=step.generators["noise"])
+        loss = -self.log_density(x).mean()
+        norm = step.optimize(("mean", "covariance")[step.number % 2], loss)
+        return {"loss": loss.detach(), "gradient_norm": norm}
+
+    def distribution(self):
+        return MultivariateNormal(self.mean, scale_tril=self.factor.tril(-1) + self.factor.diag().abs().diag(), validate_args=False)
+
+    def log_density(self, x, y=None):
+        return self.distribution().log_prob(x.flatten(1))
+
+    @torch.no_grad()
+    def sample(self, y, how, rng, on_stage=None):
+        z = torch.randn(len(y), len(self.mean), generator=rng)
+        return (self.mean + z @ self.distribution().scale_tril.T).view(-1, *self.shape)
+
+
+ENTRY = Entry("Gaussian", "Gauss 1809", dict(lr=0.01), ("energy",), Gaussian)
+DIES_AT = 30                    # an update in the middle of the second epoch, whose turn is the mean's
+
+
+def settings(out, **changes):
+    return configure(TrainConfig, "gaussian", epochs=3, warmup_steps=0, log_every=4, threads=1, device="cpu", precision="float32",
+                     checkpoint_minutes=0.001, out=str(out), **changes)
+
+
+def train_and_die(out):
+    "In a process of its own: a training that is killed between two updates, as an operating system kills."
+    register("gaussian", ENTRY)
+    update = Gaussian.update
+    def until(self, batch, step):
+        if step.number == DIES_AT: os.kill(os.getpid(), signal.SIGKILL)
+        return update(self, batch, step)
+    Gaussian.update = until
+    train(settings(out), progress=False)
+
+
+@pytest.fixture
+def gaussian():
+    "The toy system, in the catalog for one test."
+    register("gaussian", ENTRY)
+    yield
+    del SYSTEMS["gaussian"]
+
+
+def test_it_is_killed_and_goes_on_to_the_same_bits(gaussian, here, command):
+    whole = Run(train(settings("whole"), progress=False))
+    rows = whole.metrics()
+    assert rows[-1]["step"] == 66 and rows[-1]["loss"] < rows[0]["loss"] - 10
+    assert whole.summary["parameters"] == 64 + 64 * 64 and whole.summary["recoveries"] == 0
+
+    env = command.env | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), command.env["PYTHONPATH"]])}
+    argv = [sys.executable, "-c", "import test_systems; test_systems.train_and_die('broken')"]
+    done = subprocess.run(argv, cwd=here, env=env, capture_output=True, text=True, timeout=300)
+    broken = Run("broken")
+    assert done.returncode == -signal.SIGKILL and not broken.trained and broken.checkpoints(), done.stderr
+    train(settings("broken"), progress=False)
+
+    for file in (lambda run: run.path / "model.safetensors", lambda run: run.checkpoints()[0]):
+        a, b = (read_tensors(file(run))[0] for run in (whole, broken))
+        assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    assert {"optimizer.mean.mean.momentum_buffer", "optimizer.covariance.factor.exp_avg", "system.factor"} <= a.keys()
+    assert whole.metrics() == broken.metrics()
+
+
+def test_it_is_sampled_and_its_density_is_normalised(gaussian, here):
+    run = Run(train(settings("run"), progress=False))
+    made = [generate_samples(configure(GenerateConfig, "gaussian", run="run", num_samples=50, batch_size=20, device="cpu", name=name), progress=False)
+            for name in ("one", "two")]
+    assert [p.name for p in made] == run.sample_names() == ["one", "two"]
+    (x, y, summary), (again, _, _) = run.samples("one"), run.samples("two")
+    assert torch.equal(x, again) and x.shape == (50, 1, 8, 8) and y[:11].tolist() == [*range(10), 0] and summary["batch_size"] == 20
+    stages, strip = run.strip("one")
+    assert stages == ["sample"] and torch.equal(strip[0], x[:10])
+
+    system = run.system()
+    assert not system.training and "normalised" in system.capabilities and "logits" not in system.capabilities
+    real, noise = to_unit(run.images().test_x[:100]), torch.rand(100, 1, 8, 8) * 2 - 1
+    assert system.log_density(real).mean() > system.log_density(noise).mean()
+    with pytest.raises(NotImplementedError, match="Gaussian has no logits"): system(real)
+
+
+def test_a_turn_that_diverges_is_taken_back(gaussian, here, monkeypatch):
+    update, poisoned = Gaussian.update, []
+    def poison(self, batch, step):
+        if step.number == 25 and not poisoned:
+            poisoned.append(1)
+            with torch.no_grad(): self.mean[0] = float("nan")
+        return update(self, batch, step)
+    monkeypatch.setattr(Gaussian, "update", poison)
+    with pytest.warns(UserWarning, match=r"recovery 1 of 3: back to update 22, lr 0\.005$"):
+        run = Run(train(settings("run", snapshot_every=5), progress=False))
+    event, = run.summary["events"]
+    assert event["settings"] == {"lr": 0.005} and event["back_to"] == 22
+    assert all(v.isfinite().all() for v in run.system().state_dict().values())
+
+
+def test_a_name_is_taken_once(gaussian):
+    register("gaussian", ENTRY)                                                # the same again changes nothing
+    with pytest.raises(InputError, match="'robust_jem' is in the catalog already"): register("robust_jem", ENTRY)
