@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['METHODS', 'build_model', 'build_prior', 'build_optimizer', 'run_chains', 'generate', 'HotPaths', 'Hybrid']
 
-# %% ../../nbs/systems/01_hybrid.ipynb #33274e1b
+# %% ../../nbs/systems/01_hybrid.ipynb #77bae06a
 import dataclasses
 import math
 from collections.abc import Callable
@@ -28,7 +28,7 @@ from ..networks.wide_resnet import WideResNet
 from .base import Batch, Runtime, Step, System
 from .catalog import GenerateConfig, TrainConfig
 
-# %% ../../nbs/systems/01_hybrid.ipynb #e46d0683
+# %% ../../nbs/systems/01_hybrid.ipynb #371e2650
 def build_model(config: TrainConfig, images: Images) -> WideResNet:
     "The network of a configuration, initialised from its seed; the global random state is left alone."
     with torch.random.fork_rng(devices=[]):
@@ -49,7 +49,7 @@ def build_optimizer(config: TrainConfig, parameters: list[nn.Parameter], runtime
         return torch.optim.SGD(parameters, lr, momentum=0.9, weight_decay=config.weight_decay, fused=fused)
     return torch.optim.Adam(parameters, config.lr, betas=(0.9, 0.999), weight_decay=config.weight_decay, fused=fused)
 
-# %% ../../nbs/systems/01_hybrid.ipynb #f39691a9
+# %% ../../nbs/systems/01_hybrid.ipynb #ddb6dc03
 def run_chains(
     model: nn.Module,
     x: Tensor, # starts [B,C,H,W]
@@ -75,7 +75,7 @@ def run_chains(
         args.pop("inner_steps")
         return sgld(model, x, args.pop("outer_steps"), y=y, **args)
 
-# %% ../../nbs/systems/01_hybrid.ipynb #6323efca
+# %% ../../nbs/systems/01_hybrid.ipynb #65464106
 METHODS = ("attack", "energy", "combined")
 
 def generate(
@@ -129,7 +129,7 @@ def generate(
         )
     return x
 
-# %% ../../nbs/systems/01_hybrid.ipynb #cd6d6aa2
+# %% ../../nbs/systems/01_hybrid.ipynb #1cfbc293
 class HotPaths:
     "The heavy parts of an update as functions of tensors; recorded as CUDA graphs where the runtime records."
 
@@ -170,7 +170,7 @@ class HotPaths:
         loss, parts = self.system.loss(y, *images)
         return parts | {"gradient_norm": self.step.optimize("network", loss)}
 
-# %% ../../nbs/systems/01_hybrid.ipynb #e4265a94
+# %% ../../nbs/systems/01_hybrid.ipynb #318d1ae1
 class Hybrid(System):
     "JEM, JEM++, Robust JEM, IGEBM and plain classifiers: a network whose logits are an energy."
     capabilities = frozenset({"logits", "log_density", "sample", "start"})
