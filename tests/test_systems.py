@@ -148,6 +148,8 @@ def test_it_is_sampled_and_its_density_is_normalised(gaussian, here):
     assert system.log_density(real).mean() > system.log_density(noise).mean()
     with pytest.raises(NotImplementedError, match="Gaussian has no logits"):
         system(real)
+    with pytest.raises(InputError, match="accepted: a system that classifies"):
+        run.model()
 
 
 def test_a_turn_that_diverges_is_taken_back(gaussian, here, monkeypatch):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['METHODS', 'build_model', 'build_prior', 'build_optimizer', 'run_chains', 'generate', 'HotPaths', 'Hybrid']
 
-# %% ../../nbs/systems/01_hybrid.ipynb #77bae06a
+# %% ../../nbs/systems/01_hybrid.ipynb #8df31ab2
 import dataclasses
 import math
 from collections.abc import Callable
@@ -28,7 +28,7 @@ from ..networks.wide_resnet import WideResNet
 from .base import Batch, Runtime, Step, System
 from .catalog import GenerateConfig, TrainConfig
 
-# %% ../../nbs/systems/01_hybrid.ipynb #371e2650
+# %% ../../nbs/systems/01_hybrid.ipynb #f7ca5cf0
 def build_model(config: TrainConfig, images: Images) -> WideResNet:
     "The network of a configuration, initialised from its seed; the global random state is left alone."
     with torch.random.fork_rng(devices=[]):
@@ -49,7 +49,7 @@ def build_optimizer(config: TrainConfig, parameters: list[nn.Parameter], runtime
         return torch.optim.SGD(parameters, lr, momentum=0.9, weight_decay=config.weight_decay, fused=fused)
     return torch.optim.Adam(parameters, config.lr, betas=(0.9, 0.999), weight_decay=config.weight_decay, fused=fused)
 
-# %% ../../nbs/systems/01_hybrid.ipynb #ddb6dc03
+# %% ../../nbs/systems/01_hybrid.ipynb #63c65ef4
 def run_chains(
     model: nn.Module,
     x: Tensor, # starts [B,C,H,W]
@@ -69,13 +69,15 @@ def run_chains(
         bounds=(-1, 1) if config.sampler_bounds else None,
         generator=generator,
     ) | changes
+    if config.sampler == "proximal":
+        sampler, args["clip"] = proximal_sgld, config.gradient_clip
+    else:
+        sampler, args["steps"] = sgld, args.pop("outer_steps")
+        del args["inner_steps"]
     with untouched(model, config.sampler_statistics if statistics == "" else statistics):
-        if config.sampler == "proximal":
-            return proximal_sgld(model, x, y=y, clip=config.gradient_clip, **args)
-        args.pop("inner_steps")
-        return sgld(model, x, args.pop("outer_steps"), y=y, **args)
+        return sampler(model, x, y=y, **args)
 
-# %% ../../nbs/systems/01_hybrid.ipynb #65464106
+# %% ../../nbs/systems/01_hybrid.ipynb #cd8664c1
 METHODS = ("attack", "energy", "combined")
 
 def generate(
@@ -129,7 +131,7 @@ def generate(
         )
     return x
 
-# %% ../../nbs/systems/01_hybrid.ipynb #1cfbc293
+# %% ../../nbs/systems/01_hybrid.ipynb #43a26e20
 class HotPaths:
     "The heavy parts of an update as functions of tensors; recorded as CUDA graphs where the runtime records."
 
@@ -170,7 +172,7 @@ class HotPaths:
         loss, parts = self.system.loss(y, *images)
         return parts | {"gradient_norm": self.step.optimize("network", loss)}
 
-# %% ../../nbs/systems/01_hybrid.ipynb #318d1ae1
+# %% ../../nbs/systems/01_hybrid.ipynb #91bbf3b8
 class Hybrid(System):
     "JEM, JEM++, Robust JEM, IGEBM and plain classifiers: a network whose logits are an energy."
     capabilities = frozenset({"logits", "log_density", "sample", "start"})
