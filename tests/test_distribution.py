@@ -1,4 +1,5 @@
 """Runs on two processes: the same gradient, the same samples, whole checkpoints when one is killed."""
+
 import contextlib
 import os
 import random
@@ -15,9 +16,12 @@ import torch
 from robust_jem.core.files import read_tensors
 from robust_jem.engine.runs import Run
 
-OPTIONS = "--system robust_jem --dataset digits@0-4 --epochs 2 --attack-steps 2 --outer-steps 2 --buffer-size 200 --warmup-steps 0 --ema-decay 0.9 --threads 1 --device cpu --log-every 5".split()
+OPTIONS = """
+    --system robust_jem --dataset digits@0-4 --epochs 2 --attack-steps 2 --outer-steps 2 --buffer-size 200
+    --warmup-steps 0 --ema-decay 0.9 --threads 1 --device cpu --log-every 5
+""".split()
 
-GRADIENT = '''
+GRADIENT = """
 import gc, sys, torch
 from robust_jem.core.images import load_images, to_unit
 from robust_jem.engine.checkpoints import TrainState
@@ -30,7 +34,8 @@ hybrid.build_model = lambda *a: build(*a).double()
 images = load_images("digits")
 
 def settings(norm):
-    return configure(TrainConfig, "robust_jem", norm=norm, batch_size=16, buffer_size=16, device="cpu", precision="float32", clean_weight=0.5, energy_penalty=0.01)
+    return configure(TrainConfig, "robust_jem", norm=norm, batch_size=16, buffer_size=16, device="cpu",
+                     precision="float32", clean_weight=0.5, energy_penalty=0.01)
 
 def measure(norm, at):
     state = TrainState(settings(norm), images, at)
@@ -51,17 +56,17 @@ def measure(norm, at):
 with executing(settings("none"), 1) as at:
     for norm in sys.argv[1:]: measure(norm, at)
     gc.collect()          # nothing holds the process group when it is destroyed
-'''
+"""
 
 # The command line with a clock that runs out at the fourth look, however fast the machine is.
-LATE = '''
+LATE = """
 import sys
 from robust_jem.app import cli
 from robust_jem.engine.runtime import Deadline
 looks = []
 Deadline.reached = lambda self: looks.append(1) or len(looks) == 4
 sys.exit(cli.main(sys.argv[1:] + ["--max-minutes", "1"]))
-'''
+"""
 
 
 def free_port():
@@ -75,9 +80,11 @@ def free_port():
 @pytest.fixture
 def torchrun(command, here):
     "Run a module or a script on two processes, as a user does."
+
     def call(*what, timeout=300):
         argv = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *map(str, what)]
         return subprocess.run(argv, cwd=here, env=command.env, capture_output=True, text=True, timeout=timeout)
+
     return call
 
 
@@ -85,12 +92,23 @@ def torchrun(command, here):
 def ranks(command, here):
     "Start a script or a module on `size` processes, without torchrun's own; they end with the test."
     started = []
+
     def start(*what, size=2):
         env = command.env | {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-        mine = [subprocess.Popen([sys.executable, *map(str, what)], cwd=here, env=env | {"RANK": str(r), "LOCAL_RANK": str(r)},
-                                 stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for r in range(size)]
+        mine = [
+            subprocess.Popen(
+                [sys.executable, *map(str, what)],
+                cwd=here,
+                env=env | {"RANK": str(r), "LOCAL_RANK": str(r)},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for r in range(size)
+        ]
         started.extend(mine)
         return mine
+
     yield start
     for process in started:
         process.kill()
@@ -116,19 +134,29 @@ def test_two_processes_compute_the_gradient_of_the_whole_batch(ranks, here):
     for norm in ("none", "batch"):
         one, a, b = (torch.load(here / f"{norm}-{n}.pt", weights_only=True) for n in ("0of1", "0of2", "1of2"))
         assert sorted(torch.cat([a["y"], b["y"]]).tolist()) == sorted(one["y"].tolist())
-        assert torch.equal(a["gradient"], b["gradient"]) and torch.equal(a["buffers"], b["buffers"])     # all processes agree
+        assert torch.equal(a["gradient"], b["gradient"]) and torch.equal(
+            a["buffers"], b["buffers"]
+        )  # all processes agree
         error = (a["gradient"] - one["gradient"]).abs().max() / one["gradient"].abs().max()
-        if norm == "none": assert error < 1e-10
-        else: assert 1e-6 < error                                             # each process normalises by its own images: another function of the batch
+        if norm == "none":
+            assert error < 1e-10
+        else:
+            assert 1e-6 < error  # each process normalises by its own images: another function of the batch
 
 
 def test_two_processes_train_resume_and_generate(torchrun, ranks, here, cli):
     codes, said = ended(ranks("-m", "robust_jem.app.cli", "train", *OPTIONS, "--out", "whole"))
     assert codes == [0, 0], said
     whole = Run(here / "whole")
-    assert whole.summary["processes"] == 2 and whole.summary["updates"] == 22 and [r["step"] for r in whole.metrics()] == [5, 10, 11, 15, 20, 22]
+    assert (
+        whole.summary["processes"] == 2
+        and whole.summary["updates"] == 22
+        and [r["step"] for r in whole.metrics()] == [5, 10, 11, 15, 20, 22]
+    )
     tensors, meta = read_tensors(whole.checkpoints()[0])
-    assert meta["processes"] == 2 and tensors["system.replay_x"].shape[0] == 200 and len(tensors["generator.noise"]) == 2
+    assert (
+        meta["processes"] == 2 and tensors["system.replay_x"].shape[0] == 200 and len(tensors["generator.noise"]) == 2
+    )
     assert not torch.equal(*tensors["generator.noise"]) and not torch.equal(*tensors["system.replay_x"].chunk(2))
 
     # in pieces, on two processes: the same bits
@@ -144,9 +172,14 @@ def test_two_processes_train_resume_and_generate(torchrun, ranks, here, cli):
     assert whole.metrics() == Run(here / "pieces").metrics()
 
     # what two began, one goes on with, and says that the noise is another
-    with pytest.warns(UserWarning, match="written by 2 process"): assert cli("train", *OPTIONS, "--out", "alone").code == 0
+    with pytest.warns(UserWarning, match="written by 2 process"):
+        assert cli("train", *OPTIONS, "--out", "alone").code == 0
     alone = Run(here / "alone")
-    assert alone.summary["updates"] == 22 and alone.summary["processes"] == 1 and [r["step"] for r in alone.metrics()] == [r["step"] for r in whole.metrics()]
+    assert (
+        alone.summary["updates"] == 22
+        and alone.summary["processes"] == 1
+        and [r["step"] for r in alone.metrics()] == [r["step"] for r in whole.metrics()]
+    )
 
     # samples don't depend on the number of processes
     options = ("--num-samples", 50, "--batch-size", 20, "--outer-steps", 2, "--device", "cpu")
@@ -168,22 +201,36 @@ def test_killed_process_ends_the_job_and_leaves_a_whole_checkpoint(here, ranks):
     second.send_signal(signal.SIGKILL)
     _, err = first.communicate(timeout=120)
     lines = [line for line in err.replace("\r", "\n").split("\n") if line.startswith("robust-jem: ")]
-    assert first.returncode == 1 and len(lines) == 1 and "another of the 2 processes has ended" in lines[0] and "Traceback" not in err, err
+    assert (
+        first.returncode == 1
+        and len(lines) == 1
+        and "another of the 2 processes has ended" in lines[0]
+        and "Traceback" not in err
+    ), err
     tensors, meta = read_tensors(Run(here / "run").checkpoints()[0])
     assert meta["step"] % 11 == 0 and all(t.isfinite().all() for t in tensors.values() if t.is_floating_point())
     (here / "late.py").write_text(LATE.replace("== 4", "== 1"))
     _, said = ended(ranks("late.py", *argv))
-    assert "stopped at update" in said and read_tensors(Run(here / "run").checkpoints()[0])[1]["step"] > meta["step"]        # it goes on from there
+    assert (
+        "stopped at update" in said and read_tensors(Run(here / "run").checkpoints()[0])[1]["step"] > meta["step"]
+    )  # it goes on from there
 
 
-@pytest.mark.parametrize("options, says", (("--batch-size 63", "batch_size: 63 can't be divided among 2 processes"),
-                                           pytest.param("--buffer-size 201", "buffer_size: 201 can't be divided", marks=pytest.mark.long)))
+@pytest.mark.parametrize(
+    "options, says",
+    (
+        ("--batch-size 63", "batch_size: 63 can't be divided among 2 processes"),
+        pytest.param("--buffer-size 201", "buffer_size: 201 can't be divided", marks=pytest.mark.long),
+    ),
+)
 def test_shares_that_are_not_whole_are_refused_once(torchrun, here, options, says):
     done = torchrun("-m", "robust_jem.app.cli", "train", *OPTIONS, *options.split(), "--out", "run")
     assert done.returncode != 0 and done.stderr.count(f"robust-jem: {says}") == 1 and not os.path.exists(here / "run")
-    assert "InputError" not in done.stderr      # nor does the process that torchrun terminates add a traceback
+    assert "InputError" not in done.stderr  # nor does the process that torchrun terminates add a traceback
 
 
 def test_evaluation_is_not_for_several_processes(torchrun, runs):
-    done = torchrun("-m", "robust_jem.app.cli", "evaluate", runs / "robust_jem", "--extractor", f"classifier:{runs / 'judge'}")
+    done = torchrun(
+        "-m", "robust_jem.app.cli", "evaluate", runs / "robust_jem", "--extractor", f"classifier:{runs / 'judge'}"
+    )
     assert done.returncode != 0 and "start it without torchrun" in done.stderr

@@ -1,4 +1,5 @@
-"""A system of another kind: one class and one entry of the catalog, and it is trained, killed, resumed and sampled like any other."""
+"""A system of another kind: one class, one entry of the catalog, and it is trained, killed, resumed and sampled."""
+
 import math
 import os
 import signal
@@ -23,6 +24,7 @@ from robust_jem.systems.catalog import SYSTEMS, Entry, GenerateConfig, TrainConf
 
 class Gaussian(System):
     "Images are Gaussian: their mean and their covariance are learned in turns. It classifies nothing."
+
     capabilities = frozenset({"log_density", "normalised", "sample"})
     watched = {}
 
@@ -46,7 +48,8 @@ class Gaussian(System):
         return {"loss": loss.detach(), "gradient_norm": norm}
 
     def distribution(self):
-        return MultivariateNormal(self.mean, scale_tril=self.factor.tril(-1) + self.factor.diag().abs().diag(), validate_args=False)
+        factor = self.factor.tril(-1) + self.factor.diag().abs().diag()
+        return MultivariateNormal(self.mean, scale_tril=factor, validate_args=False)
 
     def log_density(self, x, y=None):
         return self.distribution().log_prob(x.flatten(1))
@@ -58,21 +61,35 @@ class Gaussian(System):
 
 
 ENTRY = Entry("Gaussian", "Gauss 1809", dict(lr=0.01), ("energy",), Gaussian)
-DIES_AT = 30                    # an update in the middle of the second epoch, whose turn is the mean's
+DIES_AT = 30  # an update in the middle of the second epoch, whose turn is the mean's
 
 
 def settings(out, **changes):
-    return configure(TrainConfig, "gaussian", epochs=3, warmup_steps=0, log_every=4, threads=1, device="cpu", precision="float32",
-                     checkpoint_minutes=0.001, out=str(out), **changes)
+    return configure(
+        TrainConfig,
+        "gaussian",
+        epochs=3,
+        warmup_steps=0,
+        log_every=4,
+        threads=1,
+        device="cpu",
+        precision="float32",
+        checkpoint_minutes=0.001,
+        out=str(out),
+        **changes,
+    )
 
 
 def train_and_die(out):
     "In a process of its own: a training that is killed between two updates, as an operating system kills."
     register("gaussian", ENTRY)
     update = Gaussian.update
+
     def until(self, batch, step):
-        if step.number == DIES_AT: os.kill(os.getpid(), signal.SIGKILL)
+        if step.number == DIES_AT:
+            os.kill(os.getpid(), signal.SIGKILL)
         return update(self, batch, step)
+
     Gaussian.update = until
     train(settings(out), progress=False)
 
@@ -107,11 +124,21 @@ def test_it_is_killed_and_goes_on_to_the_same_bits(gaussian, here, command):
 
 def test_it_is_sampled_and_its_density_is_normalised(gaussian, here):
     run = Run(train(settings("run"), progress=False))
-    made = [generate_samples(configure(GenerateConfig, "gaussian", run="run", num_samples=50, batch_size=20, device="cpu", name=name), progress=False)
-            for name in ("one", "two")]
+    made = [
+        generate_samples(
+            configure(GenerateConfig, "gaussian", run="run", num_samples=50, batch_size=20, device="cpu", name=name),
+            progress=False,
+        )
+        for name in ("one", "two")
+    ]
     assert [p.name for p in made] == run.sample_names() == ["one", "two"]
     (x, y, summary), (again, _, _) = run.samples("one"), run.samples("two")
-    assert torch.equal(x, again) and x.shape == (50, 1, 8, 8) and y[:11].tolist() == [*range(10), 0] and summary["batch_size"] == 20
+    assert (
+        torch.equal(x, again)
+        and x.shape == (50, 1, 8, 8)
+        and y[:11].tolist() == [*range(10), 0]
+        and summary["batch_size"] == 20
+    )
     stages, strip = run.strip("one")
     assert stages == ["sample"] and torch.equal(strip[0], x[:10])
 
@@ -119,24 +146,31 @@ def test_it_is_sampled_and_its_density_is_normalised(gaussian, here):
     assert not system.training and "normalised" in system.capabilities and "logits" not in system.capabilities
     real, noise = to_unit(run.images().test_x[:100]), torch.rand(100, 1, 8, 8) * 2 - 1
     assert system.log_density(real).mean() > system.log_density(noise).mean()
-    with pytest.raises(NotImplementedError, match="Gaussian has no logits"): system(real)
+    with pytest.raises(NotImplementedError, match="Gaussian has no logits"):
+        system(real)
+    with pytest.raises(InputError, match="accepted: a system that classifies"):
+        run.model()
 
 
 def test_a_turn_that_diverges_is_taken_back(gaussian, here, monkeypatch):
     update, poisoned = Gaussian.update, []
+
     def poison(self, batch, step):
         if step.number == 25 and not poisoned:
             poisoned.append(1)
-            with torch.no_grad(): self.mean[0] = float("nan")
+            with torch.no_grad():
+                self.mean[0] = float("nan")
         return update(self, batch, step)
+
     monkeypatch.setattr(Gaussian, "update", poison)
     with pytest.warns(UserWarning, match=r"recovery 1 of 3: back to update 22, lr 0\.005$"):
         run = Run(train(settings("run", snapshot_every=5), progress=False))
-    event, = run.summary["events"]
+    (event,) = run.summary["events"]
     assert event["settings"] == {"lr": 0.005} and event["back_to"] == 22
     assert all(v.isfinite().all() for v in run.system().state_dict().values())
 
 
 def test_a_name_is_taken_once(gaussian):
-    register("gaussian", ENTRY)                                                # the same again changes nothing
-    with pytest.raises(InputError, match="'robust_jem' is in the catalog already"): register("robust_jem", ENTRY)
+    register("gaussian", ENTRY)  # the same again changes nothing
+    with pytest.raises(InputError, match="'robust_jem' is in the catalog already"):
+        register("robust_jem", ENTRY)

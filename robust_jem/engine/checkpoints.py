@@ -234,7 +234,7 @@ class TrainState:
                 shapes |= {prefix + k: shape for k, shape in moment_shapes(optimizer, names).items()}
         return shapes
 
-# %% ../../nbs/engine/05_checkpoints.ipynb #cf3d03b0
+# %% ../../nbs/engine/05_checkpoints.ipynb #50be3f4d
 def optimizer_tensors(
     optimizer: Optimizer,
     names: dict[Tensor, str], # of the parameters

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RobustJEM']
 
-# %% ../../nbs/engine/09_pretrained.ipynb #aada0f74
+# %% ../../nbs/engine/09_pretrained.ipynb #5e711ccc
 import math
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from ..networks.wide_resnet import WideResNet
 from ..systems.catalog import GenerateConfig, TrainConfig, configure
 from ..systems.hybrid import build_prior, generate
 
-# %% ../../nbs/engine/09_pretrained.ipynb #84ed80f0
+# %% ../../nbs/engine/09_pretrained.ipynb #131c9f7a
 class RobustJEM:
     "A trained hybrid model: classify, energy, generate. Made by `from_run` or `from_pretrained`."
 

@@ -142,12 +142,17 @@ class Run:
         return build_system(self.config, self.images(), runtime or as_written(device))
 
     def model(self, device="cpu") -> nn.Module:
-        "The trained network in evaluation mode, of a system that has one."
-        return self.system(device).network
+        "The trained network in evaluation mode, of a system that classifies."
+        return self._able(self.system(device), "logits", "classifies").network
 
     def prior(self, device="cpu"):
         "Where chains of the system start."
-        return self._untrained(device).prior
+        return self._able(self._untrained(device), "start", "runs chains").prior
+
+    def _able(self, system: System, capability: str, does: str) -> System:
+        if capability not in system.capabilities:
+            raise InputError(f"run: {self.path} is of {self.config.system}; accepted: a system that {does}")
+        return system
 
     # samples and scores
     def sample_names(self) -> list[str]:

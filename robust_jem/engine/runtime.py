@@ -115,7 +115,7 @@ def choose_policy(
     update_precision = "bfloat16" if precision == "float16" else precision
     return Policy(str(device), precision, update_precision, compile, channels_last=True)
 
-# %% ../../nbs/engine/01_runtime.ipynb #63b5e123
+# %% ../../nbs/engine/01_runtime.ipynb #214e844b
 class Accelerated(nn.Module):
     "A network under a policy: images `[B,C,H,W]` to float32 logits `[B,K]`. `model` is the network itself."
 

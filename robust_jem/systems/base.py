@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Runtime', 'Batch', 'Step', 'System']
 
-# %% ../../nbs/systems/00_base.ipynb #115883ec
+# %% ../../nbs/systems/00_base.ipynb #72f57277
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-# %% ../../nbs/systems/00_base.ipynb #c17b1579
+# %% ../../nbs/systems/00_base.ipynb #c7863b65
 class Runtime(Protocol):
     "What a system may know of where it runs; `engine.runtime.Execution` is one."
     device: torch.device
@@ -35,7 +35,7 @@ class Batch:
     x: Tensor       # uint8 [B,C,H,W]
     y: Tensor       # int64 [B]
 
-# %% ../../nbs/systems/00_base.ipynb #c1fb5fb7
+# %% ../../nbs/systems/00_base.ipynb #c6bc21ad
 class Step:
     "An update's surroundings: its number, learning rate, generators, the processes, and `optimize`."
 
@@ -81,7 +81,7 @@ class Step:
         for t, part in zip(tensors, mean.split([t.numel() for t in tensors])):
             t.copy_(part.view_as(t))
 
-# %% ../../nbs/systems/00_base.ipynb #a3dcfc67
+# %% ../../nbs/systems/00_base.ipynb #e0989472
 class System(nn.Module):
     """One trained row of a table.
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['METHODS', 'build_model', 'build_prior', 'build_optimizer', 'run_chains', 'generate', 'HotPaths', 'Hybrid']
 
-# %% ../../nbs/systems/01_hybrid.ipynb #33274e1b
+# %% ../../nbs/systems/01_hybrid.ipynb #8df31ab2
 import dataclasses
 import math
 from collections.abc import Callable
@@ -28,7 +28,7 @@ from ..networks.wide_resnet import WideResNet
 from .base import Batch, Runtime, Step, System
 from .catalog import GenerateConfig, TrainConfig
 
-# %% ../../nbs/systems/01_hybrid.ipynb #e46d0683
+# %% ../../nbs/systems/01_hybrid.ipynb #f7ca5cf0
 def build_model(config: TrainConfig, images: Images) -> WideResNet:
     "The network of a configuration, initialised from its seed; the global random state is left alone."
     with torch.random.fork_rng(devices=[]):
@@ -49,7 +49,7 @@ def build_optimizer(config: TrainConfig, parameters: list[nn.Parameter], runtime
         return torch.optim.SGD(parameters, lr, momentum=0.9, weight_decay=config.weight_decay, fused=fused)
     return torch.optim.Adam(parameters, config.lr, betas=(0.9, 0.999), weight_decay=config.weight_decay, fused=fused)
 
-# %% ../../nbs/systems/01_hybrid.ipynb #f39691a9
+# %% ../../nbs/systems/01_hybrid.ipynb #63c65ef4
 def run_chains(
     model: nn.Module,
     x: Tensor, # starts [B,C,H,W]
@@ -71,11 +71,13 @@ def run_chains(
     ) | changes
     score = score_of(model, y, config.sampler_statistics if statistics == "" else statistics)
     if config.sampler == "proximal":
-        return proximal_sgld(score, x, clip=config.gradient_clip, **args)
-    args.pop("inner_steps")
-    return sgld(score, x, args.pop("outer_steps"), **args)
+        sampler, args["clip"] = proximal_sgld, config.gradient_clip
+    else:
+        sampler, args["steps"] = sgld, args.pop("outer_steps")
+        del args["inner_steps"]
+    return sampler(score, x, **args)
 
-# %% ../../nbs/systems/01_hybrid.ipynb #6323efca
+# %% ../../nbs/systems/01_hybrid.ipynb #cd8664c1
 METHODS = ("attack", "energy", "combined")
 
 def generate(
@@ -129,7 +131,7 @@ def generate(
         )
     return x
 
-# %% ../../nbs/systems/01_hybrid.ipynb #cd6d6aa2
+# %% ../../nbs/systems/01_hybrid.ipynb #43a26e20
 class HotPaths:
     "The heavy parts of an update as functions of tensors; recorded as CUDA graphs where the runtime records."
 
@@ -170,7 +172,7 @@ class HotPaths:
         loss, parts = self.system.loss(y, *images)
         return parts | {"gradient_norm": self.step.optimize("network", loss)}
 
-# %% ../../nbs/systems/01_hybrid.ipynb #e4265a94
+# %% ../../nbs/systems/01_hybrid.ipynb #91bbf3b8
 class Hybrid(System):
     "JEM, JEM++, Robust JEM, IGEBM and plain classifiers: a network whose logits are an energy."
     capabilities = frozenset({"logits", "log_density", "sample", "start"})

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['PRESETS']
 
-# %% ../../nbs/systems/02_presets.ipynb #6bf084bc
+# %% ../../nbs/systems/02_presets.ipynb #b236662c
 from typing import Any
 
-# %% ../../nbs/systems/02_presets.ipynb #c4550b45
+# %% ../../nbs/systems/02_presets.ipynb #9d38dcd0
 _DIGITS = dict(
     depth=10, width=1, eps=0.2, attack_steps=5, sampler_step_size=0.04, track_sampled=False, buffer_size=1000,
     pad=0, flip=False, schedule="cosine", warmup_steps=50, epochs=16, threads=1,
