@@ -411,7 +411,9 @@ def calls(folder):
     buffer = lambda capacity=4, reinit_prob=0.05: replay.ReplayBuffer(capacity, prior, reinit_prob)
     fit = lambda y=tensor([0, 0, 1, 1]), **kw: GaussianMixturePrior.fit(x, y, 2, **kw)
     frechet = lambda mean, covariance: sample_scores.frechet_distance(*sample_scores.moments(f), mean, covariance)
-    robust = lambda eps=0.1, **kw: robustness.robust_accuracy(m, x8, y, eps, **kw)
+    robust = lambda eps=0.1, y=y, **kw: robustness.robust_accuracy(m, x8, y, eps, **kw)
+    unlike = (y[:, None], real, y == 0, torch.eye(10).long()[y], "digits", far, below)                   # no labels of these images
+    unclear = ((x + 1) / 2, x8.int(), x * nan, 1.5 * x, x[0], x.permute(0, 2, 3, 1), "digits")           # neither grey levels nor floats in [-1,1]
     calibrate = lambda logits=logits, y=y, bins=15: calibration.calibration(logits, y, bins)
     generate = lambda *a, **kw: sample.generate(m, prior, y, *a, **kw)
     fitted = lambda **kw: train(configure(TrainConfig, **{"out": "new"} | kw), progress=False)
@@ -431,18 +433,23 @@ def calls(folder):
         "prior": (lambda: fit(jitter=0.0), lambda: fit(tensor([0, 0, 1, 2])), lambda: fit(tensor([0, 0, 0, 1])), lambda: prior.sample(far), lambda: prior.sample(below), lambda: fit(jitter=nan), lambda: fit(y[:3]),
                   lambda: fit(real), lambda: GaussianMixturePrior.fit(x * nan, tensor([0, 0, 1, 1]), 2), lambda: prior.sample(real)),
         "metrics": (lambda: frechet(mean[:2], covariance[:2, :2]), lambda: frechet(mean * nan, covariance), lambda: sample_scores.inception_score(f.softmax(1), 0), lambda: sample_scores.inception_score(f.softmax(1), 21),
-                    lambda: sample_scores.inception_score(f, 1), lambda: sample_scores.kernel_distance(f, f[:, :2]), lambda: sample_scores.kernel_distance(f * nan, f), lambda: sample_scores.kernel_distance(f, f, subsets=0), lambda: sample_scores.kernel_distance(f[:1], f)),
+                    lambda: sample_scores.inception_score(f, 1), lambda: sample_scores.inception_score(f.exp(), 1), lambda: sample_scores.kernel_distance(f, f[:, :2]), lambda: sample_scores.kernel_distance(f * nan, f), lambda: sample_scores.kernel_distance(f, f, subsets=0), lambda: sample_scores.kernel_distance(f[:1], f)),
         "extractor": (lambda: extractors.feature_extractor("missing.pt"), lambda: extractors.feature_extractor("classifier:nowhere"), lambda: extractors.feature_extractor("runs")),
-        "accuracy": (lambda: robustness.accuracy(m, x, y), lambda: robustness.accuracy(broken, x8, y), lambda: robust(-1.0), lambda: robust(norm="l1"), lambda: robust(steps=-1), lambda: robust(restarts=0),
-                     lambda: robustness.accuracy(m, x8, y[:3]), lambda: robustness.accuracy(m, x8[:0], y[:0]), lambda: robust(batch_size=0)),
+        "accuracy": (lambda: robustness.accuracy(m, 127.5 * (x + 1), y), lambda: robustness.accuracy(broken, x8, y), lambda: robust(-1.0), lambda: robust(norm="l1"), lambda: robust(steps=-1), lambda: robust(restarts=0),
+                     lambda: robustness.accuracy(m, x8, y[:3]), lambda: robustness.accuracy(m, x8[:0], y[:0]), lambda: robust(batch_size=0),
+                     *(lambda labels=labels: robustness.accuracy(m, x8, labels) for labels in unlike), *(lambda labels=labels: robust(y=labels) for labels in unlike),
+                     *(lambda labels=labels: robustness.autoattack_accuracy(m, x8, labels, 0.1) for labels in unlike), *(lambda pixels=pixels: robustness.accuracy(m, pixels, y) for pixels in unclear),
+                     lambda: robustness.accuracy(len, x8, y)),
         "energy": (lambda: energy.joint_energy(logits, far), lambda: energy.energy(m, x, below), lambda: energy.joint_energy(logits, real), lambda: energy.score(m, x, far), lambda: energy.untouched(m, "both").__enter__(),
                    lambda: energy.joint_energy(logits, y[:3])),
         "loss": (lambda: objectives.likelihood_loss(m, x, x, y), lambda: objectives.hybrid_loss(m, objectives.Terms(clean=1.0), y), lambda: objectives.hybrid_loss(m, objectives.Terms(likelihood=1.0), y, x_real=x),
                  lambda: objectives.classification_loss(m, x, far)),
-        "calibration": (lambda: calibrate(y=y[:3]), lambda: calibrate(y=far), lambda: calibrate(logits * nan), lambda: calibrate(bins=0)),
-        "detection": (lambda: ood.ood_scores(broken, x8), lambda: ood.auroc(f[0], f[0, :0]), lambda: ood.auroc(f[0] * nan, f[0]), lambda: ood.ood_images("mnist", x8, 4)),
+        "calibration": (lambda: calibrate(y=y[:3]), lambda: calibrate(y=far), lambda: calibrate(logits * nan), lambda: calibrate(bins=0), lambda: calibrate(y=y[:, None]), lambda: calibrate(y=real), lambda: calibrate(logits.softmax(1)), lambda: calibrate(logits[:, :1])),
+        "detection": (lambda: ood.ood_scores(broken, x8), lambda: ood.auroc(f[0], f[0, :0]), lambda: ood.auroc(f[0] * nan, f[0]), lambda: ood.ood_images("mnist", x8, 4),
+                      lambda: ood.ood_scores(m, (x + 1) / 2), lambda: ood.ood_scores(m, x * nan), lambda: ood.ood_scores(m, x8[0]), lambda: ood.auroc(f, f)),
         "diversity": (lambda: diversity.precision_recall(f, f, 20), lambda: diversity.precision_recall(f, f[:, :2]), lambda: diversity.density_coverage(f, f / 0), lambda: diversity.density_coverage(x, x),
-                      lambda: diversity.class_frechet(f, y, f, y, 10), lambda: diversity.nearest(f, f, 21), lambda: diversity.memorisation(f, f[:, :2], f), lambda: diversity.class_frechet(f[:4], far, f[:4], y, 10)),
+                      lambda: diversity.class_frechet(f, y, f, y, 10), lambda: diversity.nearest(f, f, 21), lambda: diversity.memorisation(f, f[:, :2], f), lambda: diversity.class_frechet(f[:4], far, f[:4], y, 10),
+                      lambda: diversity.class_frechet(f[:4], y[:, None], f[:4], y, 10), lambda: diversity.nearest(x8, x), lambda: diversity.nearest(x * nan, x)),
         "network": (lambda: wide_resnet.WideResNet(11), lambda: wide_resnet.WideResNet(10, 0), lambda: wide_resnet.WideResNet(10, 1, norm="layer"), lambda: runtime.resolve_device("gpu"), lambda: runtime.resolve_device("cuda:99"),
                     lambda: runtime.choose_policy(torch.device("cpu"), "float64")),
         "generate": (lambda: generate("gan"), lambda: generate(contrast=0), lambda: generate("energy", outer_steps=-1), lambda: generate("attack", eps=-1.0), lambda: generate(attack_statistics="both")),

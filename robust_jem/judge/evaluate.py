@@ -22,7 +22,7 @@ from ..engine.runs import Run, provenance
 from ..engine.runtime import Execution, OutOfTime, executing
 from .diversity import class_frechet, density_coverage, memorisation, precision_recall
 from .extractors import extract, extract_once, feature_extractor
-from .robustness import accuracy, robust_accuracy
+from .robustness import accuracy, robust_accuracy, zero_gradients
 from .sample_scores import reference_choice, reference_statistics, score
 from ..systems.catalog import EvaluateConfig
 
@@ -133,6 +133,7 @@ class SampleScorer:
             reference=f"{len(self.images.train_x)} training images of {self.images.name}",
             fingerprint=self.images.fingerprint,
             splits=self.config.splits,
+            by_class=self.config.by_class,
             precision=self.at.policy.precision,
         )
 
@@ -243,6 +244,7 @@ def _classification(config: EvaluateConfig, run: Run, model: nn.Module, images: 
             "accuracy": accuracy(model, images.test_x, images.test_y, config.batch_size),
             "n": len(images.test_x),
             "robust accuracy": {"0": accuracy(model, x, y, config.batch_size)} | curve,
+            "zero gradients": zero_gradients(model, x, y, config.batch_size),
         }
     cache.get("classification", settings | dict(eps=list(config.attack_eps)), measure)
 
