@@ -34,7 +34,9 @@ from ..engine.sample import generate
 from ..engine.train import run_chains
 from .calibration import calibration
 from .diversity import nearest
-from .evaluate import ResultCache, SampleScorer, draw_test_images, evaluate_run
+from robust_jem.judge.evaluate import (
+    CLASSIFIER, ResultCache, SampleScorer, capabilities_of, draw_test_images, evaluate_run, left_out, what_is_lacking,
+)
 from .ood import auroc, detect_ood, ood_images, ood_scores
 from robust_jem.judge.robustness import (
     MASKED, SignedInterval, accuracy, autoattack_accuracy, device_of, in_own_precision, robust_accuracy, zero_gradients,
@@ -47,14 +49,15 @@ from ..systems.catalog import SYSTEMS, EvaluateConfig, GenerateConfig, TrainConf
 class EvalTarget:
     "A classifier, its data, and samples drawn from it."
     title: str
-    model: nn.Module                         # [B,C,H,W] in [-1,1] -> [B,K], in evaluation mode
+    model: nn.Module | None                  # [B,C,H,W] in [-1,1] -> [B,K], in evaluation mode; none: no classifier
     images: Images
     config: TrainConfig                      # sampler and attack, as trained with or as chosen for it
     chain: GenerateConfig                    # how chains run
-    prior: object
+    prior: object | None                     # where chains start; none: there are no chains
     sets: dict[str, tuple[Tensor, Tensor, bool]]      # uint8 samples, labels, whether these are the samples' classes
     settings: dict                           # what tells it from others: hashes of weights, samples and data
     at: Execution
+    capabilities: frozenset[str] = CLASSIFIER      # what can be asked of it
 
     @classmethod
     def of_run(cls, run: Run, at: Execution) -> "EvalTarget":
@@ -72,7 +75,9 @@ class EvalTarget:
         title = SYSTEMS[config.system].title
         if "@" in config.dataset:
             title += f", {config.dataset}"
-        model = at.policy.accelerate(run.model(at.device))
+        can = capabilities_of(run)
+        model = at.policy.accelerate(run.model(at.device)) if "logits" in can else None
+        prior = run.prior(at.device) if "start" in can else None
         settings = dict(
             weights=run.weights,
             fingerprint=images.fingerprint,
@@ -80,7 +85,7 @@ class EvalTarget:
             sample_images=drawn,
             precision=at.policy.precision,
         )
-        return cls(title, model, images, config, chain, run.prior(at.device), sets, settings, at)
+        return cls(title, model, images, config, chain, prior, sets, settings, at, can)
 
     @classmethod
     def of_model(cls, config: EvaluateConfig, at: Execution) -> "EvalTarget":
@@ -432,7 +437,11 @@ def evaluate_suite(config: EvaluateConfig, progress: bool = True) -> dict[str, d
         if at.world.size > 1:
             raise InputError("evaluate: runs in one process; start it without torchrun")
         target = EvalTarget.of_run(run, at) if run else EvalTarget.of_model(config, at)
-        target.model.eval()
+        if target.model is not None:
+            target.model.eval()
+        missing = what_is_lacking(config.suite, target.capabilities)
+        if missing:
+            raise InputError(f"suite: {config.suite!r} needs {missing}, which {target.title} doesn't have")
         cache = ResultCache(folder, at)
         _measure_parts(target, config, cache, progress)
         cache.save("subject", _about(target, config))
@@ -440,10 +449,10 @@ def evaluate_suite(config: EvaluateConfig, progress: bool = True) -> dict[str, d
         return {name: v for name, v in cache.kept().items() if all(v.get(k) == w for k, w in target.settings.items())}
 
 def _measure_parts(target: EvalTarget, c: EvaluateConfig, cache: ResultCache, progress: bool):
-    "Every part that `suite` asks for."
+    "Every part that `suite` asks for and the target is capable of."
     same = target.settings
     def wanted(name):
-        return c.suite in ("full", name)
+        return c.suite in ("full", name) and not what_is_lacking(name, target.capabilities)
     if wanted("robustness"):
         robustness_parts(target, c, cache, progress)
     if wanted("calibration"):
@@ -476,5 +485,7 @@ def _about(target: EvalTarget, c: EvaluateConfig) -> dict:
         shape=list(images.shape),
         train=target.config.to_dict(),
         evaluate=c.to_dict(),
+        capabilities=sorted(target.capabilities),
+        left_out=left_out(target.capabilities),
         **target.settings,
     )
