@@ -734,7 +734,7 @@ def calls_of_judge(t):
             partial(extractors.feature_extractor, "missing.pt"),
             partial(extractors.feature_extractor, "classifier:nowhere"), partial(extractors.feature_extractor, "runs")),
         "accuracy": (
-            partial(robustness.accuracy, t.model, x, y), partial(robustness.accuracy, t.broken, raw, y),
+            partial(robustness.accuracy, t.model, 127.5 * (x + 1), y), partial(robustness.accuracy, t.broken, raw, y),
             partial(robust, -1.0), partial(robust, norm="l1"), partial(robust, steps=-1), partial(robust, restarts=0),
             partial(robustness.accuracy, t.model, raw, y[:3]), partial(robustness.accuracy, t.model, raw[:0], y[:0]),
             partial(robust, batch_size=0)),
@@ -750,6 +750,26 @@ def calls_of_judge(t):
             partial(diversity.class_frechet, f, y, f, y, 10), partial(diversity.nearest, f, f, 21),
             partial(diversity.memorisation, f, f[:, :2], f),
             partial(diversity.class_frechet, f[:4], t.far, f[:4], y, 10)),
+    }
+
+
+def calls_of_inputs(t):
+    "Labels that aren't these images', and pixels that are neither grey levels nor floats in [-1, 1]."
+    m, f, x, y, raw, nan = t.model, t.features, t.x, t.y, t.raw, t.nan
+    labels = (y[:, None], t.real, y == 0, torch.eye(10).long()[y], "digits", t.far, t.below)
+    pixels = ((x + 1) / 2, raw.int(), x * nan, 1.5 * x, x[0], x.permute(0, 2, 3, 1), "digits")
+    return {
+        "labels": (
+            *(partial(robustness.accuracy, m, raw, wrong) for wrong in labels),
+            *(partial(robustness.robust_accuracy, m, raw, wrong, 0.1) for wrong in labels),
+            *(partial(robustness.autoattack_accuracy, m, raw, wrong, 0.1) for wrong in labels),
+            partial(calibration.calibration, t.logits, y[:, None]), partial(calibration.calibration, t.logits, t.real),
+            partial(diversity.class_frechet, f[:4], y[:, None], f[:4], y, 10)),
+        "pixels": (
+            *(partial(robustness.accuracy, m, wrong, y) for wrong in pixels), partial(robustness.accuracy, len, raw, y),
+            partial(ood.ood_scores, m, (x + 1) / 2), partial(ood.ood_scores, m, x * nan),
+            partial(ood.ood_scores, m, raw[0]), partial(ood.auroc, f, f), partial(diversity.nearest, raw, x),
+            partial(diversity.nearest, x * nan, x)),
     }
 
 
@@ -798,7 +818,7 @@ def calls_of_runs(t):
 def calls(folder):
     "Bad calls from Python, by what they are made to, numbered from 0."
     t = good_things(folder)
-    found = calls_of_core(t) | calls_of_ebm(t) | calls_of_judge(t) | calls_of_runs(t)
+    found = calls_of_core(t) | calls_of_ebm(t) | calls_of_judge(t) | calls_of_inputs(t) | calls_of_runs(t)
     return {f"{name} {i}": (None, call) for name, some in found.items() for i, call in enumerate(some)}
 
 

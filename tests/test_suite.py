@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,7 +18,10 @@ from robust_jem.core.images import load_images, to_unit
 from robust_jem.engine.runs import Run
 from robust_jem.engine.train import train
 from robust_jem.judge import robustness
+from robust_jem.judge.evaluate import capabilities_of
+from robust_jem.judge.extractors import Extractor
 from robust_jem.judge.robustness import robust_accuracy
+from robust_jem.judge.suite import evaluate
 from robust_jem.systems.catalog import EvaluateConfig, TrainConfig, configure
 
 QUICK = (
@@ -351,3 +355,38 @@ def test_configuration_of_the_suite_is_checked():
     ):
         with pytest.raises(InputError, match=re.escape(next(iter(bad)))):
             configure(EvaluateConfig, **bad)
+
+
+# What a system is capable of
+
+
+def test_what_a_run_cannot_do_is_left_out(runs, here, monkeypatch):
+    "A run that only draws samples: no accuracy, no prior, no part of the suite that asks a classifier; and it says so."
+    for module in ("evaluate", "suite"):
+        monkeypatch.setattr(f"robust_jem.judge.{module}.capabilities_of", lambda run: frozenset({"sample"}))
+    monkeypatch.setattr(Run, "model", lambda *_: pytest.fail("a classifier was asked for"))
+    monkeypatch.setattr(Run, "prior", lambda *_: pytest.fail("a prior was asked for"))
+    judge = Extractor()
+    judge.forward = lambda x: nn.functional.adaptive_avg_pool2d(x, 2).flatten(1)
+    monkeypatch.setattr("robust_jem.judge.evaluate.feature_extractor", lambda *_: judge)
+
+    def ask(suite):
+        return evaluate(configure(EvaluateConfig, run="runs/robust_jem", suite=suite, device="cpu"), progress=False)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = ask("full")
+    assert {"held-out", *Run("runs/robust_jem").sample_names(), "subject", "neighbours"} == set(found)
+    kept = {p.stem for p in (here / "runs/robust_jem/scores").glob("*.json")}
+    assert kept == {"held-out", *Run("runs/robust_jem").sample_names()}
+    subject = json.loads((here / "runs/robust_jem/suite/subject.json").read_text())
+    assert subject["capabilities"] == ["sample"] and subject["left_out"]["calibration"] == "logits"
+    with pytest.raises(InputError, match="'calibration' needs logits"):
+        ask("calibration")
+
+
+def test_a_runs_own_system_says_what_it_can_do(runs, monkeypatch):
+    run = Run("runs/robust_jem")
+    assert {"logits", "start"} <= capabilities_of(run)
+    monkeypatch.setattr(Run, "system", lambda self: SimpleNamespace(capabilities=frozenset({"latent"})), raising=False)
+    assert capabilities_of(run) == {"latent"}

@@ -10,18 +10,21 @@ import torch
 from torch import Tensor
 
 from ..core.errors import InputError
+from ..core.inputs import as_features, as_labels
 
 # %% ../../nbs/judge/03_calibration.ipynb #7b14bd6b
-def _check_predictions(logits: Tensor, y: Tensor, bins: int):
-    if logits.ndim != 2 or len(logits) != len(y) or not len(y):
-        raise InputError(f"calibration: logits {tuple(logits.shape)} and {len(y)} labels; expected [N,K] and N, at "
-                         "least one")
+def _checked_predictions(logits: Tensor, y: Tensor, bins: int) -> tuple[Tensor, Tensor]:
+    logits = as_features(logits, "calibration: logits")
+    if logits.shape[1] < 2:
+        raise InputError(f"calibration: logits {tuple(logits.shape)}; expected [N,K] of at least two classes")
+    y = as_labels(y, len(logits), logits.shape[1])
     if not logits.isfinite().all():
         raise InputError("calibration: some logits aren't finite; the model is broken, or wasn't trained to the end")
-    if y.min() < 0 or y.max() >= logits.shape[1]:
-        raise InputError(f"calibration: labels {int(y.min())}..{int(y.max())} are outside 0..{logits.shape[1] - 1}")
+    if (logits >= 0).all() and ((logits.sum(1) - 1).abs() < 1e-3).all():
+        raise InputError("calibration: these are probabilities; expected logits, such as their logarithms")
     if bins < 1:
         raise InputError(f"bins: {bins} is below 1")
+    return logits, y
 
 def calibration(
     logits: Tensor, # [N,K]
@@ -33,7 +36,7 @@ def calibration(
     Raises `InputError` for other shapes, labels out of range, or logits that aren't finite.
     """
     from torchmetrics.functional.classification import multiclass_calibration_error
-    _check_predictions(logits, y, bins)
+    logits, y = _checked_predictions(logits, y, bins)
     p, y = logits.float().softmax(1).cpu(), y.cpu()
     confidence, right = p.max(1).values, (p.argmax(1) == y).float()
     place = torch.bucketize(confidence, torch.linspace(0, 1, bins + 1)) - 1

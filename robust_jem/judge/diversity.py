@@ -12,11 +12,13 @@ import torch
 from torch import Tensor
 
 from ..core.errors import InputError
+from ..core.inputs import as_features, as_labels
 from .sample_scores import frechet_distance, moments
 
 # %% ../../nbs/judge/02_diversity.ipynb #cdaa67fb
-def _check_features(name: str, samples: Tensor, real: Tensor, k: int):
-    if samples.ndim != 2 or real.ndim != 2 or samples.shape[1] != real.shape[1]:
+def _checked_features(name: str, samples: Tensor, real: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    samples, real = as_features(samples, f"{name}: features"), as_features(real, f"{name}: features")
+    if samples.shape[1] != real.shape[1]:
         raise InputError(f"{name}: features {tuple(samples.shape)} and {tuple(real.shape)}; both must be [N,D] of "
                          "one extractor")
     if not (samples.isfinite().all() and real.isfinite().all()):
@@ -24,6 +26,7 @@ def _check_features(name: str, samples: Tensor, real: Tensor, k: int):
     if not 1 <= k < min(len(samples), len(real)):
         raise InputError(f"{name}: k {k} is outside 1..{min(len(samples), len(real)) - 1}; "
                          f"there are {len(samples)} samples and {len(real)} real images")
+    return samples, real
 
 def _radii(f: Tensor, k: int) -> Tensor:
     "Distance of each feature vector to its k-th nearest neighbour."
@@ -39,7 +42,7 @@ def precision_recall(
     Raises `InputError` for other shapes, k out of range, or features that aren't finite.
     """
     from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric
-    _check_features("precision_recall", samples, real, k)
+    samples, real = _checked_features("precision_recall", samples, real, k)
     how = dict(prc_neighborhood=k, prc_batch_size=2000, save_cpu_ram=True, verbose=False)
     out = prc_features_to_metric(samples.double().cpu(), real.double().cpu(), **how)
     return {"precision": out[KEY_METRIC_PRECISION], "recall": out[KEY_METRIC_RECALL]}
@@ -53,7 +56,7 @@ def density_coverage(
 
     Raises `InputError` as `precision_recall`.
     """
-    _check_features("density_coverage", samples, real, k)
+    samples, real = _checked_features("density_coverage", samples, real, k)
     samples, real = samples.double(), real.double()
     radii = _radii(real, k)
     inside, covered = 0, torch.zeros(len(real), dtype=torch.bool, device=real.device)
@@ -73,14 +76,8 @@ def class_frechet(
 
     With fewer images of a class than dimensions it is biased upwards; a warning says so.
     """
-    if len(samples) != len(y) or len(real) != len(y_real):
-        raise InputError(f"class_frechet: {len(samples)} features with {len(y)} labels, {len(real)} with "
-                         f"{len(y_real)}; "
-                         "each needs one label an image")
-    for labels in (y, y_real):
-        if len(labels) and (labels.min() < 0 or labels.max() >= num_classes):
-            raise InputError(f"class_frechet: labels {int(labels.min())}..{int(labels.max())} are outside "
-                             f"0..{num_classes - 1}")
+    samples, real = (as_features(f, "class_frechet: features") for f in (samples, real))
+    y, y_real = as_labels(y, len(samples), num_classes), as_labels(y_real, len(real), num_classes)
     counts = torch.stack([torch.bincount(labels.cpu(), minlength=num_classes) for labels in (y, y_real)]).amin(0)
     if (counts < samples.shape[1]).any():
         warnings.warn(f"Fréchet distance by class: as few as {int(counts.min())} images in {samples.shape[1]} "
@@ -98,8 +95,16 @@ def nearest(
     real: Tensor, # features [M,D] or images of the training set
     k: int = 1, # neighbours
 ) -> tuple[Tensor, Tensor]: # distances [N,k], nearest first, and their indices [N,k]
-    "The nearest training images, by Euclidean distance."
+    """The nearest training images, by Euclidean distance.
+
+    Raises `InputError` for other shapes or k, values that aren't finite, or uint8 images beside floats.
+    """
+    queries, real = torch.as_tensor(queries), torch.as_tensor(real)
+    if queries.is_floating_point() != real.is_floating_point():
+        raise InputError(f"nearest: {queries.dtype} among {real.dtype}; both must be of one kind and scale")
     a, b = queries.flatten(1).float(), real.flatten(1).float()
+    if not len(a) or not (a.isfinite().all() and b.isfinite().all()):
+        raise InputError("nearest: no queries, or some values aren't finite")
     if a.shape[1] != b.shape[1] or not 1 <= k <= len(b):
         raise InputError(f"nearest: {tuple(queries.shape)} among {tuple(real.shape)}, k {k}; "
                          f"shapes must match and k lie in 1..{len(b)}")

@@ -14,9 +14,11 @@ from PIL import Image, ImageOps
 from torch import Tensor, nn
 
 from ..core.errors import InputError
-from ..core.images import DATASETS, data_root, load_images, to_unit
+from ..core.images import DATASETS, data_root, load_images
+from ..core.inputs import as_images, evaluating, grey_levels, signed_floats
 from ..ebm.energy import input_gradient, marginal_energy, untouched
 from ..engine.runtime import at_a_size_that_fits
+from .robustness import device_of, in_own_precision
 
 # %% ../../nbs/judge/04_ood.ipynb #7e63333c
 SCORES = {
@@ -45,20 +47,19 @@ def ood_scores(
     x: Tensor, # images [N,C,H,W]: uint8, or float in [-1,1]
     batch_size: int = 500,
 ) -> dict[str, Tensor]: # by the names in SCORES: [N], on the CPU; higher is more familiar
-    "Each image's scores. Raises `InputError` for logits of another shape, or that aren't finite."
-    device = next((p.device for p in model.parameters()), x.device)
-    def work(size):
-        parts = []
-        for part in x.split(size):
-            part = to_unit(part) if part.dtype == torch.uint8 else part
-            parts.append(_batch_scores(model, part.to(device)).cpu())
-        return torch.cat(parts, 1)
-    was = model.training
-    try:
-        model.eval()
+    """Each image's scores.
+
+    Raises `InputError` for images of another type or range, and for logits of another shape, or that aren't finite.
+    """
+    x = as_images(x)
+    if not len(x) or batch_size < 1:
+        raise InputError(f"images, batch_size: {len(x)} and {batch_size}; both must be above zero")
+    with evaluating(model):
+        network, device = in_own_precision(model), device_of(model, x)
+        def work(size):
+            batches = (signed_floats(part).to(device) for part in x.split(size))
+            return torch.cat([_batch_scores(network, batch).cpu() for batch in batches], 1)
         return dict(zip(SCORES, at_a_size_that_fits(work, batch_size)))
-    finally:
-        model.train(was)
 
 def auroc(
     inside: Tensor, # scores of the model's own data [N]
@@ -67,6 +68,9 @@ def auroc(
     """Area under the ROC curve, by torchmetrics: the chance that an image from inside scores above one from outside
     (ties count half)."""
     from torchmetrics.functional.classification import binary_auroc
+    inside, outside = (torch.as_tensor(v) for v in (inside, outside))
+    if inside.ndim != 1 or outside.ndim != 1:
+        raise InputError(f"auroc: scores {tuple(inside.shape)} and {tuple(outside.shape)}; expected [N] and [M]")
     scores = torch.cat([inside, outside]).double()
     if not len(inside) or not len(outside):
         raise InputError(f"auroc: {len(inside)} familiar and {len(outside)} strange scores; both must be above zero")
@@ -92,6 +96,7 @@ def ood_images(
     `interpolations` are means of two different test images, `rotated` test images turned by a quarter (for data
     with a fixed upright). Raises `InputError` for an unknown name.
     """
+    x = grey_levels(as_images(x))
     if name in OOD_SETS:
         return _made_from(x, name, n, generator)
     folder = _folder_of_images(name, root)

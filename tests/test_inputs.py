@@ -1,0 +1,565 @@
+"""What a new user hands over: other types, shapes and ranges, other code under the same name, models in odd states."""
+
+import json
+import sys
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import snapshot
+from PIL import Image
+from torch import nn
+
+from robust_jem.core.errors import InputError
+from robust_jem.core.files import read_json, tensors_hash
+from robust_jem.core.images import load_images, to_unit
+from robust_jem.core.inputs import evaluating
+from robust_jem.engine.runs import Run
+from robust_jem.judge.calibration import calibration
+from robust_jem.judge.diversity import class_frechet, nearest
+from robust_jem.judge.extractors import Extractor, extract, extract_once, feature_extractor
+from robust_jem.judge.ood import detect_ood, ood_images, ood_scores
+from robust_jem.judge.robustness import accuracy, autoattack_accuracy, robust_accuracy, zero_gradients
+from robust_jem.judge.sample_scores import inception_score, quality, reference_statistics
+from robust_jem.judge.suite import check_classifier, masking_verdict
+
+N = 40
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return load_images("digits")
+
+
+@pytest.fixture(scope="module")
+def linear(digits):
+    "A linear classifier of digits, fitted: right about most of them, and exact to attack."
+    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        nn.init.normal_(net[1].weight, std=0.01)
+    x, y = to_unit(digits.train_x), digits.train_y
+    optimizer = torch.optim.Adam(net.parameters(), 0.02)
+    for _ in range(80):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(net(x), y).backward()
+        optimizer.step()
+    return net.requires_grad_(False)
+
+
+class Pixels(Extractor):
+    "Pooled pixels as features."
+
+    suffix = "pixels"
+
+    def forward(self, x):
+        return nn.functional.adaptive_avg_pool2d(x, 2).flatten(1) / 255
+
+
+# A. Labels
+
+MEASURES = {
+    "accuracy": lambda net, x, y: accuracy(net, x, y),
+    "robust_accuracy": lambda net, x, y: robust_accuracy(net, x, y, 0.2, 3),
+    "autoattack_accuracy": lambda net, x, y: autoattack_accuracy(net, x, y, 0.1),
+    "zero_gradients": lambda net, x, y: zero_gradients(net, x, y),
+    "calibration": lambda net, x, y: calibration(net(to_unit(x)), y)["ECE"],
+    "class_frechet": lambda net, x, y: class_frechet(to_unit(x).flatten(1), y, to_unit(x).flatten(1), y, 10),
+}
+FEW = [name for name in MEASURES if name != "autoattack_accuracy"]
+
+
+@pytest.mark.filterwarnings("ignore:Fréchet distance by class")
+@pytest.mark.parametrize("name", FEW)
+def test_labels_in_every_integer_form_are_the_same(name, linear, digits):
+    x, y = digits.test_x[:N], digits.test_y[:N]
+    expected = MEASURES[name](linear, x, y)
+    for same in (y.int(), y.to(torch.uint8), y.numpy(), y.numpy().astype(np.int16), y.tolist()):
+        assert MEASURES[name](linear, x, same) == expected
+
+
+@pytest.mark.parametrize("name", MEASURES)
+@pytest.mark.parametrize(
+    "form",
+    ["column", "row", "one-hot", "float", "bool", "too few", "too large", "negative", "text", "scalar", "ragged"],
+)
+def test_other_labels_are_refused_in_one_line(name, form, linear, digits):
+    x, y = digits.test_x[:N], digits.test_y[:N]
+    others = {
+        "column": y[:, None],
+        "row": y[None],
+        "one-hot": torch.eye(10).long()[y],
+        "float": y.float(),
+        "bool": y > 3,
+        "too few": y[:3],
+        "too large": y + 10,
+        "negative": y - 10,
+        "text": ["three"] * N,
+        "scalar": y[0],
+        "ragged": [[0]] * (N - 1) + [[1, 2]],
+    }
+    with pytest.raises(InputError, match="label") as error:
+        MEASURES[name](linear, x, others[form])
+    assert "\n" not in str(error.value)
+
+
+def test_autoattack_takes_other_integers(linear, digits):
+    "Its own code would index with them."
+    x, y = digits.test_x[:4], digits.test_y[:4]
+    expected = autoattack_accuracy(linear, x, y, 0.1)
+    assert autoattack_accuracy(linear, x, y.int(), 0.1) == expected == autoattack_accuracy(linear, x, y.tolist(), 0.1)
+
+
+# A. Images
+
+
+def of_images(digits, linear):
+    "Every function that takes images, as a number or tensor."
+    y, reference = digits.test_y[:N], reference_statistics(Pixels(), digits)
+
+    def fidelity(x):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return quality(Pixels(), x, reference)["FD-pixels"]
+
+    def detection(x):
+        return detect_ood(linear, x, {"rotated": digits.test_x[:N].rot90(1, (-2, -1))})[0]["rotated"]["log p(x)"]
+
+    return {
+        "accuracy": lambda x: accuracy(linear, x, y),
+        "robust_accuracy": lambda x: robust_accuracy(linear, x, y, 0.2, 3),
+        "zero_gradients": lambda x: zero_gradients(linear, x, y),
+        "ood_scores": lambda x: ood_scores(linear, x)["log p(x)"].sum().item(),
+        "detect_ood": detection,
+        "ood_images": lambda x: ood_images("rotated", x, 5, torch.Generator().manual_seed(0)).float().mean().item(),
+        "extract": lambda x: extract(Pixels(), x)[0].sum().item(),
+        "extract_once": lambda x: extract_once(Pixels(), x, None)[0].sum().item(),
+        "quality": fidelity,
+    }
+
+
+IMAGE_FUNCTIONS = (
+    "accuracy",
+    "robust_accuracy",
+    "zero_gradients",
+    "ood_scores",
+    "detect_ood",
+    "ood_images",
+    "extract",
+    "extract_once",
+    "quality",
+)
+
+
+@pytest.mark.parametrize("name", IMAGE_FUNCTIONS)
+def test_images_in_every_clear_form_are_the_same(name, linear, digits):
+    measure, x8 = of_images(digits, linear)[name], digits.test_x[:N]
+    expected = measure(x8)
+    for same in (to_unit(x8), to_unit(x8).double(), x8.numpy(), to_unit(x8).numpy(), to_unit(x8).tolist()):
+        assert measure(same) == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("name", IMAGE_FUNCTIONS)
+@pytest.mark.parametrize(
+    "form", ["0..1", "0..255", "int", "NaN", "too wide", "one image", "channels last", "text", "none"]
+)
+def test_other_images_are_refused_in_one_line(name, form, linear, digits):
+    x8 = digits.test_x[:N]
+    others = {
+        "0..1": x8 / 255,
+        "0..255": x8.float(),
+        "int": x8.int(),
+        "NaN": to_unit(x8) * float("nan"),
+        "too wide": 1.5 * to_unit(x8),
+        "one image": x8[0],
+        "channels last": x8.permute(0, 2, 3, 1),
+        "text": "digits",
+        "none": None,
+    }
+    with pytest.raises(InputError) as error:
+        of_images(digits, linear)[name](others[form])
+    assert "images" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_distance_of_held_out_digits_is_small_in_either_form(digits):
+    "As floats in [-1,1] they once were 70 away from themselves as bytes."
+    reference = reference_statistics(Pixels(), digits)
+    as_bytes, as_floats = (quality(Pixels(), x, reference) for x in (digits.test_x, to_unit(digits.test_x)))
+    assert as_bytes == as_floats and as_bytes["FD-pixels"] < 0.01
+
+
+def test_nearest_compares_like_with_like(digits):
+    x8 = digits.test_x[:5]
+    assert torch.equal(nearest(x8, digits.test_x)[1][:, 0], torch.arange(5))
+    for bad in (to_unit(x8), to_unit(x8) * float("nan")):
+        with pytest.raises(InputError, match="nearest"):
+            nearest(bad, digits.test_x)
+
+
+def test_probabilities_and_logits_are_told_apart(linear, digits):
+    logits = linear(to_unit(digits.test_x))
+    assert calibration(logits.log_softmax(1), digits.test_y)["ECE"] == pytest.approx(
+        calibration(logits, digits.test_y)["ECE"], abs=1e-6
+    )
+    with pytest.raises(InputError, match="these are probabilities"):
+        calibration(logits.softmax(1), digits.test_y)
+    with pytest.raises(InputError, match="add up to 1"):
+        inception_score(logits.exp(), 1)
+
+
+# A. Models
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_models_in_other_precisions(dtype, linear, digits):
+    x, y = digits.test_x[:N], digits.test_y[:N]
+    other = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    other.load_state_dict(linear.state_dict())
+    other.to(dtype)
+    assert abs(accuracy(other, x, y) - accuracy(linear, x, y)) <= 0.05
+    assert abs(robust_accuracy(other, x, y, 0.2, 3) - robust_accuracy(linear, x, y, 0.2, 3)) <= 0.05
+    assert torch.allclose(ood_scores(other, x)["log p(x)"], ood_scores(linear, x)["log p(x)"], rtol=0.05, atol=0.1)
+
+
+@pytest.mark.parametrize("classes", [1, 2, 3, 1000])
+def test_any_number_of_classes(classes, digits):
+    net = nn.Sequential(nn.Flatten(), nn.Linear(64, classes))
+    x, y = digits.test_x[:N], net(to_unit(digits.test_x[:N])).argmax(1)
+    assert accuracy(net, x, y) == 1 and robust_accuracy(net, x, y, 0.0) == 1
+    if classes == 1:
+        with pytest.raises(InputError, match="at least two"):
+            robust_accuracy(net, x, y, 0.1, 2, targeted=True)
+        with pytest.raises(InputError, match="at least two classes"):
+            calibration(net(to_unit(x)), y)
+    if classes < 4:
+        with pytest.raises(InputError, match="at least four"):
+            autoattack_accuracy(net, x, y, 0.1)
+
+
+# B. Caches
+
+
+def test_other_images_under_the_same_name_are_measured_again(runs, cli):
+    "A folder of images whose files were replaced: its name is the same, the answer isn't."
+    folder = Path("others")
+    argv = ["evaluate", "runs/robust_jem", "--suite", "detection", "--strangers", "others", "--device", "cpu"]
+
+    def measured(make):
+        folder.mkdir(exist_ok=True)
+        for i in range(20):
+            Image.fromarray(make(i)).save(folder / f"{i}.png")
+        assert cli(*argv, "--num-strangers", 20).code == 0
+        return read_json(runs / "robust_jem/suite/detection.json")
+
+    digits = load_images("digits").test_x
+    first = measured(lambda i: np.full((8, 8), 12 * i, np.uint8))
+    second = measured(lambda i: digits[i, 0].numpy())
+    assert first["AUROC"] != second["AUROC"] and first["images"] != second["images"]
+    again = measured(lambda i: digits[i, 0].numpy())
+    assert again == second
+
+
+CODE = """
+import torch
+from torch import nn
+from parts import scale
+
+class Scaled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed({seed})
+        self.inner = nn.Linear(64, 10)
+    def forward(self, x):
+        return {factor} * scale * self.inner(x.flatten(1))
+
+def make():
+    return Scaled()
+"""
+
+
+def test_a_model_is_known_by_its_code_and_its_weights(here, cli, monkeypatch):
+    "Its own file, a file that it imports, its weights: what changes is measured again, and only then."
+    monkeypatch.syspath_prepend(str(here))
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    argv = [
+        "evaluate",
+        "--model",
+        "judged:make",
+        "--model-data",
+        "digits",
+        "--suite",
+        "calibration",
+        "--out",
+        "judged-results",
+    ]
+
+    def measured(seed=0, factor=1, scale=1):
+        (here / "judged.py").write_text(CODE.format(seed=seed, factor=factor))
+        (here / "parts.py").write_text(f"scale = {scale}\n")
+        for name in ("judged", "parts"):
+            monkeypatch.delitem(sys.modules, name, raising=False)
+        assert cli(*argv, "--device", "cpu").code == 0
+        return read_json(here / "judged-results/calibration.json")
+
+    plain = measured()
+    assert measured() == plain
+    changed = [measured(factor=3), measured(scale=3), measured(seed=1)]
+    assert changed[0]["ECE"] == changed[1]["ECE"] != plain["ECE"] != changed[2]["ECE"]
+    assert changed[0]["code"] != plain["code"] and changed[0]["weights"] == plain["weights"] != changed[2]["weights"]
+    assert changed[1]["answers"] == changed[0]["answers"] != plain["answers"]
+
+
+def test_samples_drawn_again_are_judged_again_by_the_suite(evaluated, cli):
+    "Other images under the same settings."
+    argv = ["evaluate", evaluated, "--suite", "landscape", "--device", "cpu", "--attack-steps", 1]
+    run = Run(evaluated)
+    assert cli(*argv).code == 0
+    before = read_json(evaluated / "suite/landscape.json")
+    x, y, summary = run.samples("energy")
+    run.save_samples("energy", dict(x=255 - x, y=y, strip=run.strip("energy")[1]), summary)
+    assert cli(*argv).code == 0
+    after = read_json(evaluated / "suite/landscape.json")
+    assert after["median energy"]["energy samples"] != before["median energy"]["energy samples"]
+
+
+def test_an_extractor_of_ones_own_is_not_taken_for_another(digits, tmp_path):
+    "Without a key nothing is kept; with one, it is."
+
+    class Doubled(Pixels):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    x = digits.test_x[:N]
+    one, other = (extract_once(extractor, x, tmp_path)[0] for extractor in (Pixels(), Doubled()))
+    assert torch.equal(2 * one, other) and not snapshot(tmp_path)
+    assert not np.allclose(
+        reference_statistics(Pixels(), digits, tmp_path)["mu"],
+        reference_statistics(Doubled(), digits, tmp_path)["mu"],
+    )
+
+
+def test_an_extractor_file_with_other_contents_has_another_key(tmp_path):
+    keys = []
+    for size in (1, 2):
+        torch.jit.script(nn.Sequential(nn.AdaptiveAvgPool2d(size), nn.Flatten())).save(str(tmp_path / "mine.pt"))
+        keys.append(feature_extractor(str(tmp_path / "mine.pt")).key)
+    assert keys[0] != keys[1]
+
+
+def test_scores_by_class_are_measured_when_asked_for(evaluated, cli):
+    argv = [
+        "evaluate",
+        evaluated,
+        "--extractor",
+        "classifier:runs/judge",
+        "--num-robust",
+        10,
+        "--attack-steps",
+        1,
+        "--device",
+        "cpu",
+    ]
+    file = evaluated / "scores/held-out.json"
+    for option in ("--no-by-class", "--by-class"):
+        assert cli(*argv, option).code == 0
+        assert ("FD-digits by class" in read_json(file)) == (option == "--by-class")
+
+
+# C. Models are left as they were
+
+
+class Frozen(nn.Module):
+    "A network whose first batch norm a user has frozen, and which may fail."
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(
+            nn.Conv2d(1, 4, 3),
+            nn.BatchNorm2d(4),
+            nn.Dropout(0.5),
+            nn.BatchNorm2d(4),
+            nn.Flatten(),
+            nn.Linear(144, 10),
+        )
+        self.fails = False
+        self.train()
+        self.net[1].eval()
+
+    def forward(self, x):
+        if self.fails:
+            raise ValueError("out of order")
+        return self.net(x)
+
+
+class FrozenExtractor(Extractor):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x):
+        return self.model(x / 127.5 - 1)
+
+
+def state(model):
+    "Modes, weights, statistics, and what gradients are asked for."
+    tensors = {k: v.clone() for k, v in model.state_dict().items()}
+    return (
+        [m.training for m in model.modules()],
+        [p.requires_grad for p in model.parameters()],
+        [p.grad is None for p in model.parameters()],
+        tensors_hash(tensors),
+    )
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_every_module_is_in_its_own_mode_afterwards(fails, digits):
+    model = Frozen()
+    model.fails = fails
+    before = state(model)
+    x, y = digits.test_x[:8], digits.test_y[:8]
+    extractor = FrozenExtractor(model)
+    measures = (
+        lambda: accuracy(model, x, y),
+        lambda: robust_accuracy(model, x, y, 0.1, 2),
+        lambda: zero_gradients(model, x, y),
+        lambda: autoattack_accuracy(model, x[:2], y[:2], 0.01),
+        lambda: ood_scores(model, x),
+        lambda: detect_ood(model, x, {"same": x}),
+        lambda: check_classifier(model, digits, "frozen"),
+        lambda: extract(extractor, x),
+    )
+    for measure in measures:
+        if fails:
+            with pytest.raises(ValueError):
+                measure()
+        else:
+            measure()
+        assert state(model) == before
+
+
+def test_modes_are_back_when_an_evaluation_within_another_fails():
+    model = Frozen()
+    before = state(model)
+    with pytest.raises(KeyError), evaluating(model), evaluating(model.net):
+        assert not any(m.training for m in model.modules())
+        raise KeyError
+    assert state(model) == before
+    with pytest.raises(InputError, match="torch.nn.Module"):
+        accuracy(lambda x: x, torch.zeros(2, 1, 2, 2, dtype=torch.uint8), [0, 1])
+
+
+# D. Vanished gradients
+
+
+class Times(nn.Module):
+    "The same classifier with larger logits."
+
+    def __init__(self, model, factor):
+        super().__init__()
+        self.model, self.factor = model, factor
+
+    def forward(self, x):
+        return self.factor * self.model(x)
+
+
+def test_large_logits_are_called_out(linear, digits):
+    "Accuracy under attack rises for the same decisions; a warning says for which share of images the attack is blind."
+    x, y = digits.test_x[:100], digits.test_y[:100]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        honest = robust_accuracy(linear, x, y, 0.3)
+    with pytest.warns(UserWarning, match=r"gradient of \d+\.\d % of the attacked images is zero"):
+        masked = robust_accuracy(Times(linear, 1000), x, y, 0.3)
+    assert accuracy(Times(linear, 1000), x, y) == accuracy(linear, x, y)
+    assert masked > honest + 0.1
+    assert zero_gradients(linear, x, y) == 0 and zero_gradients(Times(linear, 1000), x, y) > 0.5
+    assert zero_gradients(Times(linear, 1000), x, y, targeted=True) == 0  # a wrong class's loss is as steep as ever
+
+
+LOUD = """
+import torch
+from torch import nn
+
+class Times(nn.Module):
+    def __init__(self, model, factor):
+        super().__init__()
+        self.model, self.factor = model, factor
+    def forward(self, x):
+        return self.factor * self.model(x)
+
+def plain():
+    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    net.load_state_dict(torch.load("weights.pt"))
+    return net
+
+def loud():
+    return Times(plain(), 1000)
+"""
+
+
+def test_verdict_of_the_suite(here, cli, monkeypatch, linear):
+    "The share is stored with the curve, and the verdict says masked."
+    torch.save(linear.state_dict(), here / "weights.pt")
+    (here / "loud.py").write_text(LOUD)
+    monkeypatch.syspath_prepend(str(here))
+    monkeypatch.delitem(sys.modules, "loud", raising=False)
+    quick = "--attack-eps 0.3 --l2-eps 1 --attack-steps 3 --num-robust 60 --num-restarts 20 --num-autoattack 0".split()
+    for factory, verdict in (("plain", "not masked"), ("loud", "masked")):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            argv = [
+                "--model",
+                f"loud:{factory}",
+                "--model-data",
+                "digits",
+                "--suite",
+                "robustness",
+                "--out",
+                factory,
+                *quick,
+            ]
+            assert cli("evaluate", *argv).code == 0
+        part = json.loads((here / factory / "robustness-linf-once.json").read_text())
+        assert part["verdict"] == verdict and (part["zero gradients"] > 0.5) == (verdict == "masked")
+    assert masking_verdict(0.0, {"0.1": {"AutoAttack": 0.5, "PGD": 0.6}}) == "masked"
+    assert masking_verdict(0.0, {"0.1": {"AutoAttack": 0.59, "PGD": 0.6}}) == "not masked"
+
+
+def test_the_share_is_stored_with_the_scores(evaluated):
+    assert read_json(evaluated / "scores/classification.json")["zero gradients"] == 0
+
+
+# E. Models from elsewhere
+
+
+ODD = """
+import torch
+from torch import nn
+
+class Odd(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    def forward(self, x):
+        {}
+"""
+
+
+@pytest.mark.parametrize(
+    "forward, says",
+    [
+        ("return self.net(x).detach()", "no gradient"),
+        ("with torch.no_grad(): return self.net(x)", "no gradient"),
+        ("raise ValueError('only on Sundays')", "only on Sundays"),
+    ],
+)
+def test_unusable_models_are_one_line(forward, says, here, cli, monkeypatch):
+    (here / "odd.py").write_text(ODD.format(forward))
+    monkeypatch.syspath_prepend(str(here))
+    monkeypatch.delitem(sys.modules, "odd", raising=False)
+    done = cli(
+        "evaluate", "--model", "odd:Odd", "--model-data", "digits", "--suite", "calibration", "--out", "judged"
+    )
+    assert done.code == 2 and says in done.err and len(done.err.strip().splitlines()) == 1, done.err
