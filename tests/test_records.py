@@ -141,7 +141,7 @@ def test_replication_looks_for_its_extractor_before_it_trains(cli, image_tree, m
     image_tree("pets")
     def absent(spec, *_, **__): raise InputError(f"extractor: {spec} can't be had")
     monkeypatch.setattr("robust_jem.app.replicate.feature_extractor", absent)
-    monkeypatch.setattr("robust_jem.app.replicate.subprocess.Popen", lambda *_, **__: pytest.fail("a notebook was started"))
+    monkeypatch.setattr("robust_jem.app.executors.subprocess.Popen", lambda *_, **__: pytest.fail("a notebook was started"))
     done = cli("replicate", "--dataset", "pets", "--preset", "cpu")
     assert done.code == 2 and "extractor: inception" in done.err
 
