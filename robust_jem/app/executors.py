@@ -66,6 +66,12 @@ class LocalProcesses(Executor):
         self._threads.shutdown(wait, cancel_futures=cancel_futures)
 
 # %% ../../nbs/app/01_executors.ipynb #f2b3c409
+# States in which a job stays; in all others it waits, runs, or is being signalled, stopped or queued again.
+_ENDED = (
+    "BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "FORGOTTEN", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED",
+    "TIMEOUT",
+)
+
 class SlurmJob:
     "A submitted job, as a future."
 
@@ -74,17 +80,18 @@ class SlurmJob:
         self._state = "PENDING"
 
     def _ask(self) -> str:
-        "The job's state as the queue knows it; UNKNOWN of one that it has forgotten."
+        "The job's state as the queue knows it; FORGOTTEN where it ended long ago."
         asked = subprocess.run(["scontrol", "show", "job", "-o", self.job.job_id], capture_output=True, text=True)
         words = dict(w.split("=", 1) for w in asked.stdout.split() if "=" in w)
-        return words.get("JobState", "UNKNOWN")
+        gone = "Invalid job id" in asked.stderr                         # any other trouble passes: it is asked again
+        return "FORGOTTEN" if gone else words.get("JobState", self._state)
 
     def done(self) -> bool:
         "Whether it has a result, or has gone without one."
         if self.job.paths.result_pickle.exists():
             return True
         self._state = self._ask()
-        return self._state not in ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEUED")
+        return self._state in _ENDED
 
     def exception(self) -> Exception | None:
         "Its failure, as a `StageFailed`; none where it went well. Asked of a job that is done."
