@@ -208,7 +208,7 @@ def test_replication_looks_for_its_extractor_before_it_trains(cli, image_tree, m
 
     monkeypatch.setattr("robust_jem.app.replicate.feature_extractor", absent)
     monkeypatch.setattr(
-        "robust_jem.app.replicate.subprocess.Popen", lambda *_, **__: pytest.fail("a notebook was started")
+        "robust_jem.app.executors.subprocess.Popen", lambda *_, **__: pytest.fail("a notebook was started")
     )
     done = cli("replicate", "--dataset", "pets", "--preset", "cpu")
     assert done.code == 2 and "extractor: inception" in done.err

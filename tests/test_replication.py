@@ -2,6 +2,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -249,6 +250,85 @@ def test_failed_stage_is_one_line_and_nothing_depends_on_it(small_plan, here, cl
     assert lines[0].startswith("robust-jem: first of runs/first") and says in lines[0].replace("Died", "died")
     assert started == ["first"] and executed(here) == ["first.part.ipynb"]   # what was written up to the failure, under another name
     assert not (here / "figures").exists()
+
+
+def test_failed_stage_leaves_what_went_wrong_as_a_file(small_plan, here, cli):
+    small_plan(first="x = 1\nraise ValueError('something broke')", report=REPORT)
+    assert cli("replicate", "--jobs", 1).code == 1
+    error = json.loads((here / "runs/first/notebooks/error.json").read_text())
+    part = str(here / "runs/first/notebooks/first.part.ipynb")
+    told = dict(stage="first", of="runs/first", kind="ValueError", message="something broke", notebook=part)
+    assert {k: v for k, v in error.items() if k != "cell"} == told and isinstance(error["cell"], int)
+    small_plan(report=REPORT)
+    assert cli("replicate", "--jobs", 1).code == 0
+    assert list(here.rglob("error.json")) == []                             # it went well this time
+
+
+# A cluster
+
+def test_cluster_without_submitit_or_slurm_is_refused(refused, here, monkeypatch):
+    monkeypatch.setenv("PATH", str(here))
+    refused("replicate", "--cluster", "slurm", says=["cluster", "sbatch"])
+    monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setitem(sys.modules, "submitit", None)
+    refused("replicate", "--cluster", "slurm", says=["cluster", "submitit", "robust-jem[cluster]"])
+    refused("replicate", "--cluster", "pbs", says=["cluster", "pbs", "local", "slurm"])
+    refused("replicate", "--cluster", "slurm", "--minutes", 0, says=["minutes", "0", "1.."])
+
+
+@pytest.fixture
+def slurm(tmp_path_factory, monkeypatch):
+    "A SLURM of one node, on this machine."
+    pytest.importorskip("submitit", reason="submitit isn't installed: pip install 'robust-jem[cluster]'")
+    folder, script = tmp_path_factory.mktemp("slurm"), REPO / "tests/slurm.sh"
+    started = subprocess.run(["bash", script, "start", folder], capture_output=True, text=True, timeout=120)
+    if started.returncode == 2:
+        pytest.skip(started.stderr.strip())
+    assert started.returncode == 0, started.stderr
+    monkeypatch.setenv("SLURM_CONF", str(folder / "slurm.conf"))
+    yield folder
+    subprocess.run(["bash", script, "stop", folder], timeout=60)
+
+
+# Over two minutes, whatever the machine: nine seconds an epoch, each of which leaves a checkpoint.
+TRAIN = """
+import time
+from robust_jem.engine import train as training
+from robust_jem.systems.catalog import TrainConfig, configure
+config = dict(epochs=16, batch_size=128, attack_steps=1, outer_steps=1, buffer_size=200, warmup_steps=0, threads=1)
+real = training.Batches.epoch
+def slowly(*args):
+    for batch in real(*args):
+        time.sleep(0.8)
+        yield batch
+training.Batches.epoch = slowly
+training.train(configure(TrainConfig, "wide_resnet", **config, device="cpu", precision="float32", out=run + "/trained"), progress=False)
+"""
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+def test_job_that_its_time_limit_kills_goes_on_when_submitted_again(small_plan, slurm, here, cli):
+    "A failure in a job arrives as on this machine, a time limit as an end of time; the same command goes on."
+    small_plan(first="raise ValueError('something broke')", report=REPORT)
+    failed = cli("replicate", "--cluster", "slurm", "--minutes", 1)
+    assert failed.code == 1 and "first of runs/first failed: ValueError: something broke" in failed.err
+    small_plan(first=TRAIN, report=REPORT)
+    codes = []
+    while 0 not in codes and len(codes) < 8:
+        done = cli("replicate", "--cluster", "slurm", "--partition", "cpu", "--minutes", 2)
+        codes.append(done.code)
+        assert done.code in (0, 3), done.err
+        if done.code == 3:
+            assert "the same command goes on from there" in done.err
+            error = json.loads((here / "runs/first/notebooks/error.json").read_text())
+            assert error["kind"] == "TimeLimit" and not (here / "runs/first/trained/model.safetensors").exists()
+            print(done.err.splitlines()[-1], *(here / "runs/first/trained").glob("checkpoints/step*"))
+    assert codes[0] == 3 and codes[-1] == 0, codes
+    run = Run(here / "runs/first/trained")
+    steps = [row["step"] for row in run.metrics()]
+    assert run.trained and steps == sorted(set(steps)) and steps[-1] == run.summary["updates"] == 16 * 11
+    assert executed(here) == ["a1.ipynb", "a2.ipynb", "b1.ipynb", "first.ipynb", "report.ipynb"]
 
 
 # Interruption
