@@ -53,7 +53,7 @@ prepare: $(VENV)/.installed-test ## export nbs/ to robust_jem/, strip outputs, m
 	$(BIN)/python docs/readme.py
 
 clean: ## remove what was built; runs/, data/ and figures/ stay
-	rm -rf $(VENV) _build _proc _docs build dist *.egg-info .pytest_cache .hypothesis
+	rm -rf $(VENV) _build _proc _docs build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 $(BIN)/pip:

@@ -99,9 +99,9 @@ def peak_memory(
     return max(0.0, _resident("VmHWM") - before)
 
 def peak_rate(
-    device: torch.device,
-    dtype: torch.dtype,
-    repeats: int = 5,
+    device: torch.device, # to measure
+    dtype: torch.dtype, # of the matrices
+    repeats: int = 5, # the fastest counts
 ) -> float: # operations a second
     "Operations a second of a large matrix product: what the device can do at best."
     n = 8192 if device.type == "cuda" else 1024
@@ -115,7 +115,7 @@ def peak_rate(
     return 4 * 2 * n**3 / min(seconds(work, device) for _ in range(repeats))
 
 def peak_rates(
-    device: torch.device,
+    device: torch.device, # to measure
 ) -> dict[str, float]: # TFLOP/s by precision
     "`peak_rate` by precision; bfloat16 is left out where the device only emulates it, since that takes minutes."
     dtypes = [torch.float32, torch.bfloat16] if fast_bfloat16(device) else [torch.float32]
@@ -123,8 +123,8 @@ def peak_rates(
 
 def alternate(
     works: dict[str, Callable], # what to time, by name
-    device: torch.device,
-    repeats: int,
+    device: torch.device, # that they run on
+    repeats: int, # measurements of each
 ) -> dict[str, list[float] | str]: # seconds of each repeat, or what went wrong
     "Warm each up, then time them in turns, so that whatever else the machine does meets all alike."
     out: dict = {}
@@ -207,7 +207,7 @@ def _growth(c: BenchmarkConfig, at: Execution) -> dict:
     return out
 
 def benchmark(
-    config: BenchmarkConfig,
+    config: BenchmarkConfig, # what to time, and where results go
     progress: bool = True, # show bars
 ) -> dict: # what the JSON holds
     "Measure everything; write `benchmark.json`, `benchmark.md` and `benchmark.png`."

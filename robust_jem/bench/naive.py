@@ -25,7 +25,7 @@ class Naive:
     def __init__(
         self,
         config: TrainConfig, # network, optimizer, attack and sampler
-        device: torch.device,
+        device: torch.device, # where everything is computed
         mean: Tensor, # [K, 3072], of the prior's classes
         factor: Tensor, # [K, 3072, 3072], lower Cholesky factors of the classes' covariances
     ):
@@ -47,7 +47,7 @@ class Naive:
     def chain(
         self,
         x: Tensor, # [B, 3, 32, 32], where the chains start
-        outer_steps: int,
+        outer_steps: int, # a gradient of the trunk each
     ) -> Tensor: # [B, 3, 32, 32] in [-1, 1]
         "Proximal SGLD without noise: each inner step passes through the stem again, with the trunk's gradient frozen."
         c = self.config
@@ -64,7 +64,7 @@ class Naive:
         self,
         x: Tensor, # [B, 3, 32, 32] in [-1, 1]
         y: Tensor, # [B] labels
-        steps: int,
+        steps: int, # a gradient of the network each
     ) -> Tensor: # [B, 3, 32, 32], within eps of x
         "PGD within an l-infinity ball, from a random start."
         c = self.config
@@ -93,7 +93,7 @@ class Naive:
 
 # %% ../../nbs/bench/00_naive.ipynb #dc9ee08f
 def flops(
-    model: nn.Module,
+    model: nn.Module, # any module [B,C,H,W] -> [B,K]
     shape: tuple[int, ...], # of an image, [C, H, W]
 ) -> dict[str, float]: # operations an image, by `forward`, `gradient` and `update`
     "Floating-point operations of one forward pass, one input gradient, and one pass of an update (to the weights)."

@@ -50,7 +50,7 @@ def random_images(
 
 def random_batch(
     batch: int, # images
-    device: torch.device,
+    device: torch.device, # where they are put
 ) -> tuple[Tensor, Tensor, Tensor]: # images in [-1, 1], labels, and images as bytes
     "A batch of noise of CIFAR-10's shape."
     g = torch.Generator().manual_seed(1)
@@ -77,7 +77,7 @@ def processes(
     width: int, # of the Wide-ResNet
     counts: tuple[int, ...] = (1, 2), # processes
     batch: int = 64, # images: in all (strong), of each process (weak)
-    device: str = "auto",
+    device: str = "auto", # auto, cpu, cuda: a device a process
 ) -> dict: # seconds, by `strong` and `weak`, then by processes
     "Seconds of an update with 2 + 2 steps on several processes."
     out: dict = {"strong": {}, "weak": {}}
@@ -129,7 +129,7 @@ if __name__ == "__main__":      # one of the processes
 
 # %% ../../nbs/bench/01_scaling.ipynb #522f795a
 def modelled_seconds(
-    gpus: int,
+    gpus: int, # with a process each
     images: int, # of the whole batch
     fixed: float, # seconds of an update that don't depend on the batch (launches, optimizer)
     per_image: float, # seconds an image on one device

@@ -31,8 +31,8 @@ def _score(features: Tensor):
     frechet_distance(*moments(features), *moments(features.flip(1)))
 
 def naive_works(
-    config: TrainConfig,
-    device: torch.device,
+    config: TrainConfig, # network, batch, attack, sampler
+    device: torch.device, # that it runs on
     prior, # a `GaussianMixturePrior`
     steps: int, # of a chain or an attack that is timed on its own
 ) -> dict[str, Callable]: # by workload, without arguments
@@ -63,7 +63,7 @@ def naive_works(
     }
 
 def our_works(
-    config: TrainConfig,
+    config: TrainConfig, # network, batch, attack, sampler
     at: Execution, # device and policy
     steps: int, # of a chain or an attack that is timed on its own
 ) -> dict[str, Callable]: # by workload, without arguments
@@ -93,7 +93,7 @@ def our_works(
     }
 
 def side_by_side(
-    config: TrainConfig,
+    config: TrainConfig, # network, batch, attack, sampler
     policies: dict[str, Policy], # ours, by name
     at: Execution, # device
     steps: int, # of a chain or an attack that is timed on its own
@@ -108,9 +108,9 @@ def side_by_side(
     return {"reference": naive_works(config, at.device, prior, steps)} | ours
 
 def work_done(
-    workload: str,
+    workload: str, # one of WORKLOADS
     arithmetic: str, # `reference` or one of ours
-    config: TrainConfig,
+    config: TrainConfig, # batch, attack, sampler
     steps: int, # of a chain or an attack that is timed on its own
     f: dict[str, float], # what `flops` found
 ) -> tuple[float, float]: # images (for sampler and attack: times their steps), operations
