@@ -25,7 +25,8 @@ from pathlib import Path
 
 import torch
 
-from robust_jem.bench.tune import TuneConfig, markdown, random_images, tune
+from robust_jem.bench.scaling import random_images
+from robust_jem.bench.tune import TuneConfig, markdown, tune
 from robust_jem.core.files import read_json, write_bytes, write_json, write_tensors
 from robust_jem.core.images import Batches, Images, load_images
 from robust_jem.engine.checkpoints import TrainState

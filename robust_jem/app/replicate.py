@@ -123,7 +123,8 @@ def _holds(file: Path, config: Config) -> bool:
         return False
     there = read_json(file)
     there = there.get("config", there)
-    return all(json.dumps(there.get(k)) == json.dumps(v) for k, v in config.to_dict().items() if k not in RUNTIME_FIELDS)
+    asked = {k: v for k, v in config.to_dict().items() if k not in RUNTIME_FIELDS}
+    return all(json.dumps(there.get(k)) == json.dumps(v) for k, v in asked.items())
 
 def notebook_path(name: str) -> Path:
     "A replication notebook: from the repository, or as installed beside the package."
