@@ -1,4 +1,6 @@
-"""Bad input at the command line: exit code 2, one line that names it, nothing left behind. And a help that can be copied."""
+"""Bad input at the command line: exit code 2, one line that names it, nothing left behind.
+
+And a help that can be copied."""
 import errno
 import inspect
 import json
@@ -13,7 +15,7 @@ from urllib.error import URLError
 import pandas as pd
 import pytest
 import torch
-from conftest import one_line, snapshot
+from conftest import REPO, one_line, snapshot
 from PIL import Image
 
 from robust_jem.app.cli import EXAMPLES, parse
@@ -64,7 +66,8 @@ OPTIONS = [
     ("generate --run runs/robust_jem --contrast 1.5 --method combined", ["contrast", "1.5", "0..1"]),
     ("generate --run runs/robust_jem --eps -1 --method attack", ["eps", "-1", "0..∞"]),
     ("generate --run runs/robust_jem --name ../elsewhere --num-samples 10 --outer-steps 1", ["name", "../elsewhere"]),
-    ("generate --run runs/robust_jem --name prior --num-samples 10 --outer-steps 1", ["name", "prior"]),     # scores/prior.json is the bare prior's
+    # scores/prior.json is the bare prior's
+    ("generate --run runs/robust_jem --name prior --num-samples 10 --outer-steps 1", ["name", "prior"]),
     ("evaluate --run nowhere", ["run", "nowhere", "config.json"]),
     ("evaluate --run runs/robust_jem --attack-eps -0.1", ["attack_eps", "-0.1", "0..∞"]),
     ("evaluate --run runs/robust_jem --attack-norm l1", ["attack-norm", "l1", "linf", "l2"]),
@@ -83,7 +86,8 @@ OPTIONS = [
 
 
 @pytest.mark.parametrize("line, says", OPTIONS, ids=[line for line, _ in OPTIONS])
-def test_option_is_refused(refused, runs, line, says): refused(*line.split(), says=says)
+def test_option_is_refused(refused, runs, line, says):
+    refused(*line.split(), says=says)
 
 
 def test_no_command_prints_usage(cli):
@@ -102,14 +106,28 @@ def test_option_is_refused_by_a_process(run_command, here, line, says):
 
 # Data
 
+def leave_dogs(pets, n):
+    for path in sorted((pets / "train/dog").iterdir())[n:]:
+        path.unlink()
+
+
+def draw(path, *size):
+    Image.new("RGB", size).save(path)
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-60])
+
+
+UNREADABLE = ["pets/train/cat/1.png", "not a readable image"]
 TREES = {
-    "class with one image": (lambda pets: [p.unlink() for p in sorted((pets / "train/dog").iterdir())[1:]], ["'pets'", "'dog'", "at least two"]),
-    "class without images": (lambda pets: [p.unlink() for p in (pets / "train/dog").iterdir()], ["pets", "dog"]),
-    "not square": (lambda pets: Image.new("RGB", (8, 9)).save(pets / "train/cat/0.png"), ["pets/train/cat/0.png", "square", "8x9"]),
-    "two sizes": (lambda pets: Image.new("RGB", (9, 9)).save(pets / "test/dog/0.png"), ["pets/test/dog/0.png", "9x9", "8x8"]),
-    "no image": (lambda pets: (pets / "train/cat/1.png").write_bytes(b"not an image"), ["pets/train/cat/1.png", "not a readable image"]),
-    "empty file": (lambda pets: (pets / "train/cat/1.png").write_bytes(b""), ["pets/train/cat/1.png", "not a readable image"]),
-    "truncated": (lambda pets: (f := pets / "train/cat/1.png").write_bytes(f.read_bytes()[:-60]), ["pets/train/cat/1.png", "not a readable image"]),
+    "class with one image": (lambda pets: leave_dogs(pets, 1), ["'pets'", "'dog'", "at least two"]),
+    "class without images": (lambda pets: leave_dogs(pets, 0), ["pets", "dog"]),
+    "not square": (lambda pets: draw(pets / "train/cat/0.png", 8, 9), ["pets/train/cat/0.png", "square", "8x9"]),
+    "two sizes": (lambda pets: draw(pets / "test/dog/0.png", 9, 9), ["pets/test/dog/0.png", "9x9", "8x8"]),
+    "no image": (lambda pets: (pets / "train/cat/1.png").write_bytes(b"not an image"), UNREADABLE),
+    "empty file": (lambda pets: (pets / "train/cat/1.png").write_bytes(b""), UNREADABLE),
+    "truncated": (lambda pets: truncate(pets / "train/cat/1.png"), UNREADABLE),
     "broken link": (lambda pets: (pets / "train/cat/9.png").symlink_to("nowhere.png"), ["pets/train/cat/9.png"]),
     "no test split": (lambda pets: shutil.rmtree(pets / "test"), ["pets", "test", "{train,test}/<class>"]),
     "other classes in test": (lambda pets: (pets / "test/dog").rename(pets / "test/wolf"), ["pets", "dog", "wolf"]),
@@ -123,18 +141,27 @@ def test_damaged_image_tree_is_refused(refused, image_tree, damage):
     refused("train", "--dataset", "pets", "--batch-size", 2, "--pad", 0, "--out", "out", *TINY, says=says)
 
 
+def offline(*_, **__):
+    raise URLError("no network")
+
+
+def timeout(*_, **__):
+    raise TimeoutError
+
+
 @pytest.mark.parametrize("name", ("cifar10", "cifar100", "svhn"))
-@pytest.mark.parametrize("failure", (URLError("no network"), TimeoutError()), ids=("refused", "timeout"))
+@pytest.mark.parametrize("failure", (offline, timeout), ids=("refused", "timeout"))
 def test_no_data_and_no_network(refused, here, monkeypatch, name, failure):
-    def offline(*_, **__): raise failure
-    monkeypatch.setattr(urllib.request, "urlopen", offline)
-    refused("train", "--dataset", name, "--out", "out", *TINY, says=[f"'{name}'", f"data/{name}", "{train,test}/<class>"])
+    monkeypatch.setattr(urllib.request, "urlopen", failure)
+    says = [f"'{name}'", f"data/{name}", "{train,test}/<class>"]
+    refused("train", "--dataset", name, "--out", "out", *TINY, says=says)
     assert not (here / "out").exists()
 
 
 def images(**changes):
     x, y = torch.zeros(4, 1, 2, 2, dtype=torch.uint8), torch.tensor([0, 0, 1, 1])
-    return Images(**{"name": "toy", "train_x": x, "train_y": y, "test_x": x, "test_y": y, "classes": ("a", "b")} | changes)
+    good = dict(name="toy", train_x=x, train_y=y, test_x=x, test_y=y, classes=("a", "b"))
+    return Images(**good | changes)
 
 
 @pytest.mark.parametrize("changes, says", [
@@ -148,17 +175,20 @@ def images(**changes):
 ])
 def test_images_that_make_no_data_set(changes, says):
     assert images().shape == (1, 2, 2)
-    with pytest.raises(InputError, match=re.escape(says)): images(**changes)
+    with pytest.raises(InputError, match=re.escape(says)):
+        images(**changes)
 
 
 @pytest.mark.parametrize("y", ([0, 0, 1, 2], [0, 0, -1, 1]))
 def test_prior_refuses_labels_outside_the_classes(y):
-    with pytest.raises(InputError, match=r"labels: .* outside 0\.\.1"): GaussianMixturePrior.fit(torch.zeros(4, 1, 2, 2), torch.tensor(y), 2)
+    with pytest.raises(InputError, match=r"labels: .* outside 0\.\.1"):
+        GaussianMixturePrior.fit(torch.zeros(4, 1, 2, 2), torch.tensor(y), 2)
 
 
 # Where results go
 
-@pytest.mark.parametrize("out", ("taken/run", "taken", "notes", "x" * 300), ids=("below a file", "a file", "other things in it", "name too long"))
+@pytest.mark.parametrize("out", ("taken/run", "taken", "notes", "x" * 300),
+                         ids=("below a file", "a file", "other things in it", "name too long"))
 def test_unusable_out_is_refused(refused, here, out):
     (here / "taken").write_text("a file")
     (here / "notes").mkdir()
@@ -166,24 +196,28 @@ def test_unusable_out_is_refused(refused, here, out):
     refused("train", "--out", out, *TINY, says=[out[:100]])
 
 
-@pytest.mark.parametrize("line", ("report --runs runs --figures taken/figures", "replicate --runs taken/runs", "replicate --figures taken/figures"))
+@pytest.mark.parametrize("line", (
+    "report --runs runs --figures taken/figures", "replicate --runs taken/runs", "replicate --figures taken/figures"))
 def test_results_below_a_file_are_refused_before_any_work(refused, here, evaluated, line):
     (here / "taken").write_text("a file")
     refused(*line.split(), says=["taken"])
 
 
-def full_disk(*_, **__): raise OSError(errno.ENOSPC, "No space left on device")
+def full_disk(*_, **__):
+    raise OSError(errno.ENOSPC, "No space left on device")
 
 
 def test_full_disk_leaves_no_half_written_file(refused, runs, monkeypatch):
     monkeypatch.setattr("os.fsync", full_disk)
     refused("train", "--out", "out", *TINY, says=["out/config.json", "No space left on device"])
-    refused("generate", "--run", "runs/robust_jem", "--num-samples", 10, "--outer-steps", 1, "--name", "few", says=["samples/few", "No space left on device"])
+    refused("generate", "--run", "runs/robust_jem", "--num-samples", 10, "--outer-steps", 1, "--name", "few",
+            says=["samples/few", "No space left on device"])
 
 
 def test_disk_that_fills_while_training_is_one_line(cli, here, monkeypatch):
     def append(path, mode="r", *a, **kw):
         return full_disk() if mode == "a" else open(path, mode, *a, **kw)
+
     monkeypatch.setattr(run_log, "open", append, raising=False)
     result = cli("train", "--out", "out", *TINY)
     assert result.code == 2
@@ -194,19 +228,26 @@ def test_disk_that_fills_while_training_is_one_line(cli, here, monkeypatch):
 
 # Run folders
 
+SET_BY_FIXTURE = ("epochs", "batch_size", "attack_steps", "outer_steps", "buffer_size", "warmup_steps", "threads")
+
+
 def test_run_with_other_settings_is_never_overwritten(refused, runs):
     given = json.loads((runs / "robust_jem/config.json").read_text())
-    same = [f"--{k.replace('_', '-')}={given[k]}" for k in ("epochs", "batch_size", "attack_steps", "outer_steps", "buffer_size", "warmup_steps", "threads")]
-    refused("train", "--out", "runs/robust_jem", *same, "--eps", 0.3, says=["out", "runs/robust_jem", "eps: 0.2 there, 0.3 given"])
+    same = [f"--{k.replace('_', '-')}={given[k]}" for k in SET_BY_FIXTURE]
+    refused("train", "--out", "runs/robust_jem", *same, "--eps", 0.3,
+            says=["out", "runs/robust_jem", "eps: 0.2 there, 0.3 given"])
     refused("train", "--out", "runs/robust_jem", "--system", "jempp", says=["system: robust_jem there, jempp given"])
 
 
 def test_samples_with_other_settings_are_never_overwritten(refused, runs):
-    refused("generate", "--run", "runs/robust_jem", "--num-samples", 30, says=["name", "samples/energy", "num_samples: 40 there, 30 given"])
+    refused("generate", "--run", "runs/robust_jem", "--num-samples", 30,
+            says=["name", "samples/energy", "num_samples: 40 there, 30 given"])
 
 
-AFTER_TRAINING = {"generate": ("generate", "--run", "runs/robust_jem", "--name", "more", "--num-samples", 10, "--outer-steps", 1),
-                  "evaluate": ("evaluate", "--run", "runs/robust_jem", "--extractor", "classifier:runs/judge", "--num-robust", 10)}
+AFTER_TRAINING = {
+    "generate": "generate --run runs/robust_jem --name more --num-samples 10 --outer-steps 1".split(),
+    "evaluate": "evaluate --run runs/robust_jem --extractor classifier:runs/judge --num-robust 10".split(),
+}
 
 
 @pytest.mark.parametrize("command", AFTER_TRAINING)
@@ -215,8 +256,16 @@ def test_run_that_is_not_trained(refused, runs, command):
     refused(*AFTER_TRAINING[command], says=["run", "runs/robust_jem", "isn't trained", "robust-jem train"])
 
 
-CONFIGS = {"cut off": lambda b: b[:len(b) // 2], "binary": lambda b: b"\xff\xfe\x00\x01", "empty": lambda b: b"", "a list": lambda b: b"[]", "a number": lambda b: b"3",
-           "unknown field": lambda b: b.replace(b'"depth"', b'"deep"'), "wrong type": lambda b: b.replace(b'"depth": 10', b'"depth": "ten"')}
+CONFIGS = {
+    "cut off": lambda b: b[:len(b) // 2],
+    "binary": lambda b: b"\xff\xfe\x00\x01",
+    "empty": lambda b: b"",
+    "a list": lambda b: b"[]",
+    "a number": lambda b: b"3",
+    "unknown field": lambda b: b.replace(b'"depth"', b'"deep"'),
+    "wrong type": lambda b: b.replace(b'"depth": 10', b'"depth": "ten"'),
+}
+NAMED_FIELDS = {"unknown field": ["deep", "depth"], "wrong type": ["depth", "ten"]}
 
 
 @pytest.mark.parametrize("damage", CONFIGS)
@@ -225,14 +274,22 @@ def test_damaged_config(refused, runs, command, damage):
     file = runs / "robust_jem/config.json"
     file.write_bytes(CONFIGS[damage](file.read_bytes()))
     argv = AFTER_TRAINING.get(command) or ("train", "--out", "runs/robust_jem", *TINY)
-    refused(*argv, says={"unknown field": ["deep", "depth"], "wrong type": ["depth", "ten"]}.get(damage, ["runs/robust_jem/config.json"]))
+    refused(*argv, says=NAMED_FIELDS.get(damage, ["runs/robust_jem/config.json"]))
+
+
+MODELS = {
+    "cut off": lambda b: b[:len(b) // 2],
+    "header cut off": lambda b: b[:4],
+    "empty": lambda b: b"",
+    "zeros": lambda b: b"\x00" * 4096,
+}
 
 
 @pytest.mark.parametrize("command", AFTER_TRAINING)
-@pytest.mark.parametrize("damage", (lambda b: b[:len(b) // 2], lambda b: b[:4], lambda b: b"", lambda b: b"\x00" * 4096), ids=("cut off", "header cut off", "empty", "zeros"))
+@pytest.mark.parametrize("damage", MODELS)
 def test_damaged_model(refused, runs, command, damage):
     file = runs / "robust_jem/model.safetensors"
-    file.write_bytes(damage(file.read_bytes()))
+    file.write_bytes(MODELS[damage](file.read_bytes()))
     refused(*AFTER_TRAINING[command], says=["runs/robust_jem/model.safetensors", "safetensors"])
 
 
@@ -270,7 +327,8 @@ def write_extractors(here):
     # a script by a PyTorch that has operators which this one lacks
     torch.jit.script(torch.nn.Softmax(1)).save(str(here / "known.pt"))
     with zipfile.ZipFile(here / "known.pt") as known, zipfile.ZipFile(here / "newer.pt", "w") as newer:
-        for name in known.namelist(): newer.writestr(name, known.read(name).replace(b"torch.softmax", b"torch.softmix"))
+        for name in known.namelist():
+            newer.writestr(name, known.read(name).replace(b"torch.softmax", b"torch.softmix"))
     # a script that takes other images than ours: found out before anything is measured
     torch.jit.trace(torch.nn.Conv2d(5, 2, 3), torch.zeros(1, 5, 8, 8)).save(str(here / "other.pt"))
     shutil.copytree(here / "runs/judge", here / "runs/untrained", ignore=shutil.ignore_patterns("model.safetensors"))
@@ -283,14 +341,14 @@ def test_unusable_extractor_is_refused_before_any_work(refused, runs, here, spec
 
 
 def test_more_splits_than_images_are_refused_before_any_work(refused, runs):
-    refused("evaluate", "--run", "runs/robust_jem", "--extractor", "classifier:runs/judge", "--num-robust", 10, "--splits", 41, says=["splits", "41", "1..40"])
+    refused(*AFTER_TRAINING["evaluate"], "--splits", 41, says=["splits", "41", "1..40"])
 
 
 @pytest.mark.parametrize("root", ("", "elsewhere"))
 def test_inception_without_a_network(refused, runs, monkeypatch, root):
-    def offline(*_, **__): raise URLError("no network")
     monkeypatch.setattr(urllib.request, "urlopen", offline)
-    if root: monkeypatch.setenv("ROBUST_JEM_DATA", root)                     # where data sets are looked for, weights are too
+    if root:
+        monkeypatch.setenv("ROBUST_JEM_DATA", root)         # where data sets are looked for, weights are too
     refused("evaluate", "--run", "runs/robust_jem", "--extractor", "inception", "--num-robust", 10,
             says=["extractor", "inception-2015-12-05.pt", f"{root or 'data'}/.cache", "no network", "classifier:RUN"])
 
@@ -299,13 +357,15 @@ def test_download_of_inception_that_broke_off(refused, runs, here):
     file = here / "data/.cache/inception-2015-12-05.pt"
     file.parent.mkdir(parents=True)
     file.write_bytes(b"PK\x03\x04 and no more")
-    refused("evaluate", "--run", "runs/robust_jem", "--extractor", "inception", "--num-robust", 10, says=["extractor", "data/.cache/inception-2015-12-05.pt"])
+    refused("evaluate", "--run", "runs/robust_jem", "--extractor", "inception", "--num-robust", 10,
+            says=["extractor", "data/.cache/inception-2015-12-05.pt"])
 
 
 # Reports
 
 def test_report_of_an_evaluation_that_was_interrupted(refused, evaluated):
-    for part in ("held-out", "prior", "energy"): (evaluated / f"scores/{part}.json").unlink()
+    for part in ("held-out", "prior", "energy"):
+        (evaluated / f"scores/{part}.json").unlink()
     refused("report", "--runs", "runs", "--figures", "figures", says=["runs", "robust-jem evaluate"])
 
 
@@ -336,6 +396,7 @@ def test_report_names_every_run_and_why_a_cell_is_empty(cli, evaluated):
         shutil.copytree(evaluated, f"runs/{name}")
         for part in without:
             Path(f"runs/{name}/scores/{part}.json").unlink()
+
     another("begun", "held-out", "prior")
     another("no-classifier", "classification", "prior")                     # nothing that it is asked for is missing
     shutil.copytree("runs/judge", "runs/untrained", ignore=shutil.ignore_patterns("model.safetensors"))
@@ -372,7 +433,14 @@ def test_report_names_every_run_and_why_a_cell_is_empty(cli, evaluated):
 
 # Help
 
-CONFIG_OF = {"train": TrainConfig, "generate": GenerateConfig, "evaluate": EvaluateConfig, "report": ReportConfig, "benchmark": BenchmarkConfig, "replicate": ReplicateConfig}
+CONFIG_OF = {
+    "train": TrainConfig,
+    "generate": GenerateConfig,
+    "evaluate": EvaluateConfig,
+    "report": ReportConfig,
+    "benchmark": BenchmarkConfig,
+    "replicate": ReplicateConfig,
+}
 
 
 @pytest.fixture
@@ -390,8 +458,10 @@ def test_help_shows_examples_that_parse(cli, documented_runs, monkeypatch, comma
     start = re.compile(rf"(robust-jem|torchrun .* -m robust_jem.app.cli) {command} ?")
     examples = [line.strip() for line in result.out.splitlines() if start.match(line.strip())]
     assert examples == EXAMPLES[command][1].splitlines()
-    for line in examples: assert type(parse(command, shlex.split(start.sub("", line)))) is CONFIG_OF[command]
-    for name in inspect.signature(CONFIG_OF[command]).parameters: assert f"--{name.replace('_', '-')}" in result.out
+    for line in examples:
+        assert type(parse(command, shlex.split(start.sub("", line)))) is CONFIG_OF[command]
+    for name in inspect.signature(CONFIG_OF[command]).parameters:
+        assert f"--{name.replace('_', '-')}" in result.out
 
 
 def test_usage_lists_every_command(cli):
@@ -406,9 +476,9 @@ def test_help_of_a_process(run_command):
 
 def test_readme_shows_commands_that_parse(documented_runs):
     "Every robust-jem line in the README is a command that the parser takes."
-    from conftest import REPO
-    lines = [line.split("#")[0].strip() for line in (REPO / "README.md").read_text(encoding="utf-8").splitlines() if re.match(r"\s*robust-jem [a-z]", line)]
-    for line in lines:
+    text = (REPO / "README.md").read_text(encoding="utf-8")
+    for shown in re.findall(r"^\s*(robust-jem [a-z].*)$", text, re.M):
+        line = shown.split("#")[0].strip()
         _, command, *argv = shlex.split(line)
         assert type(parse(command, argv)) is CONFIG_OF[command], line
 

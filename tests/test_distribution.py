@@ -30,7 +30,11 @@ from robust_jem.systems import hybrid
 from robust_jem.systems.catalog import TrainConfig, configure
 
 build = hybrid.build_model
-hybrid.build_model = lambda *a: build(*a).double()
+
+def build_in_float64(*args):
+    return build(*args).double()
+
+hybrid.build_model = build_in_float64
 images = load_images("digits")
 
 def settings(norm):
@@ -54,7 +58,8 @@ def measure(norm, at):
     at.world.wait()
 
 with executing(settings("none"), 1) as at:
-    for norm in sys.argv[1:]: measure(norm, at)
+    for norm in sys.argv[1:]:
+        measure(norm, at)
     gc.collect()          # nothing holds the process group when it is destroyed
 """
 
@@ -64,7 +69,12 @@ import sys
 from robust_jem.app import cli
 from robust_jem.engine.runtime import Deadline
 looks = []
-Deadline.reached = lambda self: looks.append(1) or len(looks) == 4
+
+def fourth_look(self):
+    looks.append(1)
+    return len(looks) == 4
+
+Deadline.reached = fourth_look
 sys.exit(cli.main(sys.argv[1:] + ["--max-minutes", "1"]))
 """
 
@@ -73,7 +83,8 @@ def free_port():
     "Below the ports that the system gives to whoever asks for any."
     while True:
         with socket.socket() as s, contextlib.suppress(OSError):
-            s.bind(("127.0.0.1", port := random.SystemRandom().randrange(20_000, 32_000)))
+            port = random.SystemRandom().randrange(20_000, 32_000)
+            s.bind(("127.0.0.1", port))
             return port
 
 
@@ -134,9 +145,8 @@ def test_two_processes_compute_the_gradient_of_the_whole_batch(ranks, here):
     for norm in ("none", "batch"):
         one, a, b = (torch.load(here / f"{norm}-{n}.pt", weights_only=True) for n in ("0of1", "0of2", "1of2"))
         assert sorted(torch.cat([a["y"], b["y"]]).tolist()) == sorted(one["y"].tolist())
-        assert torch.equal(a["gradient"], b["gradient"]) and torch.equal(
-            a["buffers"], b["buffers"]
-        )  # all processes agree
+        # all processes agree
+        assert torch.equal(a["gradient"], b["gradient"]) and torch.equal(a["buffers"], b["buffers"])
         error = (a["gradient"] - one["gradient"]).abs().max() / one["gradient"].abs().max()
         if norm == "none":
             assert error < 1e-10

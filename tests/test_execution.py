@@ -236,11 +236,18 @@ def test_freed_memory_serves_again():
     count = """
 import resource, torch
 from robust_jem.engine.runtime import keep_freed_memory
+
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    for _ in range(4): torch.ones(2**24)
+    for _ in range(4):
+        torch.ones(2**24)
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-given_back = faults(); keep_freed_memory(); faults(); faults(); print(given_back, faults())
+
+given_back = faults()
+keep_freed_memory()
+faults()
+faults()
+print(given_back, faults())
 """
     done = subprocess.run([sys.executable, "-c", count], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
@@ -401,13 +408,21 @@ def test_other_errors_are_not_taken_for_memory():
         at_a_size_that_fits(work, 8)
 
 
+def slow_down(monkeypatch, network, seconds):
+    "Let every pass of a kind of network take some seconds more."
+    forward = network.forward
+
+    def slowly(self, x):
+        time.sleep(seconds)
+        return forward(self, x)
+
+    monkeypatch.setattr(network, "forward", slowly)
+
+
 def test_time_limit_of_generation_goes_on_to_the_same_samples(runs, cli, monkeypatch):
     options = ["--num-samples", 60, "--batch-size", 10, "--outer-steps", 2, "--device", "cpu"]
     assert cli("generate", runs / "robust_jem", *options, "--name", "whole").code == 0
-    forward = Accelerated.forward
-    monkeypatch.setattr(
-        Accelerated, "forward", lambda self, x: (time.sleep(0.1), forward(self, x))[1]
-    )  # slow enough to be stopped
+    slow_down(monkeypatch, Accelerated, 0.1)                # slow enough to be stopped
     codes = []
     while not codes or codes[-1]:
         result = cli("generate", runs / "robust_jem", *options, "--name", "pieces", "--max-minutes", 0.015)
@@ -445,8 +460,7 @@ def test_time_limit_of_evaluation_goes_on_to_the_same_scores(runs, cli, monkeypa
     whole = run.scores()
     for file in (run.path / "scores").iterdir():
         file.unlink()
-    forward = WideResNet.forward
-    monkeypatch.setattr(WideResNet, "forward", lambda self, x: (time.sleep(0.15), forward(self, x))[1])
+    slow_down(monkeypatch, WideResNet, 0.15)
     codes = []
     while not codes or codes[-1]:
         codes.append(cli("evaluate", runs / "robust_jem", *options, "--max-minutes", 0.02).code)

@@ -61,7 +61,8 @@ def test_pilots_and_judge(here, image_tree, gpu, command):
     (pilot,) = json.loads((here / "out/pilots.json").read_text())["pilots"]
     assert pilot["name"] == "batch 128, lr 0.1" and 0 <= pilot["pgd10"] <= pilot["accuracy"] <= 1
     gpu("all", "out", "--dry", "--runs", "runs", "--systems", "robust_jem", "jempp")
-    gpu("judge", "out", "--dry", "--runs", "runs", "--extractor", "classifier:judge", "--systems", "robust_jem", "jempp")
+    gpu("judge", "out", "--dry", "--runs", "runs", "--extractor", "classifier:judge",
+        "--systems", "robust_jem", "jempp")
     scores = {p.stem for p in (here / "runs/jempp-s0/scores").glob("*.json")}
     assert scores == {"classification", "held-out", "prior", "energy"}
 

@@ -1,4 +1,6 @@
-"""Recorded functions on a GPU: the same results as unrecorded ones, with new weights and other shapes. Without a GPU: refused in one line."""
+"""Recorded functions on a GPU: the same results as unrecorded ones, with new weights and other shapes.
+
+Without a GPU: refused in one line."""
 import pytest
 import torch
 

@@ -1,19 +1,18 @@
-"""The papermill stages alone, and `replicate`: what runs, in which order, what is skipped, and what is left after a failure or an interruption."""
+"""The papermill stages alone, and `replicate`: what runs, in which order, what is skipped.
+
+And what is left after a failure or an interruption."""
 import json
 import os
-import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
-import zipfile
 from pathlib import Path
 
 import nbformat
 import psutil
 import pytest
-import torch
 from conftest import REPO, snapshot
 
 from robust_jem.app import replicate as command_line
@@ -30,11 +29,14 @@ STAGES = REPO / "nbs/replication"
 
 @pytest.fixture
 def papermill(command, here):
-    "Run a replication notebook as its own text says: `papermill NOTEBOOK OUT -p NAME VALUE …`, in the working directory."
+    "Run a replication notebook, in the working directory, as its text says: `papermill NOTEBOOK OUT -p NAME VALUE …`."
     def run(notebook, **parameters):
-        argv = [sys.executable, "-m", "papermill", STAGES / f"{notebook}.ipynb", f"{notebook}-out.ipynb", "--no-progress-bar", "-k", "python3"]
-        for name, value in parameters.items(): argv += ["-p", name, str(value)]
-        return subprocess.run([str(a) for a in argv], cwd=here, env=command.env, capture_output=True, text=True, timeout=300)
+        argv = [sys.executable, "-m", "papermill", str(STAGES / f"{notebook}.ipynb"), f"{notebook}-out.ipynb",
+                "--no-progress-bar", "-k", "python3"]
+        for name, value in parameters.items():
+            argv += ["-p", name, str(value)]
+        return subprocess.run(argv, cwd=here, env=command.env, capture_output=True, text=True, timeout=300)
+
     return run
 
 
@@ -46,14 +48,16 @@ def pictures(notebook):
 def test_stages_run_alone_one_after_the_other(papermill, runs, here):
     "Train, generate, evaluate and report, each in a process of its own; they share nothing but folders."
     folder, judge = Path("runs/digits-cpu/robust_jem-s0"), "classifier:runs/judge"
+    short = dict(epochs=1, attack_steps=1, outer_steps=1, warmup_steps=0, device="cpu")
+
     def ran(notebook, **parameters):
         done = papermill(notebook, **parameters)
         assert done.returncode == 0, done.stderr[-2000:]
         assert pictures(f"{notebook}-out.ipynb") > 0                         # each shows what it made
 
-    ran("train", system="robust_jem", dataset="digits", preset="cpu", epochs=1, attack_steps=1, outer_steps=1, warmup_steps=0, device="cpu")
+    ran("train", system="robust_jem", dataset="digits", preset="cpu", **short)
     run = Run(folder)
-    assert run.trained and run.config == configure(TrainConfig, "robust_jem", epochs=1, attack_steps=1, outer_steps=1, warmup_steps=0, device="cpu")
+    assert run.trained and run.config == configure(TrainConfig, "robust_jem", **short)
 
     ran("generate", run=folder, num_samples=40, batch_size=40, outer_steps=2, target_steps=2)
     assert run.sample_names() == sorted(c.label for c in sample_plan("robust_jem", "digits", "cpu"))
@@ -67,16 +71,15 @@ def test_stages_run_alone_one_after_the_other(papermill, runs, here):
     rows = {r["model"]: r for r in table["rows"]}
     assert rows["Robust JEM"]["FD-digits"]["values"] == [run.scores()["combined"]["FD-digits"]]
     assert rows["JEM++"]["runs"] == 0
-    for name in ("figure3", "chain", "curves", "robustness"): assert (here / f"figures/{name}.png").read_bytes().startswith(b"\x89PNG")
+    for name in ("figure3", "chain", "curves", "robustness"):
+        assert (here / f"figures/{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
-REFUSED = [
+@pytest.mark.parametrize("notebook, parameters, says", [
     ("train", dict(epocs=1), "InputError: epocs: unknown field, did you mean epochs?"),
-    ("evaluate", dict(run="nowhere"), "InputError: run: 'nowhere' is no run folder"),
-]
-
-
-@pytest.mark.parametrize("notebook, parameters, says", (REFUSED[0], pytest.param(*REFUSED[1], marks=pytest.mark.long)), ids=("unknown parameter", "no run"))
+    pytest.param("evaluate", dict(run="nowhere"), "InputError: run: 'nowhere' is no run folder",
+                 marks=pytest.mark.long),
+], ids=("unknown parameter", "no run"))
 def test_stage_refuses_before_any_work(papermill, here, notebook, parameters, says):
     done = papermill(notebook, **parameters)
     assert done.returncode != 0 and says in done.stderr
@@ -93,45 +96,71 @@ def stages_of(config):
     return [s for chain in first + chains for s in chain] + [report]
 
 
-RECORD = dict(seeds=(0, 1, 2), suite="full", chains=True)
+def notebooks(chain):
+    return [stage.notebook for stage in chain]
 
 
-@pytest.mark.parametrize("config", (dict(), SMALL, RECORD, dict(dataset="cifar10", preset="paper"), dict(systems=tuple(SYSTEMS), extractor="classifier:x")), ids=str)
+def sees_all_classes(chain):
+    return "@" not in chain[0].parameters["dataset"]
+
+
+CONFIGS = (
+    dict(),
+    SMALL,
+    dict(seeds=(0, 1, 2), suite="full", chains=True),
+    dict(dataset="cifar10", preset="paper"),
+    dict(systems=tuple(SYSTEMS), extractor="classifier:x"),
+)
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
 def test_plan_trains_samples_and_scores_each_row_once(config):
     config = ReplicateConfig(**config)
     first, chains, report = plan(config)
     trained = [Path(c[0].parameters["out"]) for c in first + chains]
     assert len(set(trained)) == len(trained)
     # in the full suite on digits also one that has never seen two of the classes, for detection alone
-    whole = lambda c: "@" not in c[0].parameters["dataset"]
-    assert [[s.notebook for s in c] for c in chains if not whole(c)] == [["train", "evaluate"]] * (config.suite == "full")
-    chains = [c for c in chains if whole(c)]
-    assert {(c[0].parameters["system"], c[0].parameters["seed"]) for c in chains} == {(s, k) for s in config.systems for k in config.seeds}
+    partial = [notebooks(c) for c in chains if not sees_all_classes(c)]
+    assert partial == [["train", "evaluate"]] * (config.suite == "full")
+    chains = [c for c in chains if sees_all_classes(c)]
+    rows = {(c[0].parameters["system"], c[0].parameters["seed"]) for c in chains}
+    assert rows == {(system, seed) for system in config.systems for seed in config.seeds}
     for chain in chains:
-        assert [s.notebook for s in chain][:3] == ["train", "generate", "evaluate"]
-        assert all(s.parameters.get("run", s.parameters.get("out")) == chain[0].parameters["out"] for s in chain)
-        assert {s.output.parent for s in chain} == {Path(chain[0].parameters["out"]) / "notebooks"}      # executed copies lie in the run folder
-        assert [s.notebook for s in chain if s.waits] == [s.notebook for s in chain][2:]      # training and sampling needn't wait for the judge
+        out = chain[0].parameters["out"]
+        assert notebooks(chain)[:3] == ["train", "generate", "evaluate"]
+        assert all(s.parameters.get("run", s.parameters.get("out")) == out for s in chain)
+        # executed copies lie in the run folder
+        assert {s.output.parent for s in chain} == {Path(out) / "notebooks"}
+        # training and sampling needn't wait for the judge
+        assert [s.notebook for s in chain if s.waits] == notebooks(chain)[2:]
     studies = [c[0].parameters["out"] for c in chains if c[-1].notebook == "chains"]
     assert studies == [f"{report.parameters['runs']}/robust_jem-s0"] * config.chains
     # the judge is trained first, by itself, and is none of those it judges
     judges = [s.parameters["extractor"] for c in chains for s in c if s.notebook == "evaluate"]
     assert len(set(judges)) == 1 and (not first) == bool(config.extractor or config.dataset != "digits")
-    for chain in first: assert judges[0] == f"classifier:{chain[0].parameters['out']}" and chain[0].parameters["seed"] not in config.seeds
-    assert all(command_line.notebook_path(s.notebook).is_file() for s in stages_of(config)) and report.notebook == "report"
+    for chain in first:
+        assert judges[0] == f"classifier:{chain[0].parameters['out']}"
+        assert chain[0].parameters["seed"] not in config.seeds
+    assert all(command_line.notebook_path(s.notebook).is_file() for s in stages_of(config))
+    assert report.notebook == "report"
 
 
 def test_results_lie_beside_the_runs_unless_asked_otherwise():
     "Nothing that a replication writes by default is committed."
-    assert stages_of(ReplicateConfig(dataset="cifar10", preset="paper"))[-1].parameters == {"runs": "runs/cifar10-paper", "figures": "runs/cifar10-paper/figures"}
-    assert stages_of(ReplicateConfig(runs="here"))[-1].parameters["figures"] == str(ReportConfig(runs="here").folder) == "here/figures"
-    assert stages_of(ReplicateConfig(figures="there"))[-1].parameters["figures"] == str(ReportConfig(figures="there").folder) == "there"
+    def report(**settings):
+        return stages_of(ReplicateConfig(**settings))[-1].parameters
+
+    folders = {"runs": "runs/cifar10-paper", "figures": "runs/cifar10-paper/figures"}
+    assert report(dataset="cifar10", preset="paper") == folders
+    assert report(runs="here")["figures"] == str(ReportConfig(runs="here").folder) == "here/figures"
+    assert report(figures="there")["figures"] == str(ReportConfig(figures="there").folder) == "there"
 
 
 def test_plan_expects_what_the_notebooks_make():
     "The settings that mark a stage as finished are those its notebook derives from the same parameters."
     for stage in stages_of(ReplicateConfig(**SMALL)):
-        if stage.notebook == "train": assert [c for _, c in stage.expected] == [configure(TrainConfig, **stage.parameters)]
+        if stage.notebook == "train":
+            assert [c for _, c in stage.expected] == [configure(TrainConfig, **stage.parameters)]
         if stage.notebook == "generate":
             system = stage.output.parent.parent.name.rsplit("-s", 1)[0]
             assert [c for _, c in stage.expected] == sample_plan(system, "digits", "cpu", **stage.parameters)
@@ -139,9 +168,12 @@ def test_plan_expects_what_the_notebooks_make():
 
 def finish(stage):
     "Leave behind what a finished stage leaves, as far as a plan can see."
-    for file, config in stage.expected: write_json(file, {"config": config.to_dict()} if file.name == "summary.json" else config.to_dict())
+    for file, config in stage.expected:
+        settings = config.to_dict()
+        write_json(file, {"config": settings} if file.name == "summary.json" else settings)
     stage.output.parent.mkdir(parents=True, exist_ok=True)
-    if stage.notebook == "train": (stage.output.parent.parent / "model.safetensors").touch()
+    if stage.notebook == "train":
+        (stage.output.parent.parent / "model.safetensors").touch()
     stage.output.write_text(json.dumps({"metadata": {"papermill": {"parameters": stage.parameters}}, "cells": []}))
 
 
@@ -158,7 +190,8 @@ def test_stage_is_finished_only_with_its_notebook_and_its_result(here):
             file.unlink()
             assert not stage.finished()
             file.write_bytes(kept)
-        if (weights := stage.output.parent.parent / "model.safetensors").exists() and stage.notebook == "train":
+        weights = stage.output.parent.parent / "model.safetensors"
+        if weights.exists() and stage.notebook == "train":
             weights.unlink()
             assert not stage.finished()
             weights.touch()
@@ -174,7 +207,8 @@ def test_stage_is_finished_only_with_its_notebook_and_its_result(here):
     (dict(extractor="classifier:other"), ["evaluate"]),                      # scores in other features are other scores
 ], ids=str)
 def test_changed_settings_run_again_what_depends_on_them(here, changes, again):
-    for stage in stages_of(ReplicateConfig(**SMALL)): finish(stage)
+    for stage in stages_of(ReplicateConfig(**SMALL)):
+        finish(stage)
     left = {s.notebook for s in stages_of(ReplicateConfig(**SMALL | changes)) if not s.finished()}
     assert sorted(left - {"report"}) == again
 
@@ -189,35 +223,63 @@ def test_other_training_settings_are_not_finished(here):
 
 # Running a plan, with small notebooks in the place of the real ones
 
-LOG = "import sys; from pathlib import Path; open('log.txt', 'a').write(f'{name} {sys.executable}\\n')\n"
-REPORT = LOG + "figures = Path(figures); figures.mkdir(exist_ok=True)\nfor f in ('table1.md', 'table1.csv', 'table1.json'): (figures / f).write_text('the table\\n\\nnotes')"
+LOG = r"""
+import sys
+from pathlib import Path
+open("log.txt", "a").write(f"{name} {sys.executable}\n")
+"""
+REPORT = LOG + r"""
+figures = Path(figures)
+figures.mkdir(exist_ok=True)
+for file in ("table1.md", "table1.csv", "table1.json"):
+    (figures / file).write_text("the table\n\nnotes")
+"""
+
+
+def write_small_notebook(path, code):
+    "A notebook with a cell for the stage's parameters and a cell of code."
+    parameters = nbformat.v4.new_code_cell("name = figures = runs = run = ''", metadata={"tags": ["parameters"]})
+    kernel = {"name": "python3", "display_name": "python3", "language": "python"}
+    cells = [parameters, nbformat.v4.new_code_cell(code)]
+    path.parent.mkdir(exist_ok=True)
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": kernel}), path)
 
 
 @pytest.fixture
 def small_plan(here, command, monkeypatch):
     "A first stage, a chain that waits for it and one that doesn't, and a report, whose notebooks are given as code."
-    for k, v in command.env.items(): monkeypatch.setenv(k, v)                # kernels write to this working directory
+    for k, v in command.env.items():
+        monkeypatch.setenv(k, v)                            # kernels write to this working directory
+
+    def stage(name, **kw):
+        parameters = {"name": name, "figures": "figures", "runs": "runs", "run": f"runs/{name}"}
+        return Stage(name, parameters, here / f"runs/{name}/notebooks/{name}.ipynb", [], **kw)
+
+    def stages(config):
+        return [[stage("first")]], [[stage("b1", waits=True)], [stage("a1"), stage("a2")]], stage("report")
+
     def make(**sources):
         started = []
-        def stage(name, **kw): return Stage(name, {"name": name, "figures": "figures", "runs": "runs", "run": f"runs/{name}"}, here / f"runs/{name}/notebooks/{name}.ipynb", [], **kw)
+
         def find(name):
             started.append(name)
             path = here / "source" / f"{name}.ipynb"
-            path.parent.mkdir(exist_ok=True)
-            code = nbformat.v4.new_code_cell("name = figures = runs = run = ''", metadata={"tags": ["parameters"]}), nbformat.v4.new_code_cell(sources.get(name, LOG))
-            nbformat.write(nbformat.v4.new_notebook(cells=list(code), metadata={"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}}), path)
+            write_small_notebook(path, sources.get(name, LOG))
             return path
+
         monkeypatch.setattr(command_line, "notebook_path", find)
-        monkeypatch.setattr(command_line, "plan", lambda config: ([[stage("first")]], [[stage("b1", waits=True)], [stage("a1"), stage("a2")]], stage("report")))
+        monkeypatch.setattr(command_line, "plan", stages)
         return started
+
     return make
 
 
-def executed(here): return sorted(p.name for p in here.glob("runs/*/notebooks/*.ipynb"))
+def executed(here):
+    return sorted(p.name for p in here.glob("runs/*/notebooks/*.ipynb"))
 
 
 def test_stages_run_in_order_in_this_python_and_finished_ones_are_skipped(small_plan, here, cli):
-    started = small_plan(first="import time; time.sleep(2)\n" + LOG, report=REPORT)      # b1 would overtake it
+    started = small_plan(first="import time\ntime.sleep(2)\n" + LOG, report=REPORT)      # b1 would overtake it
     assert cli("replicate", "--jobs", 3).code == 0
     log = [line.split() for line in (here / "log.txt").read_text().splitlines()]
     names = [name for name, _ in log]
@@ -234,21 +296,35 @@ def test_stages_run_in_order_in_this_python_and_finished_ones_are_skipped(small_
     assert cli("replicate").code == 0 and started == ["a2", "report"]
 
 
-FAILURES = {"InputError": ("from robust_jem.core.errors import InputError; raise InputError('eps: -1 is outside 0..∞')", 2, "eps: -1 is outside 0..∞"),
-            "ValueError": ("raise ValueError('something broke')", 1, "ValueError: something broke"),
-            "Diverged": ("from robust_jem.engine.recovery import Diverged; raise Diverged('the loss is nan')", 1, "the loss is nan"),
-            "killed kernel": ("import os; os._exit(9)", 1, "died")}
+INPUT_ERROR = """
+from robust_jem.core.errors import InputError
+raise InputError("eps: -1 is outside 0..∞")
+"""
+DIVERGED = """
+from robust_jem.engine.recovery import Diverged
+raise Diverged("the loss is nan")
+"""
+KILLED = """
+import os
+os._exit(9)
+"""
 
 
-@pytest.mark.parametrize("failure", FAILURES)
-def test_failed_stage_is_one_line_and_nothing_depends_on_it(small_plan, here, cli, failure):
-    code, exit_code, says = FAILURES[failure]
+@pytest.mark.parametrize("code, exit_code, says", [
+    (INPUT_ERROR, 2, "eps: -1 is outside 0..∞"),
+    ("raise ValueError('something broke')", 1, "ValueError: something broke"),
+    (DIVERGED, 1, "the loss is nan"),
+    (KILLED, 1, "died"),
+], ids=("InputError", "ValueError", "Diverged", "killed kernel"))
+def test_failed_stage_is_one_line_and_nothing_depends_on_it(small_plan, here, cli, code, exit_code, says):
     started = small_plan(first=code, report=REPORT)
     result = cli("replicate", "--jobs", 1)
-    lines = [line for line in result.err.replace("\r", "\n").splitlines() if line.strip() and "%|" not in line]
+    printed = result.err.replace("\r", "\n").splitlines()
+    lines = [line for line in printed if line.strip() and "%|" not in line]
     assert result.code == exit_code and len(lines) == 1 and "Traceback" not in result.err, result.err
     assert lines[0].startswith("robust-jem: first of runs/first") and says in lines[0].replace("Died", "died")
-    assert started == ["first"] and executed(here) == ["first.part.ipynb"]   # what was written up to the failure, under another name
+    # what was written up to the failure, under another name
+    assert started == ["first"] and executed(here) == ["first.part.ipynb"]
     assert not (here / "figures").exists()
 
 
@@ -295,14 +371,18 @@ TRAIN = """
 import time
 from robust_jem.engine import train as training
 from robust_jem.systems.catalog import TrainConfig, configure
-config = dict(epochs=16, batch_size=128, attack_steps=1, outer_steps=1, buffer_size=200, warmup_steps=0, threads=1)
+
 real = training.Batches.epoch
+
 def slowly(*args):
     for batch in real(*args):
         time.sleep(0.8)
         yield batch
+
 training.Batches.epoch = slowly
-training.train(configure(TrainConfig, "wide_resnet", **config, device="cpu", precision="float32", out=run + "/trained"), progress=False)
+short = dict(epochs=16, batch_size=128, attack_steps=1, outer_steps=1, buffer_size=200, warmup_steps=0, threads=1)
+config = configure(TrainConfig, "wide_resnet", **short, device="cpu", precision="float32", out=run + "/trained")
+training.train(config, progress=False)
 """
 
 
@@ -333,11 +413,18 @@ def test_job_that_its_time_limit_kills_goes_on_when_submitted_again(small_plan, 
 
 # Interruption
 
-@pytest.mark.parametrize("whole_group", (pytest.param(False, marks=pytest.mark.long), True), ids=("this process", "Ctrl-C to the whole group"))
+def hear_interrupts():
+    "Tests that run in the background inherit that the signal is ignored."
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+@pytest.mark.parametrize("whole_group", (pytest.param(False, marks=pytest.mark.long), True),
+                         ids=("this process", "Ctrl-C to the whole group"))
 def test_interrupted_replication_leaves_no_process_and_nothing_that_looks_finished(command, here, whole_group):
-    argv = [*command.argv, "replicate", "--seeds", "0", "--systems", "jempp", "--runs", "runs", "--figures", "figures", "--device", "cpu"]
-    heard = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)              # tests that run in the background inherit that it is ignored
-    process = subprocess.Popen(argv, cwd=here, env=command.env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=heard)
+    options = "--seeds 0 --systems jempp --runs runs --figures figures --device cpu".split()
+    process = subprocess.Popen([*command.argv, "replicate", *options], cwd=here, env=command.env,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               start_new_session=True, preexec_fn=hear_interrupts)
     try:
         began, end = here / "runs/extractor/metrics.jsonl", time.monotonic() + 120
         while not (began.exists() and began.stat().st_size):
@@ -345,58 +432,29 @@ def test_interrupted_replication_leaves_no_process_and_nothing_that_looks_finish
             time.sleep(0.02)
         children = psutil.Process(process.pid).children(recursive=True)
         assert any("ipykernel" in " ".join(c.cmdline()) for c in children)
-        os.killpg(process.pid, signal.SIGINT) if whole_group else process.send_signal(signal.SIGINT)
+        if whole_group:
+            os.killpg(process.pid, signal.SIGINT)
+        else:
+            process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=60)
     finally:
-        if process.poll() is None: process.kill()
+        if process.poll() is None:
+            process.kill()
     assert process.returncode == 130, err
     assert "Traceback" not in err and err.rstrip().splitlines()[-1].startswith("robust-jem: interrupted")
     assert psutil.wait_procs(children, timeout=15)[1] == []
-    assert [p for p in here.rglob("*.ipynb") if not p.name.endswith(".part.ipynb")] == [] and not (here / "figures").exists()
-    assert not Run(here / "runs/extractor").trained and not any(s.finished() for s in stages_of(ReplicateConfig(seeds=(0,), systems=("jempp",), runs=str(here / "runs"))))
+    assert [p for p in here.rglob("*.ipynb") if not p.name.endswith(".part.ipynb")] == []
+    assert not (here / "figures").exists() and not Run(here / "runs/extractor").trained
+    config = ReplicateConfig(seeds=(0,), systems=("jempp",), runs=str(here / "runs"))
+    assert not any(stage.finished() for stage in stages_of(config))
 
 
 # Shipped notebooks
 
 def test_replication_notebooks_name_parameters_that_exist():
     "What the notebooks' texts and parameter cells set is a field of what they configure."
-    fields = {"train": {f for f in TrainConfig.__dataclass_fields__}, "evaluate": {f for f in EvaluateConfig.__dataclass_fields__}}
-    for name, known in fields.items():
-        cell = next(c for c in nbformat.read(STAGES / f"{name}.ipynb", 4).cells if "parameters" in c.metadata.get("tags", []))
+    for name, config in (("train", TrainConfig), ("evaluate", EvaluateConfig)):
+        cells = nbformat.read(STAGES / f"{name}.ipynb", 4).cells
+        cell = next(c for c in cells if "parameters" in c.metadata.get("tags", []))
         names = {line.split("=")[0].strip() for line in cell.source.splitlines()}
-        assert names and names <= known
-
-
-def test_gpu_script_makes_a_trunk_for_an_older_pytorch(tmp_path):
-    "Scripts of F.interpolate name an operator that PyTorch 2.11 lacks; the copy doesn't, and computes the same."
-    class Resize(torch.nn.Module):
-        def forward(self, x): return torch.nn.functional.interpolate(x, size=[9, 9], mode="bilinear").flatten(1)
-    torch.jit.script(Resize()).save(str(tmp_path / "resize.pt"))
-    script = command_line.notebook_path("train").parent / "gpu.sh"
-    done = subprocess.run(["bash", str(script), "trunk", str(tmp_path / "out"), str(tmp_path / "resize.pt")], env=os.environ | {"PYTHON": sys.executable}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    operators = lambda path: {op for code in (zipfile.ZipFile(path),) for n in code.namelist() if n.endswith(".py") for op in re.findall(rb"torch\.(_upsample_\w+)\(", code.read(n))}
-    assert operators(tmp_path / "out/resize.pt") == operators(tmp_path / "resize.pt") - {b"_upsample_lanczos2d_aa"}
-    x = torch.rand(2, 3, 4, 4)
-    assert torch.equal(torch.jit.load(str(tmp_path / "out/resize.pt"))(x), Resize()(x))
-
-
-@pytest.mark.parametrize("systems", (["robust_jem"], pytest.param(["robust_classifier", "robust_jem"], marks=pytest.mark.long)), ids="-".join)
-def test_gpu_script_runs_to_the_end_on_a_cpu(here, image_tree, command, systems):
-    "The very commands of a GPU's minutes, small: each stage leaves what the next one needs, and what is brought back loads without the data."
-    from robust_jem.engine.pretrained import RobustJEM
-    image_tree("cifar10", classes=[f"c{i}" for i in range(4)], train=8, test=4, size=16)
-    script = command_line.notebook_path("train").parent / "gpu.sh"
-    judge = subprocess.run([*command.argv, *"train --system wide_resnet --dataset cifar10 --preset cifar10-cpu --depth 10 --width 1 --batch-size 16 --epochs 1 --warmup-steps 0 --device cpu --out judge".split()], env=command.env, capture_output=True, text=True)
-    assert judge.returncode == 0, judge.stderr
-    env = command.env | dict(PYTHON=sys.executable, PRESET="cifar10-cpu", DEVICE="cpu", PACE="0.05", BUDGET="1", SAMPLING_SEEDS="0", EXTRACTOR="classifier:judge", SAMPLES="--num-samples 20 --batch-size 10 --outer-steps 1 --target-steps 1",
-                             SMALL="--depth 10 --width 1 --batch-size 16 --buffer-size 32 --attack-steps 1 --outer-steps 1 --warmup-steps 0", JUDGE="--num-robust 10 --attack-steps 1 --batch-size 20")
-    for argv in (["pace", "out", "runs", "robust_jem"], *([stage, "out", "runs", system, *["1"] * (stage == "train")] for system in systems for stage in ("train", "sample", "judge")), ["table", "out", "runs"]):
-        done = subprocess.run(["bash", str(script), *argv], env=env, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, f"{argv}: {done.stdout[-500:]} {done.stderr[-1500:]}"
-    assert json.loads((here / "out/pace-robust_jem.json").read_text())["images a second"] > 0
-    rows = json.loads((here / "out/figures/table1.json").read_text())["rows"]
-    assert {r["model"] for r in rows if r["runs"] and "accuracy" in r} >= {SYSTEMS[s].title for s in systems}
-    assert (here / "out/figures/table1.md").exists() and (here / "out/robust_jem-s0/scores/combined.json").exists()
-    assert RobustJEM.from_pretrained("out/robust_jem-s0/pretrained").classify(torch.zeros(1, 3, 16, 16)).shape == (1,)
-    assert subprocess.run(["bash", str(script), "fly", "out"], env=env, capture_output=True, text=True).returncode == 2
+        assert names and names <= set(config.__dataclass_fields__)

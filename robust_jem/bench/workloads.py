@@ -104,7 +104,7 @@ def side_by_side(
 
     ours = {name: our_works(config, under(policy), steps) for name, policy in policies.items()}
     plain = choose_policy(at.device, "float32", "off")
-    prior = TrainState(config, random_images(), under(plain)).buffer.prior
+    prior = TrainState(config, random_images(), under(plain)).system.prior
     return {"reference": naive_works(config, at.device, prior, steps)} | ours
 
 def work_done(
