@@ -43,7 +43,7 @@ class TrainConfig(Config):
     device: str = "auto"  # auto, cpu, cuda, cuda:1, …
     threads: int = option(0, 0, 4096)  # CPU threads, at most one a core; 0: PyTorch's choice
     precision: Precision = "auto"  # of the network's products; auto: bfloat16 where the device multiplies it fast
-    compile: Compile = "auto"  # torch.compile's mode, or fused: own kernels, graphs; auto: default on a GPU, else off
+    compile: Compile = "auto"  # torch.compile's mode, or fused: own kernels, graphs; auto: as tuned on a GPU, else off
     max_minutes: float = option(0.0, 0)  # stop with a checkpoint after this time; 0: no limit
     depth: int = option(28, 10, 1000)  # of the Wide-ResNet: 6n + 4 (JEM++)
     width: int = option(10, 1, 100)  # of the Wide-ResNet (JEM++)
