@@ -21,8 +21,10 @@ from PIL import Image
 from robust_jem.app.cli import EXAMPLES, parse
 from robust_jem.app.replicate import ReplicateConfig
 from robust_jem.bench.benchmark import BenchmarkConfig
+from robust_jem.bench.tune import TuneConfig
 from robust_jem.core import images as core_images
 from robust_jem.core.errors import InputError
+from robust_jem.core.files import read_json
 from robust_jem.core.images import Images
 from robust_jem.ebm.priors import GaussianMixturePrior
 from robust_jem.engine import run_log
@@ -439,6 +441,7 @@ CONFIG_OF = {
     "evaluate": EvaluateConfig,
     "report": ReportConfig,
     "benchmark": BenchmarkConfig,
+    "tune": TuneConfig,
     "replicate": ReplicateConfig,
 }
 
@@ -467,6 +470,14 @@ def test_help_shows_examples_that_parse(cli, documented_runs, monkeypatch, comma
 def test_usage_lists_every_command(cli):
     result = cli("--help")
     assert result.code == 0 and all(f"robust-jem {c}" in result.out for c in EXAMPLES)
+
+
+def test_tune_prints_what_it_measured(cli, here):
+    quick = "--networks 10-1/8 --variants eager fused --attack-steps 1 --outer-steps 1 --repeats 1 --no-profile"
+    result = cli("tune", *quick.split(), "--device", "cpu", "--threads", 1)
+    assert result.code == 0 and "| 10-1/8 | eager |" in result.out and "- 10-1/8, fused: " in result.out
+    assert read_json(Path("runtime.tuned.json"))["choice"] == {"10-1/8": "off"}
+    assert result.out.strip() == Path("tune.md").read_text(encoding="utf-8").strip()
 
 
 def test_help_of_a_process(run_command):

@@ -186,6 +186,31 @@ def test_auto_follows_the_device(monkeypatch, float32, bfloat16, precision):
     assert choose_policy(CPU).precision == precision and choose_policy(CPU).compile == "off"
 
 
+@pytest.mark.parametrize("fits", (True, False))
+def test_auto_compiles_on_a_gpu_as_it_was_tuned(here, monkeypatch, fits):
+    "With the file of this GPU by its choice, else fused where that fits the network; on a CPU never."
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "a GPU")
+    monkeypatch.setattr(runtime, "can_fuse", lambda model, device: None if fits else "it knows others only")
+    monkeypatch.setattr(torch, "compile", lambda f, **kw: f)
+    policy, network = choose_policy(torch.device("cuda"), "float32"), WideResNet(10, 1)
+    guess = "fused" if fits else "default"
+    assert policy.compile == "auto" and policy.settled(network, "10-1/8").compile == guess
+
+    choice = {"10-1/8": "off", "10-1/16": "reduce-overhead", "10-1/32": "fused", "10-1/64": "fast"}
+    write_json(Path("runtime.tuned.json"), {"device": "a GPU", "torch": torch.__version__, "choice": choice})
+    for name, chosen in (("10-1/8", "off"), ("10-1/16", "reduce-overhead"), ("10-1/32", guess), (None, guess)):
+        at = runtime.Execution(runtime.World(), torch.device("cuda"), policy, runtime.Deadline(0))
+        assert at.accelerate(network, name).policy.compile == at.policy.compile == chosen
+        assert at.records == (chosen == "fused")
+    with pytest.raises(InputError, match=r"runtime.tuned.json: 'fast' for 10-1/64 is not accepted; accepted: off, "):
+        policy.settled(network, "10-1/64")
+    assert choose_policy(CPU, "float32").settled(network, "10-1/16").compile == "off"
+    assert choose_policy(torch.device("cuda"), "float32", "default").settled(network, "10-1/8").compile == "default"
+
+    write_json(Path("runtime.tuned.json"), {"device": "another GPU", "choice": choice})
+    assert policy.settled(network, "10-1/8").compile == guess
+
+
 @pytest.mark.skipif(
     platform.machine() not in ("x86_64", "AMD64"), reason="ONEDNN_MAX_CPU_ISA limits x86 processors only"
 )

@@ -54,7 +54,7 @@ def test_killed_runs_end_in_the_same_bits(tmp_path, whole):
 
 
 def test_every_failed_write_is_one_error_and_the_run_goes_on(tmp_path, whole_short):
-    r = faults.writes(tmp_path, every=11, offset=2, expected=whole_short.digest)
+    r = faults.writes(tmp_path, every=8, offset=2, expected=whole_short.digest)
     assert r.positions >= 4 and not r.unusable and not r.other and not r.part_files
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import nn
 
 from robust_jem.core.errors import InputError
-from robust_jem.core.files import read_json, tensors_hash
+from robust_jem.core.files import read_json, tensors_hash, write_json
 from robust_jem.core.images import load_images, to_unit
 from robust_jem.core.inputs import evaluating
 from robust_jem.engine.runs import Run
@@ -520,15 +520,29 @@ def test_verdict_of_the_suite(here, cli, monkeypatch, linear):
                 factory,
                 *quick,
             ]
-            assert cli("evaluate", *argv).code == 0
+            result = cli("evaluate", *argv)
+        assert result.code == 0
+        said = "- loud:loud, PGD-3, linf, untargeted, 1 random start: "
+        card = (here / factory / "MODEL_CARD.md").read_text(encoding="utf-8")
+        heads = ("Images whose gradient is zero", "- Its gradients are masked, PGD-3, linf")
+        shown = [said in result.out, said in card, heads[0] in result.out, heads[1] in card]
+        assert shown == [verdict == "masked"] * 4
         part = json.loads((here / factory / "robustness-linf-once.json").read_text())
         assert part["verdict"] == verdict and (part["zero gradients"] > 0.5) == (verdict == "masked")
     assert masking_verdict(0.0, {"0.1": {"AutoAttack": 0.5, "PGD": 0.6}}) == "masked"
     assert masking_verdict(0.0, {"0.1": {"AutoAttack": 0.59, "PGD": 0.6}}) == "not masked"
 
 
-def test_the_share_is_stored_with_the_scores(evaluated):
-    assert read_json(evaluated / "scores/classification.json")["zero gradients"] == 0
+def test_the_share_is_stored_with_the_scores_and_shown(evaluated, cli):
+    file = evaluated / "scores/classification.json"
+    scores = read_json(file)
+    assert scores["zero gradients"] == 0
+    runs, results = evaluated.parent, evaluated.parent / "figures/results.csv"
+    assert "Zero gradients" not in cli("report", "--runs", runs).out and "zero grad" not in results.read_text("utf-8")
+    for share, said in ((0.004, "robust_jem (0.4 %)"), (0.25, "robust_jem (25 %, masked)")):
+        write_json(file, scores | {"zero gradients": share})
+        note = f"Zero gradients on images that are right before the attack: {said}. PGD can't move these"
+        assert note in cli("report", "--runs", runs).out and f",zero gradients,{share}," in results.read_text("utf-8")
 
 
 # E. Models from elsewhere

@@ -7,13 +7,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 from torch import nn
 from torch.distributions import MultivariateNormal
 
 from robust_jem.core.errors import InputError
-from robust_jem.core.files import read_tensors
+from robust_jem.core.files import read_json, read_tensors
 from robust_jem.core.images import to_unit
 from robust_jem.engine.runs import Run
 from robust_jem.engine.sample import generate_samples
@@ -150,6 +151,40 @@ def test_it_is_sampled_and_its_density_is_normalised(gaussian, here):
         system(real)
     with pytest.raises(InputError, match="accepted: a system that classifies"):
         run.model()
+
+
+def test_it_is_evaluated_and_reported(gaussian, here, cli):
+    "Its row has what it is capable of; the report says why the rest is empty."
+    judge = train(configure(TrainConfig, "wide_resnet", width=1, epochs=1, device="cpu", out="judge"), progress=False)
+    train(settings("runs/gauss"), progress=False)
+    how = dict(run="runs/gauss", num_samples=50, batch_size=20, device="cpu", name="energy")
+    generate_samples(configure(GenerateConfig, "gaussian", **how), progress=False)
+    how = ["--extractor", f"classifier:{judge}", "--suite", "full", "--device", "cpu"]
+    evaluated = cli("evaluate", "runs/gauss", *how)
+    assert evaluated.code == 0, evaluated.err
+    assert Run("runs/gauss").scores().keys() == {"energy", "held-out"}
+
+    card = Path("runs/gauss/suite/MODEL_CARD.md").read_text(encoding="utf-8")
+    assert "> A system that is capable of: log_density, normalised, sample." in card and "WRN" not in card
+    assert "| Gaussian | energy | 50 |" in card and "classif" not in card.split("## Use it for")[0]
+
+    result = cli("report", "--runs", "runs")
+    assert result.code == 0 and "| Gaussian |" in result.out, result
+    notes = result.out.split("Ours:")[1]
+    assert "preset cpu; 3 epochs; training seeds [0]" in notes
+    assert not any(other in notes for other in ("WRN", "attacks while training", "averaged"))
+    assert "Gaussian, energy: 50 samples in batches of 20, sampling seed 0.\n" in notes
+    row = next(r for r in read_json(Path("runs/figures/table1.json"))["rows"] if r["model"] == "Gaussian")
+    stored = Run("runs/gauss").scores()["energy"]
+    assert row["runs"] == 1 and row["n"] == 50 and row["FD-digits"]["mean"] == stored["FD-digits"]
+    assert "accuracy" not in row and not any(k.startswith("PGD") for k in row)
+    found = Path("runs/figures/found.md").read_text(encoding="utf-8")
+    radius = f"{Run('runs/gauss').config.eps:g}"
+    assert f"| Gaussian | accuracy, PGD accuracy, ε = {radius} | Gaussian doesn't classify |" in found
+    assert "| Gaussian starts from no prior |" in found
+    results = pd.read_csv("runs/figures/results.csv", keep_default_na=False)
+    assert set(results["system"]) == {"gaussian"} and set(results["sample_set"]) == {"energy", "held-out"}
+    assert not Path("runs/figures/robustness.png").exists() and Path("runs/figures/curves.png").exists()
 
 
 def test_a_turn_that_diverges_is_taken_back(gaussian, here, monkeypatch):

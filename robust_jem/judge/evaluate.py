@@ -234,7 +234,7 @@ def _evaluate(config: EvaluateConfig, run: Run, at: Execution, progress: bool) -
         raise InputError(f"splits: {config.splits} is outside 1..{fewest}, the number of images in the smallest of "
                          "the held-out images and the sample sets")
     if not what_is_lacking("classification", can):
-        model = at.policy.accelerate(run.model(at.device))
+        model = at.accelerate(run.model(at.device))
         _classification(config, run, model, images, cache, progress)
     cache.get("held-out", scorer.settings(), lambda: scorer("held-out", None, images.test_y))
     if not what_is_lacking("prior", can):

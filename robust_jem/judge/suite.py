@@ -75,7 +75,7 @@ class EvalTarget:
         if "@" in config.dataset:
             title += f", {config.dataset}"
         can = capabilities_of(run)
-        model = at.policy.accelerate(run.model(at.device)) if "logits" in can else None
+        model = at.accelerate(run.model(at.device)) if "logits" in can else None
         prior = run.prior(at.device) if "start" in can else None
         settings = dict(
             weights=run.weights,
@@ -96,7 +96,7 @@ class EvalTarget:
         if config.model_inputs == "unit":
             net = SignedInterval(net)
         answers = check_classifier(net, images, config.model)
-        model = at.policy.accelerate(net)
+        model = at.accelerate(net)
         sampler = configure(TrainConfig, "robust_jem", config.model_data, preset, seed=config.seed, root=config.root)
         chain = configure(GenerateConfig, "robust_jem", config.model_data, preset, sampler_statistics="running")
         prior, y, sets = build_prior(sampler, images, at.device), torch.arange(images.num_classes).repeat(10), {}

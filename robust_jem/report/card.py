@@ -22,7 +22,8 @@ from ..judge.ood import SCORES
 from .figures import SuiteResults, distal_sheet, draw, reliability, robustness_curves, save_figure
 from .results import SAMPLE_SCORES
 from .tables import grid_markdown
-from ..systems.catalog import SYSTEMS
+from ..systems.catalog import SYSTEMS, system_class
+from ..systems.hybrid import Hybrid
 
 # %% ../../nbs/report/05_card.ipynb #2a75dd3c
 def percent(
@@ -47,6 +48,16 @@ def _curves_table(all: list[SuiteResults], norm: str, name: str) -> str:
         rows.append([title, _attack_name(part), str(part["n"]), percent(curve["0"]), *attacked])
     return grid_markdown(rows)
 
+def _blind(parts: dict[str, dict]) -> list[str]:
+    "The parts of the suite in which PGD had no gradient to follow on some images, and their verdict."
+    said = []
+    for name, part in parts.items():
+        share = part.get("zero gradients", 0)
+        if share > 0:
+            attack = "AutoAttack's images" if name == "autoattack" else _attack_name(part)
+            said.append(f"{attack}: {100 * share:.2g} % ({part['verdict']})")
+    return said
+
 def robustness_table(all: list[SuiteResults]) -> str:
     "Accuracy under each attack at each radius, a row an attack."
     out = [_curves_table(all, norm, name) for norm, name in (("linf", "L∞"), ("l2", "L2"))]
@@ -57,6 +68,9 @@ def robustness_table(all: list[SuiteResults]) -> str:
             auto.append([f.title, eps, str(part["n"]), percent(right["AutoAttack"]), percent(right["PGD"])])
     if auto:
         out.append(grid_markdown([["model", "L∞ ε", "images", "AutoAttack", "PGD, same images"], *auto]))
+    blind = [f"- {f.title}, {said}" for f in all for said in _blind(f.parts)]
+    if blind:
+        out.append("Images whose gradient is zero, so that PGD can't move them:\n\n" + "\n".join(blind))
     return "\n\n".join(filter(None, out))
 
 def detection_table(all: list[SuiteResults]) -> str:
@@ -185,6 +199,10 @@ def _against_robustness(part: dict) -> list[str]:
                        "PGD alone overstates its robustness.")
     return out
 
+def _against_gradients(parts: dict[str, dict]) -> list[str]:
+    masked = {k: v for k, v in parts.items() if v.get("verdict") == "masked"}
+    return [f"Its gradients are masked, {said}: PGD overstates its robustness." for said in _blind(masked)]
+
 def _against_distal(part: dict) -> list[str]:
     if not part or part["reached"] <= 0.9 or part["median steps"] > 20:
         return []
@@ -212,6 +230,7 @@ def weaknesses(f: SuiteResults) -> list[str]:
     return [
         *_against_detection(part.get("detection", {})),
         *_against_robustness(part.get("autoattack", {})),
+        *_against_gradients(part),
         *_against_distal(part.get("distal", {})),
         *_against_calibration(part.get("calibration", {})),
         *_against_landscape(part.get("landscape", {})),
@@ -241,6 +260,28 @@ def _training(t: dict, m: dict) -> str:
     recoveries = f"recoveries from divergence: {m['recoveries'] or 'none'}"
     return f"{t['epochs']} epochs, {done}, {m['precision']}; seed {t['seed']}; {recoveries}"
 
+_HYBRID = ("A classifier whose logits define an energy: it classifies, resists attacks to the degree measured "
+           "below, and generates images.")
+
+def _other_model(run: Run, shape: tuple[int, ...]) -> str:
+    "What a run of another kind of system trained, on what, and how to load it."
+    t, m = run.config.to_dict(), run.summary
+    images = f"{'x'.join(map(str, shape))} images in [-1,1]"
+    return f"""## The model
+
+| | |
+|---|---|
+| system | {SYSTEMS[run.config.system].title}, {m['parameters']:,} parameters; {images} |
+| data | {t['dataset']}, fingerprint {m['fingerprint']} |
+| training | {_training(t, m)} |
+| weights | {run.weights} |
+| made by | commit {m['commit']}, torch {m['torch']} |
+
+```python
+from robust_jem.engine.runs import Run
+system = Run("{run.path}").system()
+```"""
+
 def _the_model(run: Run, shape: tuple[int, ...], classes: int, load: str) -> str:
     "What a run trained, how, on what, and how to load it."
     t, m = run.config.to_dict(), run.summary
@@ -268,9 +309,11 @@ _PICTURES = ("robustness", "calibration", "detection", "distal", "landscape", "n
 def model_card(f: SuiteResults) -> str:
     "The card of one subject, as Markdown."
     s, first = f.subject, next(iter(f.parts.values()), {})
-    if s["run"]:
-        about = ("A classifier whose logits define an energy: it classifies, resists attacks to the degree measured "
-                 "below, and generates images.")
+    if s["run"] and not issubclass(system_class(s["train"]["system"]), Hybrid):
+        about = f"A system that is capable of: {', '.join(s['capabilities'])}. What needs more isn't measured."
+        made = _other_model(Run(s["run"]), s["shape"])
+    elif s["run"]:
+        about = _HYBRID
         made = _the_model(Run(s["run"]), s["shape"], len(s["classes"]), f'from_run("{s["run"]}")')
     else:
         about = "A classifier from elsewhere, judged by the same measures as this package's models."
@@ -307,6 +350,9 @@ def _accuracies(c: dict) -> str:
     head = [f"ε = {e}" if float(e) else "not attacked" for e in c["robust accuracy"]]
     table = grid_markdown([["images", *head], [str(c["n attacked"]), *map(percent, c["robust accuracy"].values())]])
     attacks = f"Attacks: {c['threat_model']}, seed {c['seed']}. Measured with the run's own weights."
+    if c.get("zero gradients", 0) > 0:
+        attacks += (f" {100 * c['zero gradients']:.2g} % of the images that are right have a zero gradient: PGD can't "
+                    "move them, so its accuracy is overstated.")
     return f"## Accuracy, %\n\n{table}\n\n{percent(c['accuracy'])} % of all {c['n']:,} test images. {attacks}"
 
 def _pretrained_card(run: Run, jem: RobustJEM, folder: str | Path, dtype: torch.dtype) -> str:

@@ -170,6 +170,8 @@ def _measured(scores: dict) -> Iterator[tuple[str, float, int]]:
             yield key, scores[key], scores["n"]
     for key, value in scores.get("diversity", {}).items():
         yield key, value, scores["n"]
+    if scores.get("zero gradients"):                     # where there are any: a curve that is overstated
+        yield "zero gradients", scores["zero gradients"], scores["n attacked"]
     if "share_outside" in scores:
         yield OUTSIDE, scores["share_outside"], scores["n"]
 

@@ -115,7 +115,8 @@ def curves(
         ax.set_xlabel("update", fontsize=8)
         ax.tick_params(labelsize=7)
         ax.grid(alpha=0.3)
-        ax.legend(fontsize=6.5)
+        if ax.get_legend_handles_labels()[0]:                  # a system may measure nothing of this panel
+            ax.legend(fontsize=6.5)
     return fig
 
 def robustness(

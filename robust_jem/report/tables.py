@@ -21,14 +21,15 @@ import pandas as pd
 from ..core.errors import InputError
 from ..core.files import read_json, write_bytes, write_json
 from ..engine.runs import Run
-from ..judge.robustness import eps_at_accuracy
+from ..judge.robustness import MASKED, eps_at_accuracy
 from .published import HYBRIDS, TABLE1, Row
 from robust_jem.report.results import (
     ATTACKED, NOT_DRAWN, ONE_CLASS, OUTSIDE, SAMPLE_SCORES, FoundRun, ReportConfig,
     collect, drawn_as, find_runs, results_table,
 )
 from .run_figures import curves, paper_figures, robustness, save_png
-from ..systems.catalog import RUNTIME_FIELDS, SYSTEMS, TrainConfig
+from ..systems.catalog import RUNTIME_FIELDS, SYSTEMS, TrainConfig, system_class
+from ..systems.hybrid import Hybrid
 
 # %% ../../nbs/report/03_tables.ipynb #e9100d0c
 Groups = dict[str, list[Run]]                # runs by system, from `collect`
@@ -41,6 +42,10 @@ class WantedRow:
     system: str | None = None                # none: quoted only
     sample_set: str | None = None            # none: a classifier, not sampled
     paper: Row = Row("", None, None)         # the published numbers
+
+def _can(system: str, capability: str) -> bool:
+    "Whether a system of the catalog is capable of something, as its class says."
+    return capability in system_class(system).capabilities
 
 def wanted_rows(
     groups: Groups, # from `collect`
@@ -56,7 +61,8 @@ def wanted_rows(
             rows.append(WantedRow(f"{SYSTEMS[s].title}, {said}", s, name))
     for s in (s for s in groups if s not in named):
         rows += [WantedRow(SYSTEMS[s].title, s, method) for method in SYSTEMS[s].methods or (None,)]
-    reference = next((s for s in groups if groups[s][0].config.prior == "gaussian"), next(iter(groups)))
+    starting = [s for s in groups if _can(s, "start") and groups[s][0].config.prior == "gaussian"]
+    reference = next(iter([*starting, *groups]))
     rows.append(WantedRow("held-out real images", reference, "held-out"))
     rows.append(WantedRow("bare prior samples", reference, "prior"))
     return rows
@@ -111,7 +117,7 @@ def _radii(runs: list[Run]) -> list[str]:
     "Training's radius; 8/255 of the unit range and the paper's where all were measured there."
     radius = next((r.config.eps for r in runs if r.config.adversarial_weight), runs[0].config.eps)
     curves = [r.scores()["classification"]["robust accuracy"] for r in runs if "classification" in r.scores()]
-    measured = [e for e in {radius, 0.0627, 0.1} if e == radius or all(f"{e:g}" in c for c in curves)]
+    measured = [e for e in {radius, 0.0627, 0.1} if e == radius or curves and all(f"{e:g}" in c for c in curves)]
     return [f"{e:g}" for e in sorted(measured)]
 
 def _first(names: list[str], start: str) -> str | None:
@@ -165,13 +171,23 @@ def _by_system(groups: Groups, said_of: Callable[[TrainConfig], str]) -> str:
         return next(iter(said))
     return "; ".join(f"{' and '.join(titles)}: {text}" for text, titles in said.items() if text)
 
+def _is_hybrid(c: TrainConfig) -> bool:
+    "Whether the settings of networks, attacks and averages are its own: other systems ignore them."
+    return issubclass(system_class(c.system), Hybrid)
+
 def _network(c: TrainConfig) -> str:
+    if not _is_hybrid(c):
+        return f"{c.epochs} epochs"
     return f"network WRN-{c.depth}-{c.width}, {c.norm if c.norm != 'none' else 'no'} norm, {c.epochs} epochs"
 
 def _attacks(c: TrainConfig) -> str:
-    return f"attacks while training with ε = {c.eps:g} and {c.attack_steps} steps" if c.adversarial_weight else ""
+    if not c.adversarial_weight or not _is_hybrid(c):
+        return ""
+    return f"attacks while training with ε = {c.eps:g} and {c.attack_steps} steps"
 
 def _average(c: TrainConfig) -> str:
+    if not _is_hybrid(c):
+        return ""
     return f"weights averaged with decay {c.ema_decay:g}" if c.ema_decay else "last weights, not averaged"
 
 def _data_note(groups: Groups, runs: list[Run], quality: dict) -> str:
@@ -203,8 +219,11 @@ def _products_note(runs: list[Run], quality: dict) -> str:
     return f"Products of networks {how}, scores in {quality['precision']}. {recoveries}"
 
 def _prior_note(groups: Groups) -> list[str]:
-    uniform = [SYSTEMS[s].title for s, mine in groups.items() if mine[0].config.prior == "uniform"]
-    if len(uniform) == len(groups):
+    starting = {s: mine for s, mine in groups.items() if _can(s, "start")}
+    uniform = [SYSTEMS[s].title for s, mine in starting.items() if mine[0].config.prior == "uniform"]
+    if not starting:
+        return []
+    if len(uniform) == len(starting):
         return ["Bare prior samples are uniform noise, where all chains start."]
     if uniform:
         return ["Bare prior samples are draws of the class-conditional Gaussians. "
@@ -218,6 +237,8 @@ def _drawn_with(c: TrainConfig, asked: dict, seeds: list[int]) -> str:
     many = "s" if len(seeds) > 1 else ""
     said = (f"{asked['num_samples']} samples in batches of {asked['batch_size']}, "
             f"sampling seed{many} {', '.join(map(str, seeds))}")
+    if not _can(c.system, "start"):                          # drawn directly, by neither attack nor chain
+        return said
     if asked["method"] != "energy":
         said += f"; targeted PGD ε = {asked['eps']}, {asked['target_steps']} steps{statistics_of('attack')}"
     if asked["method"] == "combined":
@@ -262,6 +283,18 @@ def _comparison_note(results: pd.DataFrame) -> list[str]:
     return [f"At ε = {eps:.3f}, where JEM++ is down to 60 % (interpolated), "
             f"Robust JEM keeps {100 * np.interp(eps, x, y):.1f} %."]
 
+def _blind_note(runs: list[Run]) -> list[str]:
+    "Where PGD had no gradient to follow; nothing where it had one on every image."
+    said = []
+    for run in runs:
+        share = run.scores().get("classification", {}).get("zero gradients", 0)
+        if share > 0:
+            said.append(f"{run.path.name} ({100 * share:.2g} %{', masked' if share >= MASKED else ''})")
+    if not said:
+        return []
+    return [f"Zero gradients on images that are right before the attack: {', '.join(said)}. PGD can't move these, so "
+            "its accuracy is overstated."]
+
 def _notes(groups: Groups, results: pd.DataFrame, distance: str | None) -> list[str]:
     "What every number depends on."
     runs = [r for mine in groups.values() for r in mine]
@@ -271,6 +304,7 @@ def _notes(groups: Groups, results: pd.DataFrame, distance: str | None) -> list[
     if s:
         attack = f"PGD accuracy on {s['n attacked']}: {s['threat_model']}, seed {s['seed']}."
         notes.append(f"Accuracy on {s['n']} test images; {attack}")
+    notes += _blind_note(runs)
     notes += [_products_note(runs, quality), *_prior_note(groups)]
     for system, mine in groups.items():
         notes += _sample_notes(system, mine)
@@ -389,6 +423,8 @@ def _why_no_cell(name: str, wanted: WantedRow, row: dict) -> str:
         return "not published"
     if wanted.sample_set in ("held-out", "prior"):
         return "images, no model"
+    if (name == "accuracy" or name.startswith(ATTACKED)) and not _can(wanted.system, "logits"):
+        return f"{SYSTEMS[wanted.system].title} doesn't classify"
     if name == OUTSIDE:
         return "not sampled" if wanted.sample_set is None else "not stored with these samples"
     if name in ("accuracy",) or "accuracy" not in row:
@@ -436,10 +472,14 @@ def write_report(
     config: ReportConfig,
 ) -> dict: # the table
     """Write results.csv, table1.{md,csv,json}, found.md, scores.md, cost.md, where JEM's other rows were trained
-    hybrids.{md,json}, figure1–3, curves, robustness and chain strip as PNG, each with its provenance inside."""
+    hybrids.{md,json}, figure1–3, curves, robustness (of systems that classify) and chain strip as PNG, each with its
+    provenance inside."""
     groups, found, out = collect(config.runs), find_runs(config.runs), config.folder
+    classifies = any("classification" in run.scores() for mine in groups.values() for run in mine)
     try:                                           # all that can be wrong with scores shows before anything is written
-        table, drawn = table1(groups), {"curves": curves(groups), "robustness": robustness(groups)}
+        table, drawn = table1(groups), {"curves": curves(groups)}
+        if classifies:
+            drawn["robustness"] = robustness(groups)
         results = results_table([*(r for mine in groups.values() for r in mine), *(f.run for f in found if f.missing)])
     except (KeyError, TypeError, ValueError, AttributeError) as e:
         raise InputError(f"runs: a summary.json or a file in scores/ below {config.runs} lacks something, or holds "

@@ -23,8 +23,11 @@ class Runtime(Protocol):
     precision: str      # of products in chains and attacks: float32, bfloat16 or float16
     records: bool       # whether `record` makes CUDA graphs
 
-    def accelerate(self, network: nn.Module) -> nn.Module:
-        "The network as it runs here: for evaluation, chains and attacks, and its `update_view()` for the update."
+    def accelerate(self, network: nn.Module, name: str | None = None) -> nn.Module:
+        """The network as it runs here: for evaluation, chains and attacks, and its `update_view()` for the update.
+
+        `name`, depth-width/batch, is what measured choices of its kernels are found by.
+        """
 
     def record(self, work: Callable) -> Callable:
         "`work`, a function of tensors, as one launch where this runtime records, else as it is."

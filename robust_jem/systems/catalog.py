@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Statistics', 'Precision', 'Compile', 'Suite', 'RUNTIME_FIELDS', 'STRANGERS', 'SYSTEMS', 'TrainConfig',
-           'GenerateConfig', 'EvaluateConfig', 'Entry', 'register', 'build_system', 'check_names', 'configure',
-           'sample_plan']
+           'GenerateConfig', 'EvaluateConfig', 'Entry', 'register', 'system_class', 'build_system', 'check_names',
+           'configure', 'sample_plan']
 
 # %% ../../nbs/systems/03_catalog.ipynb #c108fc64
 import pkgutil
@@ -43,7 +43,7 @@ class TrainConfig(Config):
     device: str = "auto"  # auto, cpu, cuda, cuda:1, …
     threads: int = option(0, 0, 4096)  # CPU threads, at most one a core; 0: PyTorch's choice
     precision: Precision = "auto"  # of the network's products; auto: bfloat16 where the device multiplies it fast
-    compile: Compile = "auto"  # torch.compile's mode, or fused: own kernels, graphs; auto: default on a GPU, else off
+    compile: Compile = "auto"  # torch.compile's mode, or fused: own kernels, graphs; auto: as tuned on a GPU, else off
     max_minutes: float = option(0.0, 0)  # stop with a checkpoint after this time; 0: no limit
     depth: int = option(28, 10, 1000)  # of the Wide-ResNet: 6n + 4 (JEM++)
     width: int = option(10, 1, 100)  # of the Wide-ResNet (JEM++)
@@ -238,6 +238,13 @@ def register(
         raise InputError(f"system: {name!r} is in the catalog already ({SYSTEMS[name].title}); choose another name")
     SYSTEMS[name] = entry
 
+def system_class(
+    name: str, # an entry of SYSTEMS
+) -> type[System]:
+    "The class of a system in the catalog; its `capabilities` say what can be asked of a run."
+    kind = SYSTEMS[name].kind
+    return pkgutil.resolve_name(kind) if isinstance(kind, str) else kind
+
 def build_system(
     config: TrainConfig, # names the system
     images: Images, # the data set
@@ -245,10 +252,7 @@ def build_system(
     rng: torch.Generator | None = None, # to be trained: of what is drawn at the beginning; none: to be used
 ) -> System:
     "A system as its configuration says, untrained."
-    kind = SYSTEMS[config.system].kind
-    if isinstance(kind, str):
-        kind = pkgutil.resolve_name(kind)
-    return kind(config, images, runtime, rng)
+    return system_class(config.system)(config, images, runtime, rng)
 
 def check_names(**names):
     "An `InputError` for a system or a preset that isn't there."

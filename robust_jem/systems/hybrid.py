@@ -191,7 +191,7 @@ class Hybrid(System):
         super().__init__(config)
         self.images, self.runtime = images, runtime
         self.network = build_model(config, images).to(runtime.device)
-        accelerated = runtime.accelerate(self.network)
+        accelerated = runtime.accelerate(self.network, f"{config.depth}-{config.width}/{config.batch_size}")
         # In a dict, which Module doesn't look into: the network would be saved once more.
         self._views = {"chains": accelerated, "update": accelerated.update_view()}
         self._prior = self._hot = self.average = self.replay = None
