@@ -37,7 +37,7 @@ from robust_jem.systems.catalog import SYSTEMS, EvaluateConfig, GenerateConfig, 
 
 TINY = ("--epochs", "1", "--attack-steps", "1", "--outer-steps", "1")
 OPTIONS = [
-    ("trian", ["command", "'trian'", "train, generate, evaluate, report, benchmark, replicate"]),
+    ("trian", ["command", "'trian'", "train, generate, evaluate, report, benchmark, tune, replicate"]),
     ("train --system jem2", ["system", "'jem2'", *SYSTEMS]),
     ("train --preset tpu", ["preset", "'tpu'", "paper", "cpu"]),
     ("train --dataset nothing", ["dataset", "'nothing'", "digits, cifar10, cifar100, svhn", "{train,test}/<class>"]),

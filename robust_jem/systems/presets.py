@@ -23,8 +23,8 @@ _CPU = dict(
     depth=10, width=2, attack_steps=7, outer_steps=5, batch_size=128, epochs=2, schedule="cosine", warmup_steps=100,
     track_sampled=False, buffer_size=2000,
 )
-# For the minutes of gpu.py, which finds the updates that fit: ten epochs are two minutes of an H200. The rate is the best
-# of three short trainings (figures/h200/pilots.json); attacks by running statistics make an update 6 % faster.
+# For the minutes of gpu.py, which finds the updates that fit: ten epochs are two minutes of an H200. The rate is the
+# best of three short trainings (figures/h200/pilots.json); attacks by running statistics save 6 % of an update.
 _H100 = dict(
     width=4, eps=0.0627, attack_steps=3, attack_statistics="running", outer_steps=5, batch_size=256, lr=0.2, epochs=10,
     schedule="cosine", warmup_steps=250, track_sampled=False,
