@@ -258,7 +258,8 @@ def _training(t: dict, m: dict) -> str:
     "What a training took, from its settings and its summary."
     done = f"{m['updates']:,} updates, {m['images_seen']:,} images, {m['seconds'] / 60:.1f} minutes on {m['device']}"
     recoveries = f"recoveries from divergence: {m['recoveries'] or 'none'}"
-    return f"{t['epochs']} epochs, {done}, {m['precision']}; seed {t['seed']}; {recoveries}"
+    epochs = "" if t.get("updates") else f"{t['epochs']} epochs, "
+    return f"{epochs}{done}, {m['precision']}; seed {t['seed']}; {recoveries}"
 
 _HYBRID = ("A classifier whose logits define an energy: it classifies, resists attacks to the degree measured "
            "below, and generates images.")
