@@ -39,6 +39,8 @@ def accepted(
         return " or ".join(map(accepted, args))
     if origin is tuple:
         return f"a list, each {accepted(args[0])}"
+    if issubclass(kind, Config):
+        return "an object with " + ", ".join(f.name for f in dataclasses.fields(kind))
     return {float: "a number", int: "a whole number", bool: "true or false", str: "text", type(None): "none"}[kind]
 
 def _fits(value, kind) -> bool:
@@ -56,6 +58,8 @@ def _converted(name: str, value, kind):
     "A value as the field wants it: JSON and papermill give lists for tuples, and 1 for 1.0."
     if isinstance(value, list):
         value = tuple(value)
+    if isinstance(value, dict) and isinstance(kind, type) and issubclass(kind, Config):
+        return kind.from_dict(value)
     try:
         if kind in (float, float | None) and type(value) is int:
             return float(value)
@@ -68,6 +72,8 @@ def _converted(name: str, value, kind):
 
 def _check_range(name: str, value, low: float | None, high: float | None):
     "One value of a field, or one entry of its tuple: printable, finite, within the range."
+    if isinstance(value, Config):                                          # has checked itself
+        return
     if isinstance(value, str) and not value.isprintable():
         raise InputError(f"{name}: {value!a} holds characters that can't be printed; "
                          "accepted: letters, digits and signs")

@@ -22,7 +22,7 @@ from ..core.files import source_version, read_json, read_tensors, write_json, wr
 from ..core.images import Images, load_images
 from .runtime import Execution, Policy, as_written
 from ..systems.base import System
-from ..systems.catalog import RUNTIME_FIELDS, TrainConfig, build_system
+from ..systems.catalog import RUNTIME_FIELDS, TrainConfig, build_system, load_config
 
 # %% ../../nbs/engine/03_runs.ipynb #c16d32ff
 def provenance(device: torch.device, policy: Policy | None = None) -> dict:
@@ -56,7 +56,7 @@ class Run:
         if not os.path.isfile(self.path / "config.json"):
             raise InputError(f"run: {str(path)!r} is no run folder (it has no config.json); "
                              "accepted: a folder that `robust-jem train` made")
-        self.config = TrainConfig.from_dict(read_json(self.path / "config.json"))
+        self.config = load_config(read_json(self.path / "config.json"))
 
     @classmethod
     def create(cls, config: TrainConfig) -> "Run":

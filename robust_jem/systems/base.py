@@ -96,6 +96,8 @@ class System(nn.Module):
     watched: dict[str, float] = {"gradient_norm": 5.0}      # metrics that mustn't jump, each with what is never a jump
     softened: tuple[str, ...] = ("lr",)             # settings that `back_off` changes
     per_process: tuple[str, ...] = ()               # buffers of which each process holds some rows
+    config_class: type | None = None                # what a training depends on; none: `TrainConfig`
+    sampling_class: type | None = None              # what samples depend on; none: `GenerateConfig`
 
     def __init__(self,
         config, # a TrainConfig: everything that the run depends on

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Statistics', 'Precision', 'Compile', 'Suite', 'RUNTIME_FIELDS', 'STRANGERS', 'SYSTEMS', 'TrainConfig',
-           'GenerateConfig', 'EvaluateConfig', 'Entry', 'register', 'system_class', 'build_system', 'check_names',
-           'configure', 'sample_plan']
+           'GenerateConfig', 'EvaluateConfig', 'Entry', 'register', 'system_class', 'config_class', 'load_config',
+           'merged', 'build_system', 'check_names', 'configure', 'sample_plan']
 
 # %% ../../nbs/systems/03_catalog.ipynb #c108fc64
 import pkgutil
@@ -210,6 +210,12 @@ class Entry:
     methods: tuple[str, ...] = ()
     kind: str | type[System] = "robust_jem.systems.hybrid:Hybrid"       # a subclass of `System`, or its place
 
+    @property
+    def family(self) -> str:
+        "The module of its kind, by which presets name what all systems of it share."
+        module = self.kind.partition(":")[0] if isinstance(self.kind, str) else self.kind.__module__
+        return module.rpartition(".")[2]
+
 _CLASSIFIER = dict(clean_weight=1.0, adversarial_weight=0.0, likelihood_weight=0.0)
 _ROBUST = dict(likelihood_weight=0.0)
 _JEM = dict(
@@ -228,6 +234,10 @@ SYSTEMS: dict[str, Entry] = {
     "jempp": Entry("JEM++", "Yang and Ji 2021", dict(clean_weight=1.0, adversarial_weight=0.0), ("energy",)),
     "robust_jem": Entry("Robust JEM", "Korst and Asadulaev", dict(), ("energy", "combined")),
 }
+_FLOWS: dict[str, Entry] = {}
+_GANS: dict[str, Entry] = {}
+_SCORES: dict[str, Entry] = {}
+SYSTEMS |= _FLOWS | _GANS | _SCORES
 
 def register(
     name: str, # by which it is asked for
@@ -244,6 +254,31 @@ def system_class(
     "The class of a system in the catalog; its `capabilities` say what can be asked of a run."
     kind = SYSTEMS[name].kind
     return pkgutil.resolve_name(kind) if isinstance(kind, str) else kind
+
+def config_class(
+    kind: type[Config], # TrainConfig, GenerateConfig or EvaluateConfig
+    system: str, # an entry of SYSTEMS
+) -> type[Config]:
+    "The configuration that a system has in the place of `kind`."
+    own = {TrainConfig: "config_class", GenerateConfig: "sampling_class"}.get(kind)
+    return own and getattr(system_class(system), own) or kind
+
+def load_config(
+    values: dict[str, Any], # of a run's config.json
+) -> TrainConfig:
+    "The configuration of a run, of its system's class."
+    system = values.get("system", "robust_jem")
+    check_names(system=system, preset=values.get("preset", "paper"))
+    return config_class(TrainConfig, system).from_dict(values)
+
+def merged(*layers: dict) -> dict:
+    "Mappings in layers, each overriding the one before, also inside of values that are mappings."
+    result = {}
+    for layer in layers:
+        for name, value in layer.items():
+            inside = isinstance(value, dict) and isinstance(result.get(name), dict)
+            result[name] = merged(result[name], value) if inside else value
+    return result
 
 def build_system(
     config: TrainConfig, # names the system
@@ -281,7 +316,8 @@ def configure(
     budget = for_dataset.get(stage, {})
     base = dict(system=system, dataset=dataset, preset=preset) | SYSTEMS[system].train if kind is TrainConfig else {}
     variant = f"{changes.get('method', 'energy')}-unconditional" if changes.get("conditional") is False else ""
-    return kind.from_dict(base | budget.get("*", {}) | budget.get(system, {}) | budget.get(variant, {}) | changes)
+    layers = [budget.get(name, {}) for name in ("*", SYSTEMS[system].family, system, variant)]
+    return config_class(kind, system).from_dict(merged(base, *layers, changes))
 
 def sample_plan(
     system: str, # as in `configure`

@@ -11,7 +11,7 @@ from typing import Any
 # %% ../../nbs/systems/02_presets.ipynb #9d38dcd0
 _DIGITS = dict(
     depth=10, width=1, eps=0.2, attack_steps=5, sampler_step_size=0.04, track_sampled=False, buffer_size=1000,
-    pad=0, flip=False, schedule="cosine", warmup_steps=50, epochs=16, threads=1,
+    pad=0, flip=False,
 )
 _DIGITS_JEM = dict(sampler_step_size=0.2, lr=1e-3)
 _DIGITS_SCORES = dict(
@@ -34,8 +34,21 @@ _CIFAR10_CPU = dict(
     warmup_steps=400, eps_warmup=2500, track_sampled=False,
 )
 _ADAM = dict(lr=1e-4)                                                    # as in JEM
+# The systems of other kinds: dataset -> stage -> family or system -> changes.
+_FLOW_PAPER: dict[str, dict] = {"train": {}, "generate": {}}
+_FLOW_DIGITS: dict[str, dict] = {"train": {}, "generate": {}}
+_GAN_PAPER: dict[str, dict] = {"train": {}, "generate": {}}
+_GAN_DIGITS: dict[str, dict] = {"train": {}, "generate": {}}
+_SCORE_PAPER: dict[str, dict] = {"train": {}, "generate": {}}
+_SCORE_DIGITS: dict[str, dict] = {"train": {}, "generate": {}}
 PRESETS: dict[str, dict[str, dict[str, dict[str, Any]]]] = {
-    "paper": {"*": {"generate": {"energy-unconditional": dict(outer_steps=300)}}},
+    "paper": {"*": {
+        "train": _FLOW_PAPER["train"] | _GAN_PAPER["train"] | _SCORE_PAPER["train"],
+        "generate": (
+            {"energy-unconditional": dict(outer_steps=300)}
+            | _FLOW_PAPER["generate"] | _GAN_PAPER["generate"] | _SCORE_PAPER["generate"]
+        ),
+    }},
     "h100": {"*": {
         "train": {"*": _H100, "jem": _ADAM, "jem_factored": _ADAM, "igebm": _ADAM},
         "generate": {"*": dict(num_samples=10_000, batch_size=500)},      # 50 steps: 18 seconds of an H200
@@ -49,13 +62,17 @@ PRESETS: dict[str, dict[str, dict[str, dict[str, Any]]]] = {
     "cpu": {
         "digits": {
             "train": {
-                "*": _DIGITS,
+                "*": dict(schedule="cosine", warmup_steps=50, epochs=16, threads=1),
+                "hybrid": _DIGITS,
                 "wide_resnet": dict(width=2, input_noise=0.1, epochs=15),
                 "jem": _DIGITS_JEM,
                 "jem_factored": _DIGITS_JEM,
                 "igebm": _DIGITS_JEM,
-            },
-            "generate": {"*": dict(num_samples=360, batch_size=120, eps=0.2, contrast=0.9)},
+            } | _FLOW_DIGITS["train"] | _GAN_DIGITS["train"] | _SCORE_DIGITS["train"],
+            "generate": {
+                "*": dict(num_samples=360, batch_size=120),
+                "hybrid": dict(eps=0.2, contrast=0.9),
+            } | _FLOW_DIGITS["generate"] | _GAN_DIGITS["generate"] | _SCORE_DIGITS["generate"],
             "evaluate": {"*": _DIGITS_SCORES},
         },
         "*": {
