@@ -149,9 +149,17 @@ def _parser_said(printed: str, kind: type[Config]) -> str:
     text = re.sub(r"[│╭╮╰╯─]+|(?<!\S)\|(?!\S)|[-+]{4,}", " ", text)
     titles = r"^\s*(Value error|Unrecognized options|Invalid choice|Parsing error|Missing argument)\s*\n"
     said = re.sub(r"\s+", " ", re.sub(titles, "", text)).strip()
-    named = re.match(r"Error parsing --([\w-]+)", said)
-    field = typing.get_type_hints(kind).get(named[1].replace("-", "_")) if named else None
-    return said + (f"; accepted: {accepted(field)}" if field else "")
+    unknown, _, near = said.partition(" Perhaps you meant: ")
+    if near:
+        return f"{unknown}; perhaps {', '.join(re.findall(r'--[a-z.-]+', near)[:3])}"
+    said = re.sub(r"^Error parsing ([\w.]+): (?=[a-z_.]+: )", r"\1.", said)         # an object inside names its field
+    named = re.match(r"Error parsing --([\w.-]+)", said)
+    if not named:
+        return said
+    field = kind
+    for part in named[1].replace("-", "_").split("."):
+        field = typing.get_type_hints(field)[part]
+    return f"{said}; accepted: {accepted(field)}"
 
 def parse(
     command: str, # one of EXAMPLES
