@@ -27,7 +27,7 @@ from robust_jem.judge.extractors import feature_extractor
 from robust_jem.systems import hybrid
 from robust_jem.systems.catalog import GenerateConfig, TrainConfig, build_system, configure
 
-SMALL = ("--num-samples", 12, "--batch-size", 3, "--outer-steps", 1, "--device", "cpu")
+SMALL = ("--num-samples", 12, "--batch-size", 3, "--chain.outer-steps", 1, "--device", "cpu")
 
 
 def moved(run, by=0.01):
@@ -53,7 +53,7 @@ def test_sampling_took_no_longer_than_the_call(runs, monkeypatch):
     began = time.perf_counter()
     folder = generate_samples(
         GenerateConfig(
-            run=str(runs / "robust_jem"), num_samples=20, batch_size=2, outer_steps=1, name="timed", device="cpu"
+            run=str(runs / "robust_jem"), num_samples=20, batch_size=2, chain__outer_steps=1, name="timed", device="cpu"
         ),
         progress=False,
     )
@@ -65,7 +65,7 @@ def test_sampling_took_no_longer_than_the_call(runs, monkeypatch):
 def test_samples_that_are_no_numbers_are_never_kept(runs, cli):
     moved(runs / "robust_jem", float("nan"))
     done = cli("generate", "runs/robust_jem", "--name", "broken", *SMALL)
-    assert done.code == 2 and "aren't numbers" in done.err and "--sampler-step-size" in done.err
+    assert done.code == 2 and "aren't numbers" in done.err and "--chain.step-size" in done.err
     assert not (runs / "robust_jem/samples/broken/summary.json").exists()
 
 
@@ -96,7 +96,7 @@ def test_a_set_drawn_again_is_judged_again(evaluated, cli):
             "classifier:runs/judge",
             "--num-robust",
             10,
-            "--attack-steps",
+            "--attack.steps",
             1,
             "--device",
             "cpu",
@@ -227,7 +227,7 @@ def test_only_layers_of_inception_are_called_fid(tmp_path, stem, distance):
 
 @pytest.mark.parametrize(
     "values, says",
-    [(dict(ema_decay=1.0), "ema_decay"), (dict(likelihood_weight=0.0, energy_penalty=0.1), "energy_penalty")],
+    [(dict(optimizer__ema_decay=1.0), "ema_decay"), (dict(objective__likelihood_weight=0.0, objective__energy_penalty=0.1), "energy_penalty")],
 )
 def test_training_that_would_ignore_a_setting_is_refused(values, says):
     with pytest.raises(InputError, match=says):
@@ -284,21 +284,21 @@ def test_training_does_not_go_on_with_other_images(cli, image_tree):
         "pets",
         "--batch-size",
         4,
-        "--buffer-size",
+        "--replay.size",
         16,
-        "--pad",
+        "--augment.pad",
         0,
-        "--attack-steps",
+        "--attack.steps",
         1,
-        "--outer-steps",
+        "--chain.outer-steps",
         1,
-        "--warmup-steps",
+        "--schedule.warmup-steps",
         0,
         "--device",
         "cpu",
         "--out",
         "run",
-        "--epochs",
+        "--schedule.epochs",
         2,
     ]
     assert cli(*argv, "--max-minutes", 1e-6).code == 3
@@ -317,21 +317,21 @@ def test_sampling_says_that_the_images_are_others(cli, image_tree):
             "pets",
             "--batch-size",
             4,
-            "--buffer-size",
+            "--replay.size",
             16,
-            "--pad",
+            "--augment.pad",
             0,
-            "--attack-steps",
+            "--attack.steps",
             1,
-            "--outer-steps",
+            "--chain.outer-steps",
             1,
-            "--warmup-steps",
+            "--schedule.warmup-steps",
             0,
             "--device",
             "cpu",
             "--out",
             "run",
-            "--epochs",
+            "--schedule.epochs",
             1,
         ).code
         == 0

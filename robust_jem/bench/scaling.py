@@ -105,8 +105,8 @@ def _one_of_many(depth: str, width: str, batch: str, device: str):
     "What each process does; the first prints the median of three updates' seconds."
     total = int(batch)
     config = configure(
-        TrainConfig, "robust_jem", "cifar10", "paper", depth=int(depth), width=int(width), batch_size=total,
-        buffer_size=2 * total, attack_steps=2, outer_steps=2, device=device, prior="uniform", out="-")
+        TrainConfig, "robust_jem", "cifar10", "paper", network__depth=int(depth), network__width=int(width), optimizer__batch_size=total,
+        replay__size=2 * total, attack__steps=2, chain__outer_steps=2, device=device, replay__prior="uniform", out="-")
     with executing(config, 0 if torch.cuda.is_available() else 1) as at:
         images = random_images()
         share = at.world.share(total, "batch")

@@ -156,9 +156,10 @@ def unfolded(
     "Mappings inside mappings, as `Config.from_dict` takes them."
     result = {}
     for name, value in flat.items():
-        for part in reversed(name.replace("__", ".").split(".")[1:]):
+        first, *inside = (name if name.startswith("_") else name.replace("__", ".")).split(".")
+        for part in reversed(inside):
             value = {part: value}
-        result = merged(result, {name.replace("__", ".").partition(".")[0]: value})
+        result = merged(result, {first: value})
     return result
 
 def folded(

@@ -246,7 +246,7 @@ def generate(
 
     Raises `InputError` for an unknown method or settings out of range.
     """
-    given = how.to_dict() if isinstance(how, HybridSampling) else {"method": how}
+    given = {"method": how} if isinstance(how, str) else how.to_dict()
     how = HybridSampling.from_dict(merged(given, unfolded(changes)))
     attack, chain = how.attack, how.chain.of(trained or Chain())
     conditional = how.conditional or how.method == "combined"
