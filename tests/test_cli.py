@@ -68,7 +68,7 @@ OPTIONS = [
     ("generate --run runs/robust_jem --contrast 0 --method combined", ["contrast", "0"]),
     ("generate --run runs/robust_jem --contrast 1.5 --method combined", ["contrast", "1.5", "0..1"]),
     ("generate --run runs/robust_jem --attack.eps -1 --method attack", ["eps", "-1", "0..∞"]),
-    ("generate --run runs/robust_jem --name ../elsewhere --num-samples 10 --chain.outer-steps 1", ["name", "../elsewhere"]),
+    ("generate --run runs/robust_jem --name ../elsewhere --num-samples 10", ["name", "../elsewhere"]),
     # scores/prior.json is the bare prior's
     ("generate --run runs/robust_jem --name prior --num-samples 10 --chain.outer-steps 1", ["name", "prior"]),
     ("evaluate --run nowhere", ["run", "nowhere", "config.json"]),
@@ -141,7 +141,8 @@ TREES = {
 def test_damaged_image_tree_is_refused(refused, image_tree, damage):
     make, says = TREES[damage]
     make(image_tree())
-    refused("train", "--dataset", "pets", "--optimizer.batch-size", 2, "--augment.pad", 0, "--out", "out", *TINY, says=says)
+    small = ("--optimizer.batch-size", 2, "--augment.pad", 0)
+    refused("train", "--dataset", "pets", *small, "--out", "out", *TINY, says=says)
 
 
 def offline(*_, **__):

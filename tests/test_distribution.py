@@ -17,8 +17,8 @@ from robust_jem.core.files import read_tensors
 from robust_jem.engine.runs import Run
 
 OPTIONS = """
-    --system robust_jem --dataset digits@0-4 --schedule.epochs 2 --attack.steps 2 --chain.outer-steps 2 --replay.size 200
-    --schedule.warmup-steps 0 --optimizer.ema-decay 0.9 --threads 1 --device cpu --log-every 5
+    --system robust_jem --dataset digits@0-4 --schedule.epochs 2 --attack.steps 2 --chain.outer-steps 2
+    --replay.size 200 --schedule.warmup-steps 0 --optimizer.ema-decay 0.9 --threads 1 --device cpu --log-every 5
 """.split()
 
 GRADIENT = """
@@ -38,8 +38,8 @@ hybrid.build_model = build_in_float64
 images = load_images("digits")
 
 def settings(norm):
-    return configure(TrainConfig, "robust_jem", network__norm=norm, optimizer__batch_size=16, replay__size=16, device="cpu",
-                     precision="float32", objective__clean_weight=0.5, objective__energy_penalty=0.01)
+    return configure(TrainConfig, "robust_jem", network__norm=norm, optimizer__batch_size=16, replay__size=16,
+                     device="cpu", precision="float32", objective=dict(clean_weight=0.5, energy_penalty=0.01))
 
 def measure(norm, at):
     state = TrainState(settings(norm), images, at)

@@ -471,7 +471,7 @@ def test_time_limit_of_evaluation_goes_on_to_the_same_scores(runs, cli, monkeypa
     options = [
         "--extractor",
         f"classifier:{runs / 'judge'}",
-        "--attack.steps",
+        "--attack-steps",
         2,
         "--attack-eps",
         "0.1",
@@ -562,9 +562,8 @@ def test_training_and_sampling_on_a_gpu(here, cli, compile):
         "--out",
         "run",
     ]
-    assert (
-        cli("train", *options).code == 0 and cli("generate", "run", "--chain.outer-steps", 2, "--compile", compile).code == 0
-    )
+    assert cli("train", *options).code == 0
+    assert cli("generate", "run", "--chain.outer-steps", 2, "--compile", compile).code == 0
     rows = Run("run").metrics()
     assert rows[-1]["loss"] < rows[0]["loss"]
 

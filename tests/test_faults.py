@@ -165,7 +165,8 @@ def test_checkpoint_of_other_settings(short):
     "Copied in from another run: not taken, and not passed over for the one before it."
     newest = short.run.checkpoints()[0]
     tensors, meta = read_tensors(newest)
-    write_tensors(newest, tensors, meta | {"config": meta["config"] | {"attack": meta["config"]["attack"] | {"eps": 0.3}}})
+    meta["config"]["attack"]["eps"] = 0.3
+    write_tensors(newest, tensors, meta)
     with pytest.raises(InputError, match="other settings"):
         short.again()
 
@@ -512,7 +513,8 @@ def test_image_that_cannot_be_opened(refused, image_tree, monkeypatch):
         return real(path, *a, **kw)
 
     monkeypatch.setattr(Image, "open", opened)
-    refused("train", "--dataset", "pets", "--optimizer.batch-size", 2, "--out", "out", says=["cat/1.png", "Permission denied"])
+    refused("train", "--dataset", "pets", "--optimizer.batch-size", 2, "--out", "out",
+            says=["cat/1.png", "Permission denied"])
 
 
 def test_unusual_images_are_read_as_rgb(image_tree):

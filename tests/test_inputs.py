@@ -356,7 +356,7 @@ def test_scores_by_class_are_measured_when_asked_for(evaluated, cli):
         "classifier:runs/judge",
         "--num-robust",
         10,
-        "--attack.steps",
+        "--attack-steps",
         1,
         "--device",
         "cpu",

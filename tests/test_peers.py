@@ -17,7 +17,7 @@ from robust_jem.ebm.attacks import pgd
 from robust_jem.ebm.priors import UniformPrior
 from robust_jem.ebm.samplers import proximal_sgld, sgld
 from robust_jem.judge import sample_scores
-from robust_jem.systems.catalog import TrainConfig
+from robust_jem.systems.hybrid import Chain
 from robust_jem.systems.hybrid import METHODS, generate
 
 modest = settings(max_examples=30, deadline=None, derandomize=True)
@@ -268,7 +268,7 @@ def test_kernel_distance_is_reproducible_and_grows_with_the_shift():
 
 def test_sampler_default_needs_no_run():
     "generate() on a bare module: the sampler's defaults are JEM++'s."
-    assert TrainConfig().sampler == "proximal" and TrainConfig().inner_steps == 5
+    assert Chain().sampler == "proximal" and Chain().inner_steps == 5
     x = generate(TWO_PART.float(), UniformPrior((1, 4, 4)), torch.tensor([0, 1]), "energy", chain__outer_steps=1,
                  generator=torch.Generator().manual_seed(0))
     TWO_PART.double()

@@ -61,7 +61,7 @@ class Gaussian(System):
         return (self.mean + z @ self.distribution().scale_tril.T).view(-1, *self.shape)
 
 
-ENTRY = Entry("Gaussian", "Gauss 1809", dict(optimizer__lr=0.01), ("energy",), Gaussian)
+ENTRY = Entry("Gaussian", "Gauss 1809", dict(optimizer=dict(lr=0.01)), ("energy",), Gaussian)
 DIES_AT = 30  # an update in the middle of the second epoch, whose turn is the mean's
 
 
@@ -155,7 +155,8 @@ def test_it_is_sampled_and_its_density_is_normalised(gaussian, here):
 
 def test_it_is_evaluated_and_reported(gaussian, here, cli):
     "Its row has what it is capable of; the report says why the rest is empty."
-    judge = train(configure(TrainConfig, "wide_resnet", network__width=1, schedule__epochs=1, device="cpu", out="judge"), progress=False)
+    short = dict(network=dict(width=1), schedule=dict(epochs=1), device="cpu", out="judge")
+    judge = train(configure(TrainConfig, "wide_resnet", **short), progress=False)
     train(settings("runs/gauss"), progress=False)
     how = dict(run="runs/gauss", num_samples=50, batch_size=20, device="cpu", name="energy")
     generate_samples(configure(GenerateConfig, "gaussian", **how), progress=False)
