@@ -1,6 +1,8 @@
 """What a new user hands over: other types, shapes and ranges, other code under the same name, models in odd states."""
 
 import json
+import shutil
+import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -14,16 +16,22 @@ from torch import nn
 
 from robust_jem.core.errors import InputError
 from robust_jem.core.files import read_json, tensors_hash, write_json
-from robust_jem.core.images import load_images, to_unit
+from robust_jem.core.images import load_images, to_uint8, to_unit
 from robust_jem.core.inputs import evaluating
+from robust_jem.ebm.attacks import pgd
+from robust_jem.ebm.samplers import sgld
 from robust_jem.engine.runs import Run
+from robust_jem.engine.train import train
 from robust_jem.judge.calibration import calibration
 from robust_jem.judge.diversity import class_frechet, nearest
 from robust_jem.judge.extractors import Extractor, extract, extract_once, feature_extractor
 from robust_jem.judge.ood import detect_ood, ood_images, ood_scores
-from robust_jem.judge.robustness import accuracy, autoattack_accuracy, robust_accuracy, zero_gradients
+from robust_jem.judge.robustness import (
+    UnitInterval, accuracy, autoattack_accuracy, robust_accuracy, zero_gradients,
+)
 from robust_jem.judge.sample_scores import inception_score, quality, reference_statistics
 from robust_jem.judge.suite import check_classifier, masking_verdict
+from robust_jem.systems.catalog import TrainConfig, configure
 
 N = 40
 
@@ -577,3 +585,129 @@ def test_unusable_models_are_one_line(forward, says, here, cli, monkeypatch):
         "evaluate", "--model", "odd:Odd", "--model-data", "digits", "--suite", "calibration", "--out", "judged"
     )
     assert done.code == 2 and says in done.err and len(done.err.strip().splitlines()) == 1, done.err
+
+
+# F. The world around
+
+
+def small_run(root=""):
+    "A run on an image tree."
+    config = configure(
+        TrainConfig, "wide_resnet", dataset="pets", root=root, out="runs/pets", epochs=1, batch_size=4, threads=1,
+        device="cpu", precision="float32", schedule="constant", warmup_steps=0, pad=0,
+    )
+    return Run(train(config, progress=False))
+
+
+def with_other_pixels(tree):
+    file = next(tree.rglob("*.png"))
+    Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(file)
+
+
+def test_data_that_moved_is_found_where_it_is_now(here, image_tree, monkeypatch):
+    image_tree()
+    run = small_run("data")
+    before = run.images().fingerprint
+    assert run.data_place == Path("data")
+    Path("data").rename("elsewhere")
+    with pytest.raises(InputError, match="--root") as error:
+        Run(run.path).images()
+    assert "ROBUST_JEM_DATA" in str(error.value) and "looked in data" in str(error.value)
+    with pytest.raises(InputError, match="looked in nowhere, data"):
+        Run(run.path).images("nowhere")
+    assert Run(run.path).images("elsewhere").fingerprint == before
+    moved = Run(run.path, "elsewhere")
+    assert moved.images().fingerprint == before and moved.data_place == Path("elsewhere")
+    assert moved.system()(to_unit(moved.images().test_x)).shape == (2, 2)
+    monkeypatch.setenv("ROBUST_JEM_DATA", "elsewhere")
+    assert Run(run.path).images().fingerprint == before
+    monkeypatch.delenv("ROBUST_JEM_DATA")
+    Path("elsewhere").rename("data")
+    assert Run(run.path).images("elsewhere").fingerprint == before             # not there: where it was
+
+
+def test_the_fingerprint_decides_between_places(here, image_tree, monkeypatch):
+    "Other images under the same name are used only where there are no right ones."
+    image_tree()
+    run = small_run("data")
+    before = run.images().fingerprint
+    shutil.copytree("data", "right")
+    with_other_pixels(Path("data/pets"))
+    assert Run(run.path).images().fingerprint != before
+    assert Run(run.path).images("right").fingerprint == before
+    assert Run(run.path, "data").images().fingerprint != before
+    monkeypatch.setenv("ROBUST_JEM_DATA", "right")
+    found = Run(run.path)
+    assert found.images().fingerprint == before and found.data_place == Path("right")
+
+
+def test_evaluation_finds_data_that_moved(here, image_tree, cli):
+    image_tree()
+    run = small_run("data")
+    Path("data").rename("elsewhere")
+    argv = ["evaluate", run.path, "--num-robust", 2, "--attack-steps", 1, "--attack-eps", 0.1, "--extractor", "pool.pt"]
+    torch.jit.script(nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())).save("pool.pt")
+    argv += ["--splits", 1, "--device", "cpu"]
+    refused = cli(*argv)
+    assert refused.code == 2 and "--root" in refused.err
+    done = cli(*argv, "--root", "elsewhere")
+    assert done.code == 0 and "accuracy" in done.out, done.err
+    assert Path("elsewhere/.cache").is_dir() and not Path("data").exists()
+
+
+def test_a_console_without_some_characters(evaluated, command):
+    "A Windows code page has no ε or →; what it lacks is replaced."
+    env = command.env | {"PYTHONIOENCODING": "cp1252"}
+    argv = [*command.argv, "report", "--runs", str(evaluated.parent)]
+    with open("report.txt", "wb") as out:
+        done = subprocess.run(argv, env=env, stdout=out, stderr=subprocess.PIPE, timeout=120, cwd=evaluated.parent.parent)
+    printed = Path("report.txt").read_bytes().decode("cp1252")
+    assert done.returncode == 0 and b"UnicodeEncodeError" not in done.stderr, done.stderr
+    assert "| " in printed and "robust_jem" in printed and "?" in printed
+    env["PYTHONIOENCODING"] = "ascii"
+    done = subprocess.run(argv, env=env, capture_output=True, timeout=120, cwd=evaluated.parent.parent)
+    assert done.returncode == 0 and done.stdout.isascii()
+
+
+# E. Messages
+
+
+def test_a_message_never_says_that_it_wants_what_it_got(digits):
+    for wrong in (digits.test_x.numpy(), to_unit(digits.test_x), digits.test_x.long(), [1, 2], None):
+        with pytest.raises(InputError) as error:
+            to_unit(wrong)
+        said, _, wanted = str(error.value).partition("; expected ")
+        kind = "NumPy" if isinstance(wrong, np.ndarray) else "torch.uint8"
+        assert wanted and (kind in said) == isinstance(wrong, np.ndarray)
+    with pytest.raises(InputError, match="grey levels already"):
+        to_uint8(digits.test_x)
+
+
+def test_outside_of_bounds_names_them(linear, digits):
+    x8, y = digits.test_x[:N], digits.test_y[:N]
+    for x, how in ((x8.float(), {}), (1.1 * to_unit(x8), {}), (x8 / 255, {}), (to_unit(x8), {"bounds": (0, 1)}),
+                   (x8.float(), {"bounds": (0, 1)}), (x8, {"bounds": (0, 255)})):
+        with pytest.raises(InputError, match="bounds"):
+            pgd(linear, x, y, 8, 3, **how)
+    for bounds in ((1, -1), (0, float("nan")), 1, (0, 1, 2), "signed"):
+        with pytest.raises(InputError, match="^bounds: "):
+            pgd(linear, to_unit(x8), y, 8, 3, bounds=bounds)
+    scaled = UnitInterval(linear)
+    a = pgd(linear, to_unit(x8), y, 0.2, 3, random_start=False)
+    b = pgd(scaled, x8 / 255, y, 0.1, 3, random_start=False, bounds=(0, 1))
+    assert torch.allclose(a, 2 * b - 1, atol=1e-5)                  # the same attack on the other scale
+
+
+@pytest.mark.parametrize("name, value", [
+    ("eps", "0.1"), ("eps", None), ("eps", float("inf")), ("eps", [0.1]), ("eps", True), ("steps", 2.5), ("steps", "3"),
+    ("step_size", float("nan")), ("step_size", "none"), ("generator", 0), ("norm", None), ("norm", "Linf"),
+])
+def test_settings_of_another_type_are_one_line(name, value, linear, digits):
+    how = {"eps": 0.1, "steps": 2, name: value}
+    with pytest.raises(InputError, match=f"^{name}: "):
+        pgd(linear, to_unit(digits.test_x[:N]), digits.test_y[:N], **how)
+
+
+def test_a_score_of_another_shape_is_not_broadcast():
+    with pytest.raises(InputError, match="score: gives"):
+        sgld(lambda x: x.sum(1, keepdim=True), torch.zeros(3, 2), 2, 0.1)

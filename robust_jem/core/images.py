@@ -36,18 +36,33 @@ def progress_bar(iterable=None, **kw) -> tqdm:
     return tqdm(iterable, mininterval=0.2 if sys.stderr.isatty() else 10, **kw)
 
 # %% ../../nbs/core/02_images.ipynb #aa7b5788
+def _check_tensor(what: str, x):
+    "Raise `InputError` unless this is a tensor."
+    if not isinstance(x, Tensor):
+        kind = "NumPy array" if type(x).__module__ == "numpy" else type(x).__name__
+        raise InputError(f"{what}: a {kind}; expected a tensor: torch.as_tensor(x)")
+
 def to_unit(
     x: Tensor, # uint8 images, any shape
 ) -> Tensor: # float32 in [-1, 1], same shape
     "Map grey levels 0..255 to [-1, 1]: `x / 127.5 - 1`."
+    _check_tensor("to_unit", x)
     if x.dtype != torch.uint8:
-        raise InputError(f"to_unit: expects uint8 images, got {x.dtype}")
+        hint = "; floats in -1..1 need no to_unit, those in 0..1 are 2 * x - 1" if x.is_floating_point() else ""
+        raise InputError(f"to_unit: {x.dtype}; expected uint8 grey levels 0..255{hint}")
     return x.float().div_(127.5).sub_(1)
 
 def to_uint8(
     x: Tensor, # float images; values outside [-1, 1] are clamped
 ) -> Tensor: # uint8, same shape
-    "Map [-1, 1] to the nearest grey level 0..255: the inverse of `to_unit`."
+    """Map [-1, 1] to the nearest grey level 0..255: the inverse of `to_unit`.
+
+    Raises `InputError` for anything but floats: grey levels would come out white.
+    """
+    _check_tensor("to_uint8", x)
+    if not x.is_floating_point():
+        hint = "; these are grey levels already" if x.dtype == torch.uint8 else ""
+        raise InputError(f"to_uint8: {x.dtype}; expected floats in -1..1{hint}")
     return x.detach().float().add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
 
 # %% ../../nbs/core/02_images.ipynb #da675e05
@@ -86,7 +101,7 @@ class Images:
 
     def _check_split(self, where: str, x: Tensor, y: Tensor):
         if x.dtype != torch.uint8 or x.ndim != 4:
-            raise InputError(f"{where}: expects uint8 images [N,C,H,W], got {x.dtype} {tuple(x.shape)}")
+            raise InputError(f"{where}: {x.dtype} {tuple(x.shape)}; expected uint8 images [N,C,H,W]")
         if x.shape[-1] != x.shape[-2]:
             raise InputError(f"{where}: images must be square, got {x.shape[-2]}x{x.shape[-1]}")
         if len(x) != len(y) or not len(x):

@@ -7,6 +7,7 @@ __all__ = ['RobustJEM']
 
 # %% ../../nbs/engine/09_pretrained.ipynb #5e711ccc
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -51,11 +52,16 @@ class RobustJEM:
         return self._prior
 
     @classmethod
-    def from_run(cls, path: str | Path, device="cpu") -> "RobustJEM":
+    def from_run(cls,
+        path: str | Path, # the run's folder
+        device="cpu",
+        root: str | Path | None = None, # where its data set lies now; none: see `Run.images`
+    ) -> "RobustJEM":
         "From a run folder; the prior is fitted again to the run's data set."
-        run = Run(path)
+        run = Run(path, root)
         images = run.images()
-        return cls(run.model(device), None, run.config, images.classes, images.shape)
+        config = replace(run.config, root=str(run.data_place))
+        return cls(run.model(device), None, config, images.classes, images.shape)
 
     @classmethod
     def from_pretrained(cls, path_or_hub_id: str | Path, device="cpu") -> "RobustJEM":

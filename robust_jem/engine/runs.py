@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..core.errors import InputError
 from ..core.files import source_version, read_json, read_tensors, write_json, write_tensors
-from ..core.images import Images, load_images
+from ..core.images import Images, data_root, load_images
 from .runtime import Execution, Policy, as_written
 from ..systems.base import System
 from ..systems.catalog import RUNTIME_FIELDS, TrainConfig, build_system, load_config
@@ -49,10 +49,13 @@ class Run:
     `Run(path)` opens one; `Run.create(config)` makes it, or reopens it when it holds the same configuration.
     """
 
-    def __init__(self, path: str | Path):
+    def __init__(self,
+        path: str | Path, # the folder
+        root: str | Path | None = None, # where its data set may lie now, see `images`
+    ):
         if not isinstance(path, (str, Path)):
             raise InputError(f"run: {path!r} is not accepted; accepted: the path of a run folder")
-        self.path = Path(path)
+        self.path, self.root, self._place = Path(path), root or None, None
         if not os.path.isfile(self.path / "config.json"):
             raise InputError(f"run: {str(path)!r} is no run folder (it has no config.json); "
                              "accepted: a folder that `robust-jem train` made")
@@ -118,9 +121,59 @@ class Run:
                     rows.append(row)
         return rows
 
-    def images(self) -> Images:
-        "The data set that it is trained on."
-        return load_images(self.config.dataset, self.config.root or None)
+    def images(self,
+        root: str | Path | None = None, # where it may lie now; remembered
+    ) -> Images:
+        """The data set that it is trained on, wherever that lies now.
+
+        It is looked for in the root that is given (here, or to `Run`), the root of its training, `$ROBUST_JEM_DATA`
+        and `./data`: the first place whose images have the run's fingerprint counts, and where none has, the first
+        that has such a data set. Raises `InputError` where there is none, saying how to name the place.
+        """
+        if root and root != self.root:
+            self.root, self._place = root, None
+        if self._place is not None:
+            return load_images(self.config.dataset, self._place)
+        images, self._place = self._found_images()
+        return images
+
+    @property
+    def data_place(self) -> Path:
+        "The folder that `images` comes from; caches belong there too."
+        if self._place is None:
+            self.images()
+        return self._place
+
+    def _places(self) -> list[Path]:
+        "Where the data set may lie, the likeliest first."
+        given = [Path(root) for root in (self.root, self.config.root) if root]
+        return list(dict.fromkeys([*given, data_root(None), Path("data")]))
+
+    def _found_images(self) -> tuple[Images, Path]:
+        "The data set, and where it lies."
+        name = self.config.dataset
+        trained_on, others = self._fingerprint(), []
+        for place in self._places():
+            if (place / name.partition("@")[0]).is_dir():
+                images = load_images(name, place)
+                if trained_on in (None, images.fingerprint):
+                    return images, place
+                others.append((images, place))
+        if others:
+            return others[0]                    # who uses them says that they are other images
+        place = next((p for p in self._places() if p.is_dir()), self._places()[0])
+        try:
+            return load_images(name, place), place              # part of a library, or to be downloaded
+        except InputError as e:
+            looked = ", ".join(str(p) for p in self._places())
+            raise InputError(f"{e}; looked in {looked}: where the data set lies now can be said by --root FOLDER, "
+                             "Run(path, root) or $ROBUST_JEM_DATA") from e
+
+    def _fingerprint(self) -> str | None:
+        "That of the images that it was trained on; none before it is finished."
+        with suppress(InputError):
+            return self.summary.get("fingerprint")
+        return None
 
     # the trained system
     def system(self,

@@ -36,7 +36,7 @@ def generate_samples(
     where it stopped, and is the same on any number of processes. Raises `InputError`, and `OutOfTime` when max_minutes
     are over.
     """
-    run = Run(config.run).finished()
+    run = Run(config.run, getattr(config, "root", None)).finished()
     folder = run.path / "samples" / config.label
     if (folder / "summary.json").exists() and _is_same_set(folder, config, run):
         return folder

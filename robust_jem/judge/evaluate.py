@@ -150,7 +150,8 @@ class SampleScorer:
     def __init__(self, config: EvaluateConfig, images: Images, at: Execution, progress: bool = True):
         self.config, self.images, self.at, self.progress = config, images, at, progress
         self.cache = data_root(config.root) / ".cache"
-        self.extractor = feature_extractor(config.extractor, self.cache, config.extractor_precision).to(at.device)
+        made = feature_extractor(config.extractor, self.cache, config.extractor_precision, config.root)
+        self.extractor = made.to(at.device)
         try:                                                    # what can't work fails before anything is measured
             self.scores = extract(self.extractor, images.test_x[:2], device=at.device)[1] is not None
         except RuntimeError as e:
@@ -215,7 +216,7 @@ def evaluate_run(
 
     Raises `InputError`, and `OutOfTime` when max_minutes are over.
     """
-    run = Run(config.run).finished()
+    run = Run(config.run, config.root).finished()
     with executing(config, config.threads or run.config.threads) as at:
         if at.world.size > 1:
             raise InputError("evaluate: runs in one process; start it without torchrun")
@@ -225,7 +226,7 @@ def evaluate_run(
 def _evaluate(config: EvaluateConfig, run: Run, at: Execution, progress: bool) -> dict[str, dict]:
     images, can = run.images(), capabilities_of(run)
     cache = ResultCache(run.path / "scores", at)
-    scorer = SampleScorer(replace(config, root=run.config.root), images, at, progress)
+    scorer = SampleScorer(replace(config, root=str(run.data_place)), images, at, progress)
     # damaged ones are found before anything is measured
     sets = {name: run.samples(name) for name in run.sample_names()}
     _check_sets(run, sets)

@@ -18,6 +18,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ..core.errors import InputError
 from ..core.images import Images, add_noise, augment, to_unit
+from ..core.inputs import as_labels, as_number, check_model, trusted_inputs
 from ..ebm.attacks import attack_start, climb, pgd
 from ..ebm.energy import energy, score_of, untouched
 from ..ebm.objectives import hybrid_loss
@@ -39,7 +40,7 @@ def build_prior(config: TrainConfig, images: Images, device="cpu") -> GaussianMi
     "Where a configuration's chains start; Gaussians are fitted to the training images."
     if config.prior == "uniform":
         return UniformPrior(images.shape, images.num_classes, device)
-    return GaussianMixturePrior.fit(to_unit(images.train_x.to(device)), images.train_y.to(device), images.num_classes)
+    return GaussianMixturePrior.fit(images.train_x.to(device), images.train_y.to(device), images.num_classes)
 
 def build_optimizer(config: TrainConfig, parameters: list[nn.Parameter], runtime: Runtime) -> Optimizer:
     "SGD with momentum, or Adam; a recorded update reads the learning rate from a tensor."
@@ -50,6 +51,8 @@ def build_optimizer(config: TrainConfig, parameters: list[nn.Parameter], runtime
     return torch.optim.Adam(parameters, config.lr, betas=(0.9, 0.999), weight_decay=config.weight_decay, fused=fused)
 
 # %% ../../nbs/systems/01_hybrid.ipynb #63c65ef4
+_CHAIN_SETTINGS = {"outer_steps", "inner_steps", "step_size", "noise_std", "bounds", "generator", "on_step"}
+
 def run_chains(
     model: nn.Module,
     x: Tensor, # starts [B,C,H,W]
@@ -60,7 +63,13 @@ def run_chains(
     statistics: str | None = "", # of batch norm; empty: as the configuration says, none: as the model's mode says
     **changes, # outer_steps, inner_steps, noise_std, bounds or on_step other than the configuration's
 ) -> Tensor: # ends [B,C,H,W]
-    "Run the sampler that `config` names, with its batch-norm statistics."
+    """Run the sampler that `config` names, with its batch-norm statistics.
+
+    Raises `InputError` as the sampler does, and for settings that it doesn't have.
+    """
+    unknown = ", ".join(sorted(changes.keys() - _CHAIN_SETTINGS))
+    if unknown:
+        raise InputError(f"run_chains: {unknown} is no setting; accepted: {', '.join(sorted(_CHAIN_SETTINGS))}")
     args = dict(
         outer_steps=config.outer_steps,
         inner_steps=config.inner_steps,
@@ -103,12 +112,17 @@ def generate(
 ) -> Tensor: # images [B,C,H,W]; in [-1,1] except after "combined", which isn't clamped
     """Draw images of the wanted classes from scratch.
 
-    Raises `InputError` for an unknown method or arguments out of range.
+    Raises `InputError` for an unknown method, arguments out of range, labels that the prior doesn't have, and a model
+    that fails or gives no gradient.
     """
+    check_model(model)
     if method not in METHODS:
         raise InputError(f"method: {method!r} is unknown; accepted: {', '.join(METHODS)}")
-    if not 0 < contrast <= 1:
+    if as_number(contrast, "contrast", above=True) > 1:
         raise InputError(f"contrast: {contrast} is outside (0, 1]")
+    if not hasattr(prior, "sample"):
+        raise InputError(f"prior: {type(prior).__name__} is not accepted; accepted: what has sample(y, generator)")
+    y = as_labels(y, empty=True)
 
     def stage(name, x):
         if on_stage is not None:
@@ -117,18 +131,19 @@ def generate(
 
     device = next((t.device for t in model.parameters()), y.device)
     x, y = stage("prior", prior.sample(y, generator).to(device)), y.to(device)
-    if method in ("attack", "combined"):
-        with untouched(model, attack_statistics):
-            x = stage("attack", pgd(model, x, y, eps, target_steps, attack_step_size, targeted=True,
-                                    random_start=random_start, generator=generator))
-    if method == "combined":
-        x, bounds, conditional = stage("contrast", contrast * x), None, True
-    if method in ("energy", "combined"):
-        x = run_chains(
-            model, x, sampler or TrainConfig(), y if conditional else None, generator,
-            outer_steps=outer_steps, inner_steps=inner_steps, bounds=bounds, statistics=sampler_statistics,
-            on_step=lambda i, x: stage(f"step {i + 1}", x),
-        )
+    with trusted_inputs():                      # a prior of bright images may draw a batch without a dark pixel
+        if method in ("attack", "combined"):
+            with untouched(model, attack_statistics):
+                x = stage("attack", pgd(model, x, y, eps, target_steps, attack_step_size, targeted=True,
+                                        random_start=random_start, generator=generator))
+        if method == "combined":
+            x, bounds, conditional = stage("contrast", contrast * x), None, True
+        if method in ("energy", "combined"):
+            x = run_chains(
+                model, x, sampler or TrainConfig(), y if conditional else None, generator,
+                outer_steps=outer_steps, inner_steps=inner_steps, bounds=bounds, statistics=sampler_statistics,
+                on_step=lambda i, x: stage(f"step {i + 1}", x),
+            )
     return x
 
 # %% ../../nbs/systems/01_hybrid.ipynb #43a26e20
@@ -215,7 +230,8 @@ class Hybrid(System):
         self.fast.weights_changed()
         self._hot = None                        # what was recorded belongs to the settings of before
         if self.replay is not None:
-            self.replay.fill(self.replay_x, self.replay_y)
+            with trusted_inputs():
+                self.replay.fill(self.replay_x, self.replay_y)
 
     @property
     def fast(self) -> nn.Module:
@@ -242,6 +258,7 @@ class Hybrid(System):
             self._hot = HotPaths(self, step)
         return self._hot
 
+    @trusted_inputs(model=True)
     def update(self, batch: Batch, step: Step) -> dict[str, Tensor]:
         """One update of the network, and one visit to the replay buffer.
 
@@ -355,10 +372,12 @@ class Hybrid(System):
         return -energy(self.fast, x, y)
 
     # samples
+    @trusted_inputs(model=True)
     def start(self, y: Tensor, rng: torch.Generator) -> Tensor:
         "Draws of the prior `[B,C,H,W]`."
         return self.prior.sample(y, rng)
 
+    @trusted_inputs(model=True)
     def sample(self,
         y: Tensor, # labels [B] of the images to draw
         how: GenerateConfig, # the method, and its settings
