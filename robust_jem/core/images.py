@@ -104,6 +104,8 @@ class Images:
             raise InputError(f"{where}: {x.dtype} {tuple(x.shape)}; expected uint8 images [N,C,H,W]")
         if x.shape[-1] != x.shape[-2]:
             raise InputError(f"{where}: images must be square, got {x.shape[-2]}x{x.shape[-1]}")
+        if y.ndim != 1 or y.is_floating_point() or y.dtype == torch.bool:
+            raise InputError(f"{where}: labels {y.dtype} {tuple(y.shape)}; expected one whole number an image [N]")
         if len(x) != len(y) or not len(x):
             raise InputError(f"{where}: {len(x)} images and {len(y)} labels; both must be equal and above zero")
         if y.min() < 0 or y.max() >= self.num_classes:
@@ -347,6 +349,8 @@ def augment(
     generator: torch.Generator | None = None, # on the images' device
 ) -> Tensor: # [B,C,H,W]
     "Random crop after reflection padding, and random horizontal flip, one draw an image (JEM++: pad 4, flip)."
+    if not isinstance(x, Tensor) or x.ndim != 4:
+        raise InputError(f"images: {tuple(getattr(x, 'shape', ()))}; expected a tensor [B,C,H,W]")
     b, _, h, w = x.shape
     if not 0 <= pad < min(h, w):
         raise InputError(f"pad: {pad} is outside 0..{min(h, w) - 1} for {h}x{w} images")
@@ -367,6 +371,8 @@ def add_noise(
     generator: torch.Generator | None = None, # on the images' device
 ) -> Tensor: # [B,C,H,W]
     "Add Gaussian noise; the result isn't clamped, as in JEM's public code."
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        raise InputError(f"images: {getattr(x, 'dtype', type(x).__name__)}; expected floats, see to_unit")
     if std == 0:
         return x
     return torch.randn(x.shape, device=x.device, dtype=x.dtype, generator=generator).mul_(std).add_(x)
@@ -388,8 +394,8 @@ class Batches:
         rank: int = 0, # of several processes, this one: it gets every `size`-th image of each batch
         size: int = 1, # how many processes there are
     ):
-        if len(x) != len(y):
-            raise InputError(f"labels: {len(y)} for {len(x)} images")
+        if len(x) != len(y) or y.ndim != 1 or y.is_floating_point():
+            raise InputError(f"labels: {y.dtype} {tuple(y.shape)} for {len(x)} images; expected one whole number each")
         if not 1 <= batch_size <= len(x):
             raise InputError(f"batch_size: {batch_size} is outside 1..{len(x)}, the number of training images")
         self.x, self.y = x.to(device), y.to(device)

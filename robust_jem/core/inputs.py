@@ -213,8 +213,14 @@ def evaluating(
             if getattr(m, "training", training) != training:      # some TorchScript modules have no mode
                 m.training = training
 
+# What a fault in a model raises. An exception of a kind of its own, that a hook stops an attack with say, is none.
+_FAULTS = (
+    ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, NameError, RuntimeError, TypeError,
+    ValueError,
+)
+
 def _own_fault(e: Exception) -> bool:
-    "Whether an exception is the model's: not that memory has run out, a device has failed, or something is refused."
+    "Whether a fault is the model's: not that memory has run out, a device has failed, or something is refused."
     memory = isinstance(e, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(e)
     return not (memory or isinstance(e, (InputError, getattr(torch, "AcceleratorError", InputError))))
 
@@ -232,7 +238,7 @@ def naming_the_model(
         return
     try:
         yield
-    except Exception as e:
+    except _FAULTS as e:
         if not _own_fault(e):
             raise
         why = " ".join((str(e).strip() or "no message").splitlines()[0].split())[:160]

@@ -128,13 +128,15 @@ def import_model(spec: str, images: Images) -> nn.Module:
         sys.path.insert(0, os.getcwd())
     try:
         factory = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as e:
-        raise InputError(f"model: {spec!r} can't be imported ({e}); accepted: package.module:factory, importable "
+    except (Exception, SystemExit) as e:                        # whatever the user's file does when it is run
+        why = " ".join(str(e).split())[:160]
+        why = why if isinstance(e, (ImportError, AttributeError, ValueError)) else f"{type(e).__name__}: {why}"
+        raise InputError(f"model: {spec!r} can't be imported ({why}); accepted: package.module:factory, importable "
                          "from here, "
                          "where factory() gives a torch.nn.Module") from e
     try:
         model = factory()
-    except Exception as e:
+    except (Exception, SystemExit) as e:
         why = str(e).splitlines()[0][:120] if str(e) else ""
         raise InputError(f"model: {spec}() failed ({type(e).__name__}: {why})") from e
     if not isinstance(model, nn.Module):
