@@ -16,10 +16,15 @@ from torch import nn
 
 from robust_jem.core.errors import InputError
 from robust_jem.core.files import read_json, tensors_hash, write_json
-from robust_jem.core.images import load_images, to_uint8, to_unit
+from robust_jem.core.images import Images, add_noise, augment, load_images, to_uint8, to_unit
 from robust_jem.core.inputs import evaluating
 from robust_jem.ebm.attacks import pgd
+from robust_jem.ebm.energy import conditional_density, detect, joint_energy, marginal_energy
+from robust_jem.ebm.objectives import Terms, hybrid_loss
+from robust_jem.ebm.priors import GaussianMixturePrior, UniformPrior
+from robust_jem.ebm.replay import ReplayBuffer
 from robust_jem.ebm.samplers import sgld
+from robust_jem.engine.pretrained import RobustJEM
 from robust_jem.engine.runs import Run
 from robust_jem.engine.train import train
 from robust_jem.judge.calibration import calibration
@@ -27,11 +32,15 @@ from robust_jem.judge.diversity import class_frechet, nearest
 from robust_jem.judge.extractors import Extractor, extract, extract_once, feature_extractor
 from robust_jem.judge.ood import detect_ood, ood_images, ood_scores
 from robust_jem.judge.robustness import (
-    UnitInterval, accuracy, autoattack_accuracy, robust_accuracy, zero_gradients,
+    UnitInterval, accuracy, autoattack_accuracy, eps_at_accuracy, robust_accuracy, zero_gradients,
 )
-from robust_jem.judge.sample_scores import inception_score, quality, reference_statistics
+from robust_jem.judge.sample_scores import (
+    frechet_distance, inception_score, moments, quality, reference_statistics,
+)
 from robust_jem.judge.suite import check_classifier, masking_verdict
+from robust_jem.networks.wide_resnet import WideResNet
 from robust_jem.systems.catalog import TrainConfig, configure
+from robust_jem.systems.hybrid import generate, run_chains
 
 N = 40
 
@@ -711,3 +720,117 @@ def test_settings_of_another_type_are_one_line(name, value, linear, digits):
 def test_a_score_of_another_shape_is_not_broadcast():
     with pytest.raises(InputError, match="score: gives"):
         sgld(lambda x: x.sum(1, keepdim=True), torch.zeros(3, 2), 2, 0.1)
+
+
+# Others of these kinds
+
+
+def test_a_radius_beyond_the_whole_range_is_called_out(linear, digits):
+    "8 for 8/255, say."
+    x, y = digits.test_x[:4], digits.test_y[:4]
+    for measure in (robust_accuracy, autoattack_accuracy):
+        with pytest.warns(UserWarning, match="16/255"):
+            measure(linear, x, y, 8)
+
+
+@pytest.mark.parametrize("curve", [{"0": 95, "0.1": 40}, {"0": "a"}, {"zero": 0.5}, [0.9, 0.5], {"0": None}])
+def test_curves_that_are_none(curve):
+    with pytest.raises(InputError):
+        eps_at_accuracy(curve, 0.5)
+
+
+def test_features_kept_without_probabilities_are_not_taken_for_all(digits, tmp_path):
+    class Both(Pixels):
+        key = "both"
+
+        def probabilities(self, x):
+            return self(x).softmax(1)
+
+    x = digits.test_x[:N]
+    assert extract_once(Both(), x, tmp_path, 500, "cpu", "", False)[1] is None
+    for _ in range(2):
+        features, probabilities = extract_once(Both(), x, tmp_path)
+        assert torch.equal(probabilities, extract(Both(), x)[1]) and torch.equal(features, extract(Both(), x)[0])
+
+
+def test_attacks_leave_no_gradients_in_the_weights(digits):
+    "The standard AutoAttack's do."
+    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    x, y = digits.test_x[:4], net(to_unit(digits.test_x[:4])).argmax(1)
+    autoattack_accuracy(net, x, y, 0.5)
+    assert all(p.grad is None for p in net.parameters())
+
+
+def test_a_pretrained_folder_is_sampled(runs, cli):
+    "As the run is that it was saved from."
+    RobustJEM.from_run("runs/robust_jem").save_pretrained("pretrained")
+    how = ["--num-samples", 10, "--batch-size", 10, "--outer-steps", 1, "--name", "new", "--device", "cpu"]
+    for folder in ("runs/robust_jem", "pretrained"):
+        done = cli("generate", folder, *how)
+        assert done.code == 0, done.err
+    assert torch.equal(Run("pretrained").samples("new")[0], Run("runs/robust_jem").samples("new")[0])
+
+
+def test_samples_to_keep_are_grey_levels(runs):
+    run = Run("runs/robust_jem")
+    x, y, summary = run.samples("energy")
+    for wrong in (to_unit(x), x[0]):
+        with pytest.raises(InputError, match="uint8"):
+            run.save_samples("mine", dict(x=wrong, y=y), summary)
+    with pytest.raises(InputError, match="label"):
+        run.save_samples("mine", dict(x=x, y=y[:, None]), summary)
+    assert run.sample_names() == ["energy"]
+
+
+ODD_CALLS = {
+    "an extractor that is none": lambda d, m: feature_extractor(None),
+    "weights that aren't there": lambda d, m: accuracy(m.to("meta"), d.test_x[:4], d.test_y[:4]),
+    "a loader in place of images": lambda d, m: accuracy(m, torch.utils.data.DataLoader([0]), d.test_y[:4]),
+    "a pair in place of images": lambda d, m: accuracy(m, (d.test_x[:4], d.test_y[:4]), d.test_y[:4]),
+    "a batch size of a half": lambda d, m: accuracy(m, d.test_x[:4], d.test_y[:4], 0.5),
+    "a batch size in words": lambda d, m: extract(Pixels(), d.test_x[:4], "500"),
+    "a function for an extractor": lambda d, m: extract(lambda x: x, d.test_x[:4]),
+    "restarts by half": lambda d, m: robust_accuracy(m, d.test_x[:4], d.test_y[:4], 0.1, restarts=1.5),
+    "sets in a list": lambda d, m: detect_ood(m, d.test_x[:4], [d.test_x[:4]]),
+    "one feature": lambda d, m: moments(torch.zeros(1, 3)),
+    "features of NaN": lambda d, m: moments(torch.full((4, 3), float("nan"))),
+    "deviations for covariances": lambda d, m: frechet_distance(np.zeros(3), np.ones(3), np.zeros(3), np.ones(3)),
+    "classes in words": lambda d, m: class_frechet(torch.zeros(4, 2), [0] * 4, torch.zeros(4, 2), [0] * 4, "ten"),
+    "other features": lambda d, m: class_frechet(torch.zeros(4, 2), [0] * 4, torch.zeros(4, 3), [0] * 4, 2),
+    "bins by half": lambda d, m: calibration(torch.randn(4, 3), [0, 1, 2, 0], 1.5),
+    "a threshold of NaN": lambda d, m: detect(torch.zeros(2, 3), float("nan")),
+    "a negative temperature": lambda d, m: conditional_density(torch.zeros(2, 3), -1),
+    "a negative weight": lambda d, m: hybrid_loss(m, Terms(clean=-1.0), d.test_y[:4], x_clean=d.test_x[:4]),
+    "logits in words": lambda d, m: marginal_energy("logits"),
+    "whole logits": lambda d, m: joint_energy(torch.zeros(2, 3).long(), [0, 1]),
+    "no prior": lambda d, m: generate(m, None, [0, 1]),
+    "a chain's setting that is none": lambda d, m: run_chains(m, to_unit(d.test_x[:4]), TrainConfig(), clip=2),
+    "a prior of another shape": lambda d, m: GaussianMixturePrior(
+        torch.zeros(2, 4), torch.zeros(2, 4, 4), torch.ones(2), (1, 3, 3)),
+    "few classes": lambda d, m: GaussianMixturePrior.fit(d.train_x, d.train_y, 0),
+    "a buffer of a half": lambda d, m: ReplayBuffer(0.5, UniformPrior((1, 8, 8))),
+    "an image for interpolations": lambda d, m: ood_images("interpolations", d.test_x[:1], 3),
+    "fewer than no strangers": lambda d, m: ood_images("rotated", d.test_x, -3),
+    "labels as floats in a data set": lambda d, m: Images(
+        "mine", d.train_x, d.train_y.float(), d.test_x, d.test_y, d.classes),
+    "labels in a column in a data set": lambda d, m: Images(
+        "mine", d.train_x, d.train_y[:, None], d.test_x, d.test_y, d.classes),
+    "noise on grey levels": lambda d, m: add_noise(d.test_x, 0.1),
+    "one image to augment": lambda d, m: augment(d.test_x[0]),
+    "a network given grey levels": lambda d, m: WideResNet(10, 1, in_channels=1)(d.test_x[:2]),
+    "a network given other channels": lambda d, m: WideResNet(10, 1)(to_unit(d.test_x[:2])),
+}
+
+
+@pytest.mark.parametrize("what", ODD_CALLS)
+def test_odd_calls_are_one_line(what, digits):
+    with pytest.raises(InputError) as error:
+        ODD_CALLS[what](digits, nn.Sequential(nn.Flatten(), nn.Linear(64, 10)))
+    assert "\n" not in str(error.value) and len(str(error.value)) < 400
+
+
+def test_a_pipe_that_closes(evaluated, command):
+    "`robust-jem report | head -1`: no traceback."
+    shell = f'"{sys.executable}" -m robust_jem.app.cli report --runs "{evaluated.parent}" | head -c 10'
+    done = subprocess.run(shell, shell=True, env=command.env, capture_output=True, text=True, timeout=120)
+    assert "Traceback" not in done.stderr and "Exception ignored" not in done.stderr, done.stderr

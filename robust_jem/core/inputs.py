@@ -197,6 +197,8 @@ def check_model(model):
     "Raise `InputError` unless it is a module."
     if not isinstance(model, nn.Module):
         raise InputError(f"model: {type(model).__name__} is not accepted; accepted: a torch.nn.Module")
+    if any(p.is_meta for p in model.parameters()):
+        raise InputError("model: its weights are on the meta device, so that there are none; load them first")
 
 @contextmanager
 def evaluating(

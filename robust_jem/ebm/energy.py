@@ -18,7 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..core.errors import InputError
 from robust_jem.core.inputs import (
-    as_labels, as_points, as_tensor, check_model, logits_of, naming_the_model, reads_values,
+    as_labels, as_number, as_points, as_tensor, check_model, logits_of, naming_the_model, reads_values,
 )
 
 # %% ../../nbs/ebm/00_energy.ipynb #c514dc78
@@ -286,7 +286,12 @@ def detect(
     threshold: float, # energies below it are in
     y: Tensor | None = None, # labels [B]: judges pairs; none: judges images
 ) -> Tensor: # bool [B]
-    "Detection: True where E(x), or E(x, y) where labels are given, lies below the threshold."
+    """Detection: True where E(x), or E(x, y) where labels are given, lies below the threshold.
+
+    Raises `InputError` for a threshold that is no number.
+    """
+    if isinstance(threshold, str) or threshold is None or threshold != threshold:
+        raise InputError(f"threshold: {threshold!r} is no number")
     return (marginal_energy(logits) if y is None else joint_energy(logits, y)) < threshold
 
 def conditional_density(
@@ -294,4 +299,5 @@ def conditional_density(
     beta: float = 1.0, # inverse temperature; 0: uniform
 ) -> Tensor: # [B,K], rows sum to 1
     "Conditional density estimation: the Gibbs distribution exp(-beta E(x,y)) / sum_y' exp(-beta E(x,y'))."
+    beta = as_number(beta, "beta")
     return (beta * _as_logits(logits)).softmax(-1)

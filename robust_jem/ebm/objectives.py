@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core.errors import InputError
-from ..core.inputs import as_labels, as_points, logits_of
+from ..core.inputs import as_labels, as_number, as_points, logits_of
 from .energy import check_labels, check_unnormalised, energy, frozen_statistics, widened
 
 # %% ../../nbs/ebm/05_objectives.ipynb #e933d65b
@@ -103,7 +103,9 @@ def hybrid_loss(
     return loss, {"loss": loss.detach()} | parts
 
 def _check_terms(terms: Terms, **images: tuple[Tensor | None, ...]):
-    "Each term that counts has its images."
+    "Each term that counts has its images; none counts below zero."
+    for name in ("clean", "adversarial", "likelihood", "energy_penalty"):
+        as_number(getattr(terms, name), f"terms.{name}")
     for name, needed in images.items():
         weight = getattr(terms, name)
         if weight and any(x is None for x in needed):

@@ -6,6 +6,8 @@
 __all__ = ['GaussianMixturePrior', 'UniformPrior']
 
 # %% ../../nbs/ebm/01_priors.ipynb #e655ff6b
+import math
+
 import torch
 from torch import Tensor
 
@@ -31,6 +33,10 @@ class GaussianMixturePrior:
         shape: tuple[int, int, int], # (C, H, W)
     ):
         self.mean, self.factor, self.weights, self.shape = mean, factor, weights, tuple(shape)
+        k, dim = len(mean), math.prod(self.shape)
+        if mean.shape != (k, dim) or factor.shape != (k, dim, dim) or weights.shape != (k,):
+            raise InputError(f"prior: mean {tuple(mean.shape)}, factor {tuple(factor.shape)} and weights "
+                             f"{tuple(weights.shape)}; expected [K,D], [K,D,D] and [K], with D = {dim}")
 
     @classmethod
     def fit(cls,

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ..core.errors import InputError
 from ..core.files import source_version, read_json, read_tensors, write_json, write_tensors
 from ..core.images import Images, data_root, load_images
+from ..core.inputs import as_labels
 from .runtime import Execution, Policy, as_written
 from ..systems.base import System
 from ..systems.catalog import RUNTIME_FIELDS, TrainConfig, build_system, load_config
@@ -44,7 +45,7 @@ def provenance(device: torch.device, policy: Policy | None = None) -> dict:
 
 # %% ../../nbs/engine/03_runs.ipynb #65f64212
 class Run:
-    """A run folder.
+    """A run folder, or one that `RobustJEM.save_pretrained` wrote: that is a trained run without a history.
 
     `Run(path)` opens one; `Run.create(config)` makes it, or reopens it when it holds the same configuration.
     """
@@ -59,7 +60,9 @@ class Run:
         if not os.path.isfile(self.path / "config.json"):
             raise InputError(f"run: {str(path)!r} is no run folder (it has no config.json); "
                              "accepted: a folder that `robust-jem train` made")
-        self.config = load_config(read_json(self.path / "config.json"))
+        values = read_json(self.path / "config.json")
+        self.pretrained = isinstance(values.get("train"), dict) and "classes" in values      # by save_pretrained
+        self.config = load_config(values["train"] if self.pretrained else values)
 
     @classmethod
     def create(cls, config: TrainConfig) -> "Run":
@@ -101,8 +104,9 @@ class Run:
 
     @property
     def summary(self) -> dict:
-        "Time, speed, provenance."
-        return read_json(self.path / "summary.json")
+        "Time, speed, provenance; nothing of a pretrained model."
+        file = self.path / "summary.json"
+        return {} if self.pretrained and not file.exists() else read_json(file)
 
     def checkpoints(self) -> list[Path]:
         "The checkpoints, newest first; besides them, `checkpoints/best.safetensors`."
@@ -133,7 +137,8 @@ class Run:
         if root and root != self.root:
             self.root, self._place = root, None
         if self._place is not None:
-            return load_images(self.config.dataset, self._place)
+            with suppress(InputError):              # it may have moved meanwhile
+                return load_images(self.config.dataset, self._place)
         images, self._place = self._found_images()
         return images
 
@@ -213,7 +218,14 @@ class Run:
         return sorted(p.parent.name for p in (self.path / "samples").glob("*/summary.json"))
 
     def save_samples(self, name: str, tensors: dict[str, Tensor], summary: dict):
-        "Store uint8 images `x`, labels `y` and, optionally, a `strip` of chains at the stages that the summary names."
+        """Store uint8 images `x`, labels `y` and, optionally, a `strip` of chains at the stages that the summary names.
+
+        Raises `InputError` for other images or labels: floats would be read as grey levels.
+        """
+        x, y = tensors["x"], tensors["y"]
+        if x.dtype != torch.uint8 or x.ndim != 4:
+            raise InputError(f"samples: {x.dtype} {tuple(x.shape)}; expected uint8 images [N,C,H,W], see to_uint8")
+        as_labels(y, len(x))
         write_tensors(self.path / "samples" / name / "images.safetensors", tensors)
         write_json(self.path / "samples" / name / "summary.json", summary)       # last: it marks the set as finished
 

@@ -220,6 +220,10 @@ def feature_extractor(
 
     Raises `InputError` for a missing or unusable file, or weights that can't be fetched.
     """
+    if not isinstance(spec, (str, Path)):
+        raise InputError(f"extractor: {spec!r} is not accepted; accepted: inception, a TorchScript file, or "
+                         "classifier:RUN")
+    spec = str(spec)
     if spec == "inception":
         made = InceptionExtractor(folder)
     elif spec == "efficientnet-lite0":
@@ -313,5 +317,8 @@ def extract_once(
     x = grey_levels(as_images(x))
     name = hashlib.sha256(str(tuple(x.shape)).encode() + x.cpu().numpy().tobytes()).hexdigest()[:16]
     file = Path(cache) / f"features-{name}-{extractor.key}.safetensors" if cache and extractor.key else None
+    without = len(args) > 3 and not args[3]
+    if file and without and not file.exists():
+        file = file.with_name(f"features-{name}-{extractor.key}-alone.safetensors")    # without any probabilities
     kept = through_file(file, measure)
     return kept["features"], kept.get("probabilities")

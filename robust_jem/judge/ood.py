@@ -103,8 +103,9 @@ def ood_images(
     x = grey_levels(as_images(x))
     as_number(n, "n", 1, whole=True)
     check_generator(generator)
-    if not isinstance(name, str):
+    if not isinstance(name, (str, Path)):
         raise InputError(f"name: {name!r} is not accepted; accepted: {', '.join(OOD_SETS)}, a data set or a folder")
+    name = str(name)
     if len(x) < 2:
         raise InputError(f"images: {len(x)}; interpolations need at least two")
     if name in OOD_SETS:

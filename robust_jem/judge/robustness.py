@@ -121,6 +121,14 @@ def _attack_batch(model: nn.Module, x: Tensor, y: Tensor, restarts: int, targete
         standing = _logits(model, attacked_x, " of attacked images").argmax(1) == y
     return torch.stack([attacked, blind, standing.sum()])
 
+def _as_radius(eps, norm: str) -> float:
+    "A radius on the [-1,1] scale; a warning where it covers that whole scale, as 8 for 8/255 does."
+    eps = as_number(eps, "eps")
+    if norm == "linf" and eps > 2:
+        warnings.warn(f"eps: {eps:g} is more than the whole range -1..1, so that any image may become any other; "
+                      "8/255 of images in 0..1 is 16/255 here")
+    return eps
+
 def _attack_counts(model, x: Tensor, y: Tensor, eps, steps, norm, batch_size, seed, *, targeted, restarts) -> list[int]:
     "`_attack_batch`'s counts over all images."
     with outside_inference_mode(), evaluating(model):
@@ -157,6 +165,7 @@ def robust_accuracy(
     aren't numbers, which leave nothing to attack with.
     """
     as_number(restarts, "restarts", 1, whole=True)
+    eps = _as_radius(eps, norm)
     x, y = _labelled(x, y, batch_size)
     attacked, blind, right = _attack_counts(model, x, y, eps, steps, norm, batch_size, seed,
                                             targeted=targeted, restarts=restarts)
@@ -226,7 +235,7 @@ def autoattack_accuracy(
     """
     if norm not in ("linf", "l2"):
         raise InputError(f"norm: {norm!r} is unknown; accepted: linf, l2")
-    eps = as_number(eps, "eps")
+    eps = _as_radius(eps, norm)
     x, y = _labelled(x, y, batch_size)
     with outside_inference_mode(), evaluating(model):
         x, y = (t.clone() if t.is_inference() else t for t in (x, y))
@@ -259,7 +268,13 @@ def eps_at_accuracy(
     accuracy: float, # the level asked for
 ) -> float | None: # ε, or None where the curve doesn't cross the level
     "Where a robustness curve falls through a level, by linear interpolation."
-    points = sorted((float(e), a) for e, a in curve.items())
+    try:
+        points = sorted((float(e), as_number(a, "curve")) for e, a in curve.items())
+    except (AttributeError, TypeError, ValueError) as e:
+        raise InputError(f"curve: {str(curve)[:60]}; expected accuracies (0..1) by radius") from e
+    for value in (accuracy, *(a for _, a in points)):
+        if as_number(value, "accuracy") > 1:
+            raise InputError(f"accuracy: {value} is outside 0..1")
     for (e0, a0), (e1, a1) in zip(points, points[1:]):
         if a0 >= accuracy >= a1 and a0 > a1:
             return e0 + (a0 - accuracy) / (a0 - a1) * (e1 - e0)
