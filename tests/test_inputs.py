@@ -29,6 +29,7 @@ from robust_jem.engine.runs import Run
 from robust_jem.engine.train import train
 from robust_jem.judge.calibration import calibration
 from robust_jem.judge.diversity import class_frechet, nearest
+from robust_jem.judge.evaluate import draw_test_images
 from robust_jem.judge.extractors import Extractor, extract, extract_once, feature_extractor
 from robust_jem.judge.ood import detect_ood, ood_images, ood_scores
 from robust_jem.judge.robustness import (
@@ -37,7 +38,7 @@ from robust_jem.judge.robustness import (
 from robust_jem.judge.sample_scores import (
     frechet_distance, inception_score, moments, quality, reference_statistics,
 )
-from robust_jem.judge.suite import check_classifier, masking_verdict
+from robust_jem.judge.suite import check_classifier, import_model, masking_verdict
 from robust_jem.networks.wide_resnet import WideResNet
 from robust_jem.systems.catalog import TrainConfig, configure
 from robust_jem.systems.hybrid import generate, run_chains
@@ -815,6 +816,20 @@ ODD_CALLS = {
         "mine", d.train_x, d.train_y.float(), d.test_x, d.test_y, d.classes),
     "labels in a column in a data set": lambda d, m: Images(
         "mine", d.train_x, d.train_y[:, None], d.test_x, d.test_y, d.classes),
+    "weights that don't exist yet": lambda d, m: accuracy(
+        nn.Sequential(nn.Flatten(), nn.LazyLinear(10)), d.test_x[:4], d.test_y[:4]),
+    "a masked array": lambda d, m: accuracy(m, np.ma.array(d.test_x[:4].numpy(), mask=True), d.test_y[:4]),
+    "nested images": lambda d, m: pgd(m, torch.nested.nested_tensor([*to_unit(d.test_x[:2])]), [0, 1], 0.1, 2),
+    "no score": lambda d, m: sgld(None, to_unit(d.test_x[:2]), 2, 0.1),
+    "a model for a score": lambda d, m: sgld(m, to_unit(d.test_x[:2]), 2, 0.1),
+    "fewer than no labels": lambda d, m: UniformPrior((1, 8, 8)).sample_labels(-1),
+    "a slot that isn't there": lambda d, m: ReplayBuffer(4, UniformPrior((1, 8, 8))).store([9], torch.zeros(1, 1, 8, 8)),
+    "terms in a dictionary": lambda d, m: hybrid_loss(m, {"clean": 1}, d.test_y[:4], x_clean=d.test_x[:4]),
+    "a sampler by name": lambda d, m: generate(m, UniformPrior((1, 8, 8)), [0, 1], sampler="sgld"),
+    "a model by number": lambda d, m: import_model(5, d),
+    "a root by number": lambda d, m: load_images("digits", 5),
+    "a draw of a half": lambda d, m: draw_test_images(d, 0.5),
+    "a draw of fewer than none": lambda d, m: draw_test_images(d, -1),
     "noise on grey levels": lambda d, m: add_noise(d.test_x, 0.1),
     "one image to augment": lambda d, m: augment(d.test_x[0]),
     "a network given grey levels": lambda d, m: WideResNet(10, 1, in_channels=1)(d.test_x[:2]),

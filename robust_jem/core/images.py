@@ -291,7 +291,9 @@ DATASETS = ("digits", "cifar10", "cifar100", "svhn")
 def data_root(
     root: str | Path | None = None, # none: $ROBUST_JEM_DATA, else ./data
 ) -> Path:
-    "Where data sets and caches live."
+    "Where data sets and caches live. Raises `InputError` for what is no path."
+    if root is not None and not isinstance(root, (str, Path)):
+        raise InputError(f"root: {root!r} is not accepted; accepted: the path of a folder")
     return Path(root or os.environ.get("ROBUST_JEM_DATA") or "data")
 
 def _some_classes(images: Images, name: str) -> Images:

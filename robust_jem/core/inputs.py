@@ -14,8 +14,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 
 from .errors import InputError
 from .images import to_uint8, to_unit
@@ -46,12 +48,16 @@ def reads_values(
 
 def as_tensor(value, what: str) -> Tensor:
     "A tensor, a NumPy array or nested lists as a tensor that may take part in gradients."
+    if isinstance(value, np.ma.MaskedArray):
+        raise InputError(f"{what}: a masked array, whose mask would be lost; expected an array: x.filled(value)")
     try:
         value = torch.as_tensor(value)
     except (TypeError, ValueError, RuntimeError, OverflowError) as e:
         why = str(e).splitlines()[0][:80]
         raise InputError(f"{what}: {type(value).__name__} can't be used ({why}); accepted: a tensor or NumPy "
                          "array") from e
+    if value.is_nested:
+        raise InputError(f"{what}: a nested tensor; expected a dense one: torch.stack(list(x))")
     if value.layout != torch.strided or value.is_quantized:
         raise InputError(f"{what}: a {value.dtype} tensor of layout {value.layout}; expected a dense one: x.to_dense()")
     if value.is_inference() and not torch.is_inference_mode_enabled():
@@ -197,6 +203,8 @@ def check_model(model):
     "Raise `InputError` unless it is a module."
     if not isinstance(model, nn.Module):
         raise InputError(f"model: {type(model).__name__} is not accepted; accepted: a torch.nn.Module")
+    if any(isinstance(p, UninitializedParameter) for p in model.parameters()):
+        raise InputError("model: some weights don't exist yet (a lazy layer's); run it once on images, or load them")
     if any(p.is_meta for p in model.parameters()):
         raise InputError("model: its weights are on the meta device, so that there are none; load them first")
 

@@ -125,6 +125,7 @@ def frozen_statistics(
     model: nn.Module, # its running statistics don't move in this block
 ):
     "Batch-norm layers in training mode normalise by the batch as usual, but don't write their running statistics."
+    check_model(model)
     norms = [m for m in batch_norms(model) if m.training and m.track_running_stats]
     try:
         for m in norms:

@@ -104,6 +104,8 @@ def hybrid_loss(
 
 def _check_terms(terms: Terms, **images: tuple[Tensor | None, ...]):
     "Each term that counts has its images; none counts below zero."
+    if not isinstance(terms, Terms):
+        raise InputError(f"terms: {type(terms).__name__} is not accepted; accepted: Terms(clean=1.0), say")
     for name in ("clean", "adversarial", "likelihood", "energy_penalty"):
         as_number(getattr(terms, name), f"terms.{name}")
     for name, needed in images.items():

@@ -16,6 +16,11 @@ from ..core.inputs import as_images, as_labels, as_number, check_generator, chec
 from ..core.images import to_unit
 
 # %% ../../nbs/ebm/01_priors.ipynb #21dcc289
+def _count(n: int, generator, device) -> int:
+    "How many labels are asked for."
+    check_generator(generator, device)
+    return as_number(n, "n", whole=True)
+
 def _labels_to_draw(y, num_classes: int, generator, device) -> Tensor:
     "Labels `[B]`, of which there may be none."
     y = as_labels(y, empty=True)
@@ -87,6 +92,8 @@ class GaussianMixturePrior:
 
     def sample_labels(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         "Draw `n` labels `[n]` with the training set's class frequencies."
+        if not _count(n, generator, self.weights.device):
+            return torch.zeros(0, dtype=torch.long, device=self.weights.device)
         return torch.multinomial(self.weights, n, replacement=True, generator=generator)
 
     def sample(self,
@@ -134,6 +141,7 @@ class UniformPrior:
 
     def sample_labels(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         "Draw `n` labels, all classes alike."
+        _count(n, generator, self.device)
         return torch.randint(self.num_classes, (n,), device=self.device, generator=generator)
 
     def sample(self, y: Tensor, generator: torch.Generator | None = None) -> Tensor:

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from ..core.errors import InputError
-from ..core.inputs import as_labels, as_number, as_points, as_tensor, check_generator
+from robust_jem.core.inputs import (
+    as_labels, as_number, as_points, as_tensor, check_generator, check_label_range, reads_values,
+)
 
 # %% ../../nbs/ebm/04_replay.ipynb #d348be1a
 class ReplayBuffer:
@@ -56,8 +58,9 @@ class ReplayBuffer:
         With `choices` given, a GPU is never waited for. Raises `InputError` unless 1 <= n <= capacity.
         """
         as_number(n, "batch_size", -math.inf, whole=True)
-        if choices is not None:
-            check_generator(choices)
+        if generator is not None and not isinstance(generator, torch.Generator):
+            check_generator(generator)
+        check_generator(choices)
         if not 1 <= n <= len(self):
             raise InputError(f"batch_size: {n} chains asked of a buffer of {len(self)}")
         if choices is None:
@@ -76,11 +79,20 @@ class ReplayBuffer:
         x: Tensor, # the chains' ends [n,C,H,W]
     ):
         "Put the chains' ends back into their slots. Raises `InputError` for another shape, or grey levels."
-        x = as_tensor(x, "chains")
+        x, index = as_tensor(x, "chains"), self._slots(index)
         if not x.is_floating_point() or x.shape != (len(index), *self.x.shape[1:]):
             raise InputError(f"chains: {x.dtype} {tuple(x.shape)} for {len(index)} slots; expected floats "
                              f"{(len(index), *self.x.shape[1:])}")
         self.x[index] = x.detach().to(self.x.dtype)
+
+    def _slots(self, index) -> Tensor:
+        "Slots as `draw` gives them. Their range is looked at only where they come from elsewhere."
+        index = as_tensor(index, "slots")
+        if index.ndim != 1 or index.is_floating_point() or index.dtype == torch.bool:
+            raise InputError(f"slots: {index.dtype} {tuple(index.shape)}; expected whole numbers [n]")
+        if index.numel() and reads_values(index):
+            check_label_range(index, len(self), "slots")
+        return index.to(self.x.device)
 
 def _on_cpu(generator: torch.Generator | None) -> torch.Generator | None:
     "A generator itself where it lives on the CPU, else one on the CPU that it seeds."

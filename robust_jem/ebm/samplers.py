@@ -17,8 +17,13 @@ from ..core.inputs import as_number, as_points, check_generator
 from .energy import taking_gradients
 
 # %% ../../nbs/ebm/03_samplers.ipynb #f539326e
-def _starts(x, bounds, generator) -> Tensor:
+def _starts(score, x, bounds, generator, on_step) -> Tensor:
     "Where chains start: any points within the bounds."
+    if not callable(score):
+        raise InputError(f"score: {type(score).__name__} is not accepted; accepted: a function of states, such as "
+                         "score_of(model)")
+    if on_step is not None and not callable(on_step):
+        raise InputError(f"on_step: {type(on_step).__name__} is not accepted; accepted: a function of step and states")
     x = as_points(x, "starts", bounds, hint="; or give the chain's own `bounds`").detach()
     check_generator(generator, x.device)
     return x
@@ -57,7 +62,7 @@ def sgld(
     """
     steps, step_size = as_number(steps, "steps", whole=True), as_number(step_size, "step_size")
     noise_std = step_size ** 0.5 if noise_std is None else as_number(noise_std, "noise_std")
-    x = _starts(x, bounds, generator)
+    x = _starts(score, x, bounds, generator, on_step)
     with _chain_block(score):
         for i in range(steps):
             x = x + step_size / 2 * _scored(score, x)
@@ -93,7 +98,7 @@ def proximal_sgld(
     inner_steps = as_number(inner_steps, "inner_steps", whole=True)
     step_size, noise_std = as_number(step_size, "step_size"), as_number(noise_std, "noise_std")
     clip = as_number(clip, "clip", above=True)
-    x = _starts(x, bounds, generator)
+    x = _starts(score, x, bounds, generator, on_step)
     with _chain_block(score):
         for i in range(outer_steps if inner_steps else 0):
             step = _scored(score, x).clamp(-clip, clip) * step_size

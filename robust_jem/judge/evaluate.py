@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..core.errors import InputError
 from ..core.files import exclusive, read_json, read_tensors, tensors_hash, write_json, write_tensors
 from ..core.images import Images, data_root, progress_bar, to_uint8
+from ..core.inputs import as_number
 from ..core.random import stream
 from ..engine.runs import Run, provenance
 from ..engine.runtime import Execution, OutOfTime, executing
@@ -31,8 +32,9 @@ from ..systems.catalog import EvaluateConfig
 def draw_test_images(images: Images, n: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     """`n` test images and their labels, drawn by the seed: trees are sorted by class.
 
-    A smaller draw is the beginning of a larger one.
+    A smaller draw is the beginning of a larger one. Raises `InputError` for n < 0.
     """
+    as_number(n, "n", whole=True)
     chosen = torch.randperm(len(images.test_x), generator=torch.Generator().manual_seed(seed))[:n]
     return images.test_x[chosen], images.test_y[chosen]
 

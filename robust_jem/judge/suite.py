@@ -123,6 +123,8 @@ def import_model(spec: str, images: Images) -> nn.Module:
 
     An `InputError` says what is wrong.
     """
+    if not isinstance(spec, str):
+        raise InputError(f"model: {spec!r} is not accepted; accepted: package.module:factory")
     module, _, name = spec.partition(":")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())

@@ -16,6 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from ..core.config import Config
 from ..core.errors import InputError
 from ..core.images import Images, add_noise, augment, to_unit
 from ..core.inputs import as_labels, as_number, check_model, trusted_inputs
@@ -67,6 +68,8 @@ def run_chains(
 
     Raises `InputError` as the sampler does, and for settings that it doesn't have.
     """
+    if not isinstance(config, Config):
+        raise InputError(f"config: {type(config).__name__} is not accepted; accepted: a TrainConfig")
     unknown = ", ".join(sorted(changes.keys() - _CHAIN_SETTINGS))
     if unknown:
         raise InputError(f"run_chains: {unknown} is no setting; accepted: {', '.join(sorted(_CHAIN_SETTINGS))}")
