@@ -31,8 +31,7 @@ from robust_jem.judge.ood import detect_ood, ood_images, ood_scores
 from robust_jem.judge.robustness import accuracy, autoattack_accuracy, robust_accuracy, zero_gradients
 from robust_jem.judge.sample_scores import quality, reference_statistics
 from robust_jem.judge.suite import check_classifier
-from robust_jem.systems.catalog import TrainConfig, configure
-from robust_jem.systems.hybrid import generate, run_chains
+from robust_jem.systems.hybrid import Chain, generate, run_chains
 
 K, N = 4, 12
 
@@ -70,7 +69,7 @@ class Pixels(Extractor):
 IMAGES = Images("random", X8, Y_EACH, X8, Y_EACH, tuple("abcd"))
 PRIOR = GaussianMixturePrior.fit(X8, Y_EACH, K)
 REFERENCE = reference_statistics(Pixels(), IMAGES)
-CHAINS = configure(TrainConfig, "jempp", outer_steps=2)
+CHAIN = Chain(outer_steps=2, step_size=0.01, statistics=None)
 
 
 def buffer():
@@ -144,10 +143,10 @@ TABLE = {
     "extractors.extract_once": ("x", lambda s: extract_once(Pixels(), s.x, None)[0]),
     "sample_scores.quality": ("x", lambda s: quality(Pixels(), s.x, REFERENCE)["FD-pixels"]),
     "suite.check_classifier": ("m", lambda s: check_classifier(s.model, IMAGES, "mine")),
-    "hybrid.run_chains": ("mxy", lambda s: run_chains(s.model, s.x, CHAINS, s.y, generator(), statistics=None)),
+    "hybrid.run_chains": ("mxy", lambda s: run_chains(s.model, s.x, CHAIN, s.y, generator())),
     "hybrid.generate": ("my", lambda s: generate(
-        s.model, PRIOR, s.y, outer_steps=2, target_steps=2, inner_steps=1, generator=generator(),
-        attack_statistics=None, sampler_statistics=None)),
+        s.model, PRIOR, s.y, generator=generator(), attack={"steps": 2, "statistics": None},
+        chain={"outer_steps": 2, "inner_steps": 1, "statistics": None})),
 }
 # These want labels of every class; the others want labels that are mostly right.
 EVEN = ("priors", "replay", "diversity", "hybrid.generate")

@@ -600,11 +600,12 @@ def test_unusable_models_are_one_line(forward, says, here, cli, monkeypatch):
 # F. The world around
 
 
-def small_run(root=""):
+def small_run(root="", system="wide_resnet", **changes):
     "A run on an image tree."
     config = configure(
-        TrainConfig, "wide_resnet", dataset="pets", root=root, out="runs/pets", epochs=1, batch_size=4, threads=1,
-        device="cpu", precision="float32", schedule="constant", warmup_steps=0, pad=0,
+        TrainConfig, system, dataset="pets", root=root, out="runs/pets", schedule__epochs=1,
+        schedule__warmup_steps=0, optimizer__batch_size=4, augment__pad=0, threads=1, device="cpu", precision="float32",
+        **changes,
     )
     return Run(train(config, progress=False))
 
@@ -649,6 +650,21 @@ def test_the_fingerprint_decides_between_places(here, image_tree, monkeypatch):
     monkeypatch.setenv("ROBUST_JEM_DATA", "right")
     found = Run(run.path)
     assert found.images().fingerprint == before and found.data_place == Path("right")
+
+
+def test_samples_are_drawn_with_data_that_moved(here, image_tree, cli):
+    image_tree()
+    hybrid = dict(system="jempp", chain__outer_steps=1, replay__size=4)
+    run = small_run("data", **hybrid)
+    Path("data").rename("elsewhere")
+    argv = ["generate", run.path, "--num-samples", 2, "--batch-size", 2, "--chain.outer-steps", 1, "--device", "cpu"]
+    refused = cli(*argv)
+    assert refused.code == 2 and "--root" in refused.err
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)                     # as if these were other images
+        done = cli(*argv, "--root", "elsewhere")
+    assert done.code == 0 and Run(run.path).samples("energy")[0].shape == (2, 3, 8, 8), done.err
+    assert not Path("data").exists()
 
 
 def test_evaluation_finds_data_that_moved(here, image_tree, cli):
@@ -765,7 +781,7 @@ def test_attacks_leave_no_gradients_in_the_weights(digits):
 def test_a_pretrained_folder_is_sampled(runs, cli):
     "As the run is that it was saved from."
     RobustJEM.from_run("runs/robust_jem").save_pretrained("pretrained")
-    how = ["--num-samples", 10, "--batch-size", 10, "--outer-steps", 1, "--name", "new", "--device", "cpu"]
+    how = ["--num-samples", 10, "--batch-size", 10, "--chain.outer-steps", 1, "--name", "new", "--device", "cpu"]
     for folder in ("runs/robust_jem", "pretrained"):
         done = cli("generate", folder, *how)
         assert done.code == 0, done.err
@@ -805,7 +821,8 @@ ODD_CALLS = {
     "logits in words": lambda d, m: marginal_energy("logits"),
     "whole logits": lambda d, m: joint_energy(torch.zeros(2, 3).long(), [0, 1]),
     "no prior": lambda d, m: generate(m, None, [0, 1]),
-    "a chain's setting that is none": lambda d, m: run_chains(m, to_unit(d.test_x[:4]), TrainConfig(), clip=2),
+    "a chain that is none": lambda d, m: run_chains(m, to_unit(d.test_x[:4]), {"outer_steps": 2}),
+    "a method by number": lambda d, m: generate(m, UniformPrior((1, 8, 8)), [0, 1], 5),
     "a prior of another shape": lambda d, m: GaussianMixturePrior(
         torch.zeros(2, 4), torch.zeros(2, 4, 4), torch.ones(2), (1, 3, 3)),
     "few classes": lambda d, m: GaussianMixturePrior.fit(d.train_x, d.train_y, 0),
@@ -823,9 +840,10 @@ ODD_CALLS = {
     "no score": lambda d, m: sgld(None, to_unit(d.test_x[:2]), 2, 0.1),
     "a model for a score": lambda d, m: sgld(m, to_unit(d.test_x[:2]), 2, 0.1),
     "fewer than no labels": lambda d, m: UniformPrior((1, 8, 8)).sample_labels(-1),
-    "a slot that isn't there": lambda d, m: ReplayBuffer(4, UniformPrior((1, 8, 8))).store([9], torch.zeros(1, 1, 8, 8)),
+    "a slot that isn't there": lambda d, m: ReplayBuffer(4, UniformPrior((1, 8, 8))).store(
+        [9], torch.zeros(1, 1, 8, 8)),
     "terms in a dictionary": lambda d, m: hybrid_loss(m, {"clean": 1}, d.test_y[:4], x_clean=d.test_x[:4]),
-    "a sampler by name": lambda d, m: generate(m, UniformPrior((1, 8, 8)), [0, 1], sampler="sgld"),
+    "a sampler by name": lambda d, m: generate(m, UniformPrior((1, 8, 8)), [0, 1], trained="sgld"),
     "a model by number": lambda d, m: import_model(5, d),
     "a root by number": lambda d, m: load_images("digits", 5),
     "a draw of a half": lambda d, m: draw_test_images(d, 0.5),
