@@ -820,7 +820,10 @@ def calls_of_forms(t, labels, pixels):
     far_away = (t.raw.float(), (x + 1) / 2)
     return {
         "labels of attacks and chains": [call for wrong in labels for call in with_all(y=wrong)],
-        "pixels of attacks and chains": [call for wrong in pixels for call in with_all(x=wrong)],
+        # a chain without bounds may begin anywhere near
+        "pixels of attacks and chains": [
+            call for wrong in pixels for call in with_all(x=wrong)
+            if not (isinstance(wrong, torch.Tensor) and 1 < wrong.abs().max() < 2)],
         "models of attacks and chains": [
             call for name in ANSWERS for call in with_all(model=Odd(m, ANSWERS[name]))],
         "energies": [
