@@ -103,7 +103,7 @@ class Stage:
         if self.notebook != "train":
             return 0.0
         with contextlib.suppress(OSError, ValueError, IndexError, KeyError):
-            last = (self.run / "metrics.jsonl").read_text().splitlines()[-1]
+            last = (self.run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1]
             return min(1.0, json.loads(last)["epoch"] / self.expected[0][1].schedule.epochs)
         return 0.0
 
@@ -324,7 +324,7 @@ def replicate(
             executor.interrupt()
             raise
         progress.show([])
-    print((figures / "table1.md").read_text().split("\n\n")[0])
+    print((figures / "table1.md").read_text(encoding="utf-8").split("\n\n")[0])
     print(f"\nResults in {figures}/: table1.md, .csv, .json, results.csv, found.md, figure1–3.png, curves.png, "
           f"robustness.png, chain.png; executed notebooks in {report.run}/*/notebooks/")
     print(f"{time.perf_counter() - began:.0f} s")

@@ -24,10 +24,12 @@ from torch import Tensor, nn
 from ..core.errors import InputError
 from ..core.files import exclusive, tensors_hash
 from ..core.images import Images, load_images, progress_bar, to_uint8, to_unit
-from ..core.inputs import evaluating
+from ..core.inputs import check_model, evaluating, trusted_inputs
 from ..core.random import stream
 from ..ebm.attacks import distal, pgd
-from ..ebm.energy import input_gradient, marginal_energy, untouched
+from robust_jem.ebm.energy import (
+    check_unnormalised, input_gradient, marginal_energy, outside_inference_mode, untouched,
+)
 from ..engine.runs import Run
 from ..engine.runtime import Execution, at_a_size_that_fits, executing
 from .calibration import calibration
@@ -61,7 +63,7 @@ class EvalTarget:
     @classmethod
     def of_run(cls, run: Run, at: Execution) -> "EvalTarget":
         "A trained run with its samples."
-        config, images, sets, asked, drawn = run.config, run.images(), {}, {}, {}
+        config, images, sets, asked, drawn = replace(run.config, root=str(run.data_place)), run.images(), {}, {}, {}
         for name in run.sample_names():
             x, y, summary = run.samples(name)
             asked[name], drawn[name] = summary["config"], tensors_hash({"x": x, "y": y})
@@ -119,18 +121,22 @@ def import_model(spec: str, images: Images) -> nn.Module:
 
     An `InputError` says what is wrong.
     """
+    if not isinstance(spec, str):
+        raise InputError(f"model: {spec!r} is not accepted; accepted: package.module:factory")
     module, _, name = spec.partition(":")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
         factory = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as e:
-        raise InputError(f"model: {spec!r} can't be imported ({e}); accepted: package.module:factory, importable "
+    except (Exception, SystemExit) as e:                        # whatever the user's file does when it is run
+        why = " ".join(str(e).split())[:160]
+        why = why if isinstance(e, (ImportError, AttributeError, ValueError)) else f"{type(e).__name__}: {why}"
+        raise InputError(f"model: {spec!r} can't be imported ({why}); accepted: package.module:factory, importable "
                          "from here, "
                          "where factory() gives a torch.nn.Module") from e
     try:
         model = factory()
-    except Exception as e:
+    except (Exception, SystemExit) as e:
         why = str(e).splitlines()[0][:120] if str(e) else ""
         raise InputError(f"model: {spec}() failed ({type(e).__name__}: {why})") from e
     if not isinstance(model, nn.Module):
@@ -183,12 +189,15 @@ def check_classifier(
 ) -> Tensor: # its logits [2,K] of two test images
     """A model must take the data's images, and give finite logits of the right shape and their gradient; else an
     `InputError`."""
+    check_model(model)
     x = to_unit(images.test_x[:2]).to(device_of(model, images.test_x))
-    with evaluating(model):
-        logits = _first_logits(model, x, images, name)
+    with outside_inference_mode(), evaluating(model):
+        network = in_own_precision(model)
+        logits = _first_logits(network, x, images, name)
+        check_unnormalised(logits, joint=False)
         try:
-            with untouched(model):
-                input_gradient(model, x, lambda logits: logits.logsumexp(1))
+            with trusted_inputs(), untouched(network):
+                input_gradient(network, x, lambda logits: logits.logsumexp(1))
         except Exception as e:
             why = (str(e) or type(e).__name__).splitlines()[0][:80]
             raise InputError(f"model: {name} gives no gradient of its logits ({why}); it must not run under no_grad "
@@ -314,6 +323,7 @@ def detection_part(target: EvalTarget, c: EvaluateConfig, sets: dict[str, Tensor
     values = {"AUROC": found, "n": {"test images": len(inside)} | {name: len(x) for name, x in sets.items()}}
     return values, {f"{name}|{score}": v[:2000] for name, by in scores.items() for score, v in by.items()}
 
+@trusted_inputs()
 def distal_part(target: EvalTarget, c: EvaluateConfig, each: int = 10) -> tuple[dict, dict[str, Tensor]]:
     """From uniform noise to p(y|x) > 0.9, `each` images a class: how many steps it takes, and whether the density
     is taken in as well."""
@@ -337,6 +347,7 @@ def distal_part(target: EvalTarget, c: EvaluateConfig, each: int = 10) -> tuple[
     tensors = {"x": to_uint8(x), "start": to_uint8(start), "y": y, "p": p, "steps": taken}
     return values, {name: v.cpu() for name, v in tensors.items()}
 
+@trusted_inputs()
 def landscape_part(target: EvalTarget, c: EvaluateConfig, n: int = 1000, chains: int = 100) -> tuple[dict, dict]:
     "E(x) of real, sampled, attacked and noise images by running statistics, and along chains by their own."
     x, y = draw_test_images(target.images, n, c.seed)
@@ -428,7 +439,8 @@ def evaluate(
 
 def evaluate_suite(config: EvaluateConfig, progress: bool = True) -> dict[str, dict]:
     "The suite's parts alone."
-    run, folder = Run(config.run).finished() if config.run else None, suite_folder(config)
+    run = Run(config.run, config.root).finished() if config.run else None
+    folder = suite_folder(config)
     threads = config.threads or (run.config.threads if run else 0)
     with executing(config, threads) as at, exclusive(folder, "evaluating"):
         if at.world.size > 1:
