@@ -236,7 +236,14 @@ SYSTEMS: dict[str, Entry] = {
 }
 _FLOWS: dict[str, Entry] = {}
 _GANS: dict[str, Entry] = {}
-_SCORES: dict[str, Entry] = {}
+_NCSN = dict(optimizer="adam", lr=1e-3, weight_decay=0.0, batch_size=128, schedule="constant", warmup_steps=0, pad=0)
+_SCORES: dict[str, Entry] = {
+    "ncsn": Entry("NCSN", "Song and Ermon 2019", _NCSN, ("annealed",), "robust_jem.systems.score:Ncsn"),
+    "ncsn_conditional": Entry(
+        "NCSN, class-conditional", "Song and Ermon 2019, with classes", _NCSN | dict(score=dict(conditional=True)),
+        ("annealed",), "robust_jem.systems.score:ConditionalNcsn",
+    ),
+}
 SYSTEMS |= _FLOWS | _GANS | _SCORES
 
 def register(

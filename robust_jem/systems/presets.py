@@ -39,8 +39,14 @@ _FLOW_PAPER: dict[str, dict] = {"train": {}, "generate": {}}
 _FLOW_DIGITS: dict[str, dict] = {"train": {}, "generate": {}}
 _GAN_PAPER: dict[str, dict] = {"train": {}, "generate": {}}
 _GAN_DIGITS: dict[str, dict] = {"train": {}, "generate": {}}
-_SCORE_PAPER: dict[str, dict] = {"train": {}, "generate": {}}
-_SCORE_DIGITS: dict[str, dict] = {"train": {}, "generate": {}}
+_SCORE_PAPER: dict[str, dict] = {"train": {"score": dict(updates=200_000)}, "generate": {}}
+_SCORE_DIGITS: dict[str, dict] = {
+    "train": {"score": dict(
+        updates=2500, ema_decay=0.995, flip=False, precision="float32",
+        score=dict(network="dense", channels=512, stages=2, divide=True, sigma_min=0.1),
+    )},
+    "generate": {"score": dict(level_steps=20, relative_step=0.5, denoise=True, precision="float32")},
+}
 PRESETS: dict[str, dict[str, dict[str, dict[str, Any]]]] = {
     "paper": {"*": {
         "train": _FLOW_PAPER["train"] | _GAN_PAPER["train"] | _SCORE_PAPER["train"],
