@@ -79,12 +79,12 @@ def test_the_loss_is_the_definition_in_float64():
     assert abs(float(single) - total / len(x)) < 1e-4 * total
 
 
-@pytest.mark.parametrize("divide", [False, True])
+@pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize("network", ["dense", "refinenet"])
-def test_an_update_minimises_that_loss(network, divide):
+def test_an_update_minimises_that_loss(network, scaled):
     "The metric of an update, again from its random numbers, by a float64 copy of the network."
     images = images_of(torch.randint(0, 256, (8, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(1)))
-    score = TINY | dict(network=network, stages=2, divide=divide, conditional=True, sigma_min=0.02)
+    score = TINY | dict(network=network, stages=2, scaled=scaled, conditional=True, sigma_min=0.02)
     system, step = in_training("ncsn_conditional", images, score=score, flip=True)
     net = copy.deepcopy(system.network).double()
     state = step.generators["noise"].get_state()
@@ -102,7 +102,8 @@ def test_an_update_minimises_that_loss(network, divide):
     sigma = system.sigmas.double()[level].view(-1, 1, 1, 1)
     noisy = x.double() + sigma * z
     with torch.no_grad():
-        s = net(noisy, 2 * level + batch.y) / (sigma if divide else 1)
+        seen = noisy / (1 + sigma**2).sqrt() if scaled else noisy
+        s = net(seen, 2 * level + batch.y) / (sigma if scaled else 1)
     expected = (0.5 * sigma**2 * (s + (noisy - x.double()) / sigma**2) ** 2).mean()
     assert abs(float(row["loss"]) - float(expected)) < 1e-4 * float(expected)
 
@@ -117,7 +118,7 @@ def test_the_learned_score_of_a_gaussian_is_the_closed_form():
     def draw(n):
         return (mean + torch.randn(n, pixels, generator=generator) @ factor.T).view(n, 1, 2, 2)
 
-    score = dict(network="dense", channels=64, stages=1, levels=5, sigma_max=1.0, sigma_min=0.05, divide=True,
+    score = dict(network="dense", channels=64, stages=1, levels=5, sigma_max=1.0, sigma_min=0.05, scaled=True,
                  dequantize=False)
     updates = 2500
     system, step = in_training("ncsn", images_of(to_uint8(draw(100))), score=score, ema_decay=0.99)

@@ -43,7 +43,7 @@ _SCORE_PAPER: dict[str, dict] = {"train": {"score": dict(updates=200_000)}, "gen
 _SCORE_DIGITS: dict[str, dict] = {
     "train": {"score": dict(
         updates=2500, ema_decay=0.995, flip=False, precision="float32",
-        score=dict(network="dense", channels=512, stages=2, divide=True, sigma_min=0.1),
+        score=dict(network="dense", channels=512, stages=2, scaled=True, sigma_min=0.1),
     )},
     "generate": {"score": dict(level_steps=20, relative_step=0.5, denoise=True, precision="float32")},
 }

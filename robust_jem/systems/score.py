@@ -25,7 +25,7 @@ from ..networks.ncsn import DenseScoreNet, ScoreNet
 from .base import Batch, Runtime, Step, System
 from .catalog import GenerateConfig, TrainConfig
 
-# %% ../../nbs/systems/07_score.ipynb #42c83462
+# %% ../../nbs/systems/07_score.ipynb #86416872
 @dataclass(frozen=True)
 class Score(Config):
     "Noise levels and network of a score model; defaults are NCSN's on CIFAR-10, its levels on the [-1,1] scale."
@@ -37,7 +37,7 @@ class Score(Config):
     channels: int = option(128, 1)  # of the RefineNet at full resolution (NCSN), or of a dense layer
     stages: int = option(4, 1, 100)  # of the RefineNet, at most 4 (NCSN), or a dense network's residual blocks
     norm: Literal["instance", "none"] = "instance"  # of the RefineNet; none: scale and shift by level (NCSN: instance)
-    divide: bool = False  # the network's output is divided by σ (NCSN: no; Song and Ermon 2020: yes)
+    scaled: bool = False  # the network sees x/√(1+σ²), and what it says is divided by σ (NCSN: no)
     dequantize: bool = True  # uniform noise of one grey level on real images (NCSN's code)
 
     def __post_init__(self):
@@ -128,7 +128,7 @@ def dequantized(
     "Each grey level spread evenly over its 256th of [-1, 1], as in NCSN's code."
     return (x * 255 + torch.rand(x.shape, device=x.device, generator=generator) * 2 - 1) / 256
 
-# %% ../../nbs/systems/07_score.ipynb #f8e476f2
+# %% ../../nbs/systems/07_score.ipynb #faf6795f
 class Ncsn(System):
     "NCSN: a network for the scores of the images at several noise levels; it draws images, and has no density."
     capabilities = frozenset({"sample"})
@@ -198,10 +198,11 @@ class Ncsn(System):
     ) -> Tensor: # [B,C,H,W]
         "∂ log p/∂x of the images with noise of a level, or of those of a class."
         condition = level * self.classes + y if self.config.score.conditional else level
+        sigma, scaled = self.sigmas[level].view(-1, 1, 1, 1), self.config.score.scaled
         half = self.runtime.precision != "float32"
         with torch.autocast(x.device.type, torch.bfloat16, enabled=half):
-            out = self.network(x, condition).float()
-        return out / self.sigmas[level].view(-1, 1, 1, 1) if self.config.score.divide else out
+            out = self.network(x / (1 + sigma**2).sqrt() if scaled else x, condition).float()
+        return out / sigma if scaled else out
 
     # samples
     @torch.no_grad()
