@@ -48,21 +48,24 @@ from robust_jem.systems.catalog import EvaluateConfig, GenerateConfig, TrainConf
 REPO = Path(__file__).resolve().parent.parent
 # Everything that has a state takes part, and checkpoints are also written in the middle of an epoch.
 CONFIG = dict(
-    epochs=3, batch_size=128, attack_steps=2, outer_steps=2, buffer_size=200, warmup_steps=10, ema_decay=0.9, flip=True,
-    pad=1, noise_std=0.01, log_every=3, snapshot_every=8, checkpoint_minutes=0.004, seed=5, threads=1, device="cpu",
+    schedule__epochs=3, schedule__warmup_steps=10, optimizer__batch_size=128, optimizer__ema_decay=0.9,
+    attack__steps=2, chain__outer_steps=2, chain__noise_std=0.01, replay__size=200, augment__flip=True, augment__pad=1,
+    recovery__snapshot_every=8, log_every=3, checkpoint_minutes=0.004, seed=5, threads=1, device="cpu",
     precision="float32")
 # A few updates of everything, for faults that are tried one after another.
-SHORT = CONFIG | dict(epochs=2, batch_size=256, width=1, attack_steps=1, outer_steps=1, buffer_size=256, log_every=5,
-                      checkpoint_minutes=0.0)
+SHORT = CONFIG | dict(
+    schedule__epochs=2, optimizer__batch_size=256, network__width=1, attack__steps=1, chain__outer_steps=1,
+    replay__size=256, log_every=5, checkpoint_minutes=0.0)
 
 
 def options(config):
     "A configuration's fields as the command's options."
     argv = []
     for field, value in config.items():
-        name = field.replace("_", "-")
+        name = field.replace("__", ".").replace("_", "-")
         if isinstance(value, bool):
-            argv.append(f"--{name}" if value else f"--no-{name}")
+            place, dot, last = name.rpartition(".")
+            argv.append(f"--{name}" if value else f"--{place}{dot}no-{last}")
         else:
             argv += [f"--{name}", str(value)]
     return argv
@@ -409,8 +412,8 @@ def bytes_changed(folder, n=200, seed=0, whole=None):
 # Divergence
 
 DIVERGING = CONFIG | dict(
-    epochs=4, attack_steps=1, warmup_steps=5, ema_decay=0.0, noise_std=0.0, pad=0, flip=False, log_every=2,
-    checkpoint_minutes=0.0, seed=0)
+    schedule__epochs=4, schedule__warmup_steps=5, attack__steps=1, optimizer__ema_decay=0.0, chain__noise_std=0.0,
+    augment__pad=0, augment__flip=False, log_every=2, checkpoint_minutes=0.0, seed=0)
 
 
 @contextlib.contextmanager
@@ -436,8 +439,8 @@ def wrong_with_failed(run, said, events, config):
         wrong.append(f"message: {said!r}")
     if run.trained:
         wrong.append("a diverged run has final weights")
-    if len(events) != config.recoveries:
-        wrong.append(f"{len(events)} event lines for {config.recoveries} recoveries")
+    if len(events) != config.recovery.times:
+        wrong.append(f"{len(events)} event lines for {config.recovery.times} recoveries")
     return wrong
 
 
@@ -473,14 +476,14 @@ def diverge(folder, system="robust_jem", nan_at=None, **changes):
 
 # Each must recover or say that it can't.
 CASES = {
-    "lr x50": dict(lr=5.0),
+    "lr x50": dict(optimizer__lr=5.0),
     "NaN in a weight": dict(nan_at=25),
-    "sampler steps x2500": dict(system="jempp", sampler_step_size=100.0),
-    "sampler steps x25000": dict(system="jempp", sampler_step_size=1000.0),
+    "sampler steps x2500": dict(system="jempp", chain__step_size=100.0),
+    "sampler steps x25000": dict(system="jempp", chain__step_size=1000.0),
 }
 # JEM at a learning rate that it can't bear: fails without recoveries, ends well with the default ones.
-TOO_FAST = dict(system="jem", lr=0.03, outer_steps=4)
-RECOVERING = DIVERGING | TOO_FAST | dict(epochs=2)
+TOO_FAST = dict(system="jem", optimizer__lr=0.03, chain__outer_steps=4)
+RECOVERING = DIVERGING | TOO_FAST | dict(schedule__epochs=2)
 
 
 def divergence(folder, say=print):
@@ -499,7 +502,7 @@ def divergence(folder, say=print):
     for name, changes in CASES.items():
         if not one(name, **changes).events:
             wrong.append(f"{name}: nothing happened")
-    if not one("JEM without recoveries", **TOO_FAST, recoveries=0).said:
+    if not one("JEM without recoveries", **TOO_FAST, recovery__times=0).said:
         wrong.append("JEM without recoveries: didn't diverge")
     r = one("JEM with recoveries", **TOO_FAST)
     if r.said or not r.events:
@@ -554,7 +557,7 @@ def commands():
     import test_cli as usual                                           # which import this module
     import test_faults as hostile
     small, after = options(SHORT), usual.AFTER_TRAINING
-    pets = ["train", "--dataset", "pets", *small, "--batch-size", "2", "--pad", "0", "--out", "new"]
+    pets = ["train", "--dataset", "pets", *small, "--optimizer.batch-size", "2", "--augment.pad", "0", "--out", "new"]
     found = {line: (None, line.split()) for line, _ in usual.OPTIONS}
     for line, _ in hostile.OPTIONS:
         out = [] if "--out" in line else ["--out", "new"]
@@ -579,15 +582,15 @@ PARAMETERS = [
     ("train", dict(system="jem2")),
     ("train", dict(system=["jem"])),
     ("generate", dict(run=5)),
-    ("train", dict(eps=-0.1)),
-    ("train", dict(lr="0.1")),
+    ("train", dict(attack__eps=-0.1)),
+    ("train", dict(optimizer__lr="0.1")),
     ("train", dict(dataset="../digits")),
     ("train", dict(milestones=["soon"])),
     ("train", dict(seed=2**63)),
-    ("train", dict(out="runs/robust_jem", eps=0.3)),
+    ("train", dict(out="runs/robust_jem", attack__eps=0.3)),
     ("train", dict(out="runs")),
     ("train", dict(device="gpu", out="new")),
-    ("train", dict(pad=8, out="new")),
+    ("train", dict(augment__pad=8, out="new")),
     ("generate", dict(run="runs")),
     ("generate", RUN | dict(method="gan")),
     ("generate", RUN | dict(num_samples=30)),
@@ -793,8 +796,8 @@ def calls_of_runs(t):
 
     return {
         "generate": (
-            partial(generate, "gan"), partial(generate, contrast=0), partial(generate, "energy", outer_steps=-1),
-            partial(generate, "attack", eps=-1.0), partial(generate, attack_statistics="both")),
+            partial(generate, "gan"), partial(generate, contrast=0), partial(generate, "energy", chain__outer_steps=-1),
+            partial(generate, "attack", attack__eps=-1.0), partial(generate, attack__statistics="both")),
         "model": (
             partial(jem.generate, t.far), partial(jem.energy, t.x, t.far), partial(RobustJEM.from_run, "nowhere"),
             partial(RobustJEM.from_pretrained, "no/such/folder"), partial(RobustJEM.from_pretrained, path),
@@ -806,7 +809,8 @@ def calls_of_runs(t):
             lambda: Run.create(configure(TrainConfig, "jem", out=str(path))),
             lambda: Run.create(configure(TrainConfig, out="runs")), partial(Run, 5), partial(Run, "x" * 5000)),
         "stage": (
-            partial(fit, batch_size=5000, buffer_size=5000), partial(fit, pad=8), partial(fit, dataset="mnist"),
+            partial(fit, optimizer__batch_size=5000, replay__size=5000), partial(fit, augment__pad=8),
+            partial(fit, dataset="mnist"),
             partial(fit, device="gpu"), partial(draw, run="nowhere"), partial(draw, num_samples=30),
             partial(draw, name="new", device="gpu"), partial(evaluate, run="nowhere"),
             partial(evaluate, extractor="missing.pt"), partial(tables.collect, "nowhere"),
@@ -954,7 +958,7 @@ def report_bytes(folder, args):
 def report_divergence(folder, args):
     yield "divergence:", []
     yield None, divergence(folder, lambda line: print(line, flush=True))
-    for name, changes in (("robust_jem", dict(lr=5.0)), ("jem", dict(TOO_FAST))):
+    for name, changes in (("robust_jem", dict(optimizer__lr=5.0)), ("jem", dict(TOO_FAST))):
         for after in (0, 12):
             different = recovered_then_killed(folder / f"again-{name}-{after}", after, **changes)
             what = f"{name} killed {after} updates after its recovery"

@@ -20,16 +20,17 @@ from tqdm import tqdm
 
 from .executors import LocalProcesses, SlurmJob, SlurmJobs
 from .stage import StageFailed, Task, run_notebook
-from ..core.config import Config, option
+from ..core.config import Config, option, settings
 from ..core.errors import InputError
 from ..core.files import read_json
 from ..core.images import data_root, load_images
 from ..engine.runtime import OutOfTime, resolve_device
 from ..judge.extractors import feature_extractor
-from ..systems.catalog import RUNTIME_FIELDS, Suite, TrainConfig, configure, sample_plan
+from ..systems.base import TrainConfig, differences
+from ..systems.catalog import Suite, configure, sample_plan, system_class
 
 # %% ../../nbs/app/02_replicate.ipynb #900c4c62
-@dataclass(frozen=True)
+@settings
 class ReplicateConfig(Config):
     "What to replicate, from training to Table 1 and Figures 1–3."
     dataset: str = "digits"                  # digits, cifar10, cifar100, svhn or a folder of images
@@ -54,7 +55,6 @@ class ReplicateConfig(Config):
     minutes: int = option(60, 1)       # that each job of a cluster may take; longer ones go on with the same command
 
     def __post_init__(self):
-        super().__post_init__()
         for s in self.systems:
             configure(TrainConfig, s, self.dataset, self.preset)       # unknown names fail here
         for name in ("systems", "seeds", "sampling_seeds"):
@@ -104,7 +104,7 @@ class Stage:
             return 0.0
         with contextlib.suppress(OSError, ValueError, IndexError, KeyError):
             last = (self.run / "metrics.jsonl").read_text().splitlines()[-1]
-            return min(1.0, json.loads(last)["epoch"] / self.expected[0][1].epochs)
+            return min(1.0, json.loads(last)["epoch"] / self.expected[0][1].schedule.epochs)
         return 0.0
 
     def task(self,
@@ -122,9 +122,7 @@ def _holds(file: Path, config: Config) -> bool:
     if not file.exists():
         return False
     there = read_json(file)
-    there = there.get("config", there)
-    asked = {k: v for k, v in config.to_dict().items() if k not in RUNTIME_FIELDS}
-    return all(json.dumps(there.get(k)) == json.dumps(v) for k, v in asked.items())
+    return not differences(there.get("config", there), config)
 
 def notebook_path(name: str) -> Path:
     "A replication notebook: from the repository, or as installed beside the package."
@@ -142,8 +140,7 @@ def _training(config: ReplicateConfig, system: str, seed: int, folder: Path, dat
     "The stage that trains a system."
     where = dict(dataset=dataset or config.dataset, preset=config.preset, root=config.root, device=config.device)
     c = configure(TrainConfig, system, seed=seed, out=str(folder), **where)
-    attacks, chains = bool(c.adversarial_weight) * c.attack_steps, bool(c.likelihood_weight) * c.outer_steps
-    weight = c.epochs * (3 + 2 * attacks + 2 * chains) / 40
+    weight = c.schedule.epochs * system_class(system).effort(c) / 40
     parameters = dict(system=system, seed=seed, out=str(folder), **where)
     return Stage("train", parameters, folder / "notebooks/train.ipynb", [(folder / "config.json", c)], weight)
 

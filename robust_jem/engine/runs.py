@@ -21,8 +21,8 @@ from ..core.errors import InputError
 from ..core.files import source_version, read_json, read_tensors, write_json, write_tensors
 from ..core.images import Images, load_images
 from .runtime import Execution, Policy, as_written
-from ..systems.base import System
-from ..systems.catalog import RUNTIME_FIELDS, TrainConfig, build_system, load_config
+from ..systems.base import GenerateConfig, System, TrainConfig, differences
+from ..systems.catalog import build_system, load_config, load_sampling
 
 # %% ../../nbs/engine/03_runs.ipynb #c16d32ff
 def provenance(device: torch.device, policy: Policy | None = None) -> dict:
@@ -64,10 +64,9 @@ class Run:
         path = Path(config.folder)
         if (path / "config.json").exists():
             run = cls(path)
-            there, given = run.config.to_dict(), config.to_dict()
-            other = [k for k in there if there[k] != given[k] and k not in RUNTIME_FIELDS]
+            other = list(differences(run.config, config).items())
             if other:
-                said = ", ".join(f"{k}: {there[k]} there, {given[k]} given" for k in other[:3])
+                said = ", ".join(f"{k}: {there} there, {given} given" for k, (there, given) in other[:3])
                 raise InputError(f"out: {path} holds a run with other settings ({said}); "
                                  "choose another folder or remove it")
             return run
@@ -143,7 +142,8 @@ class Run:
 
     def model(self, device="cpu") -> nn.Module:
         "The trained network in evaluation mode, of a system that classifies."
-        return self._able(self.system(device), "logits", "classifies").network
+        system = self._able(self.system(device), "logits", "classifies")
+        return getattr(system, "network", system)
 
     def prior(self, device="cpu"):
         "Where chains of the system start."
@@ -180,6 +180,10 @@ class Run:
         "uint8 images, labels, and the summary of a sample set."
         tensors, summary = self._sample_set(name)
         return tensors["x"], tensors["y"], summary
+
+    def drawn_with(self, name: str) -> GenerateConfig:
+        "The configuration of a sample set."
+        return load_sampling(self._sample_set(name)[1]["config"], self.config.system)
 
     def strip(self, name: str) -> tuple[list[str], Tensor]:
         "Stage names, and ten chains at these stages `[stages,10,C,H,W]`."

@@ -239,8 +239,8 @@ def _evaluate(config: EvaluateConfig, run: Run, at: Execution, progress: bool) -
     cache.get("held-out", scorer.settings(), lambda: scorer("held-out", None, images.test_y))
     if not what_is_lacking("prior", can):
         _prior(config, run, scorer, cache, max([len(x) for x, _, _ in sets.values()], default=len(images.test_x)))
-    for name, (x, y, summary) in sets.items():
-        _sample_set(name, x, y, summary, scorer, cache)
+    for name in sets:
+        _sample_set(run, name, scorer, cache)
     return run.scores()
 
 def _check_sets(run: Run, sets: dict):
@@ -292,8 +292,10 @@ def _prior(config: EvaluateConfig, run: Run, scorer: SampleScorer, cache: Result
         return scorer("prior", to_uint8(x), y)
     cache.get("prior", scorer.settings() | dict(num_samples=n, seed=config.seed), measure)
 
-def _sample_set(name: str, x: Tensor, y: Tensor, summary: dict, scorer: SampleScorer, cache: ResultCache):
-    "One set of the run's samples."
+def _sample_set(run: Run, name: str, scorer: SampleScorer, cache: ResultCache):
+    "One set of a run's samples."
+    x, y, summary = run.samples(name)
+    labelled = run.drawn_with(name).labelled
     asked = summary["config"]
     settings = scorer.settings() | dict(
         samples=asked | {"batch_size": summary["batch_size"], "precision": summary["precision"]},
@@ -301,5 +303,4 @@ def _sample_set(name: str, x: Tensor, y: Tensor, summary: dict, scorer: SampleSc
         weights=summary["weights"],
         share_outside=summary["share_outside"],
     )
-    of_classes = asked["conditional"] or asked["method"] != "energy"
-    cache.get(name, settings, lambda: scorer(name, x, y if of_classes else None))
+    cache.get(name, settings, lambda: scorer(name, x, y if labelled else None))

@@ -50,8 +50,8 @@ class EvalTarget:
     title: str
     model: nn.Module | None                  # [B,C,H,W] in [-1,1] -> [B,K], in evaluation mode; none: no classifier
     images: Images
-    config: TrainConfig                      # sampler and attack, as trained with or as chosen for it
-    chain: GenerateConfig                    # how chains run
+    config: TrainConfig                      # chain and attack, as trained with or as chosen for it
+    chain: GenerateConfig                    # how chains are run from the prior
     prior: object | None                     # where chains start; none: there are no chains
     sets: dict[str, tuple[Tensor, Tensor, bool]]      # uint8 samples, labels, whether these are the samples' classes
     settings: dict                           # what tells it from others: hashes of weights, samples and data
@@ -65,12 +65,10 @@ class EvalTarget:
         for name in run.sample_names():
             x, y, summary = run.samples(name)
             asked[name], drawn[name] = summary["config"], tensors_hash({"x": x, "y": y})
-            sets[name] = x, y, asked[name]["conditional"] or asked[name]["method"] != "energy"
-        chains = [c for c in asked.values() if c["method"] == "energy"]
-        if chains:
-            chain = GenerateConfig.from_dict(chains[0])
-        else:
-            chain = configure(GenerateConfig, config.system, config.dataset, config.preset)
+            sets[name] = x, y, run.drawn_with(name).labelled
+        ways = [run.drawn_with(name) for name in asked]
+        chains = [how for how in ways if how.method == "energy"]
+        chain = chains[0] if chains else configure(GenerateConfig, config.system, config.dataset, config.preset)
         title = SYSTEMS[config.system].title
         if "@" in config.dataset:
             title += f", {config.dataset}"
@@ -97,12 +95,12 @@ class EvalTarget:
             net = SignedInterval(net)
         answers = check_classifier(net, images, config.model)
         model = at.accelerate(net)
-        sampler = configure(TrainConfig, "robust_jem", config.model_data, preset, seed=config.seed, root=config.root)
-        chain = configure(GenerateConfig, "robust_jem", config.model_data, preset, sampler_statistics="running")
-        prior, y, sets = build_prior(sampler, images, at.device), torch.arange(images.num_classes).repeat(10), {}
+        asked = configure(TrainConfig, "robust_jem", config.model_data, preset, seed=config.seed, root=config.root)
+        running = {"attack.statistics": "running", "chain.statistics": "running"}
+        chain = configure(GenerateConfig, "robust_jem", config.model_data, preset, **running)
+        prior, y, sets = build_prior(asked, images, at.device), torch.arange(images.num_classes).repeat(10), {}
         for method in ("attack", "energy"):
-            x = generate(model, prior, y, method, sampler=sampler, outer_steps=chain.outer_steps, eps=chain.eps,
-                         attack_statistics="running", sampler_statistics="running",
+            x = generate(model, prior, y, replace(chain, method=method), trained=asked.chain,
                          generator=stream(config.seed, method, device=at.device))
             sets[method] = to_uint8(x).cpu(), y, True
         settings = dict(
@@ -114,7 +112,7 @@ class EvalTarget:
             fingerprint=images.fingerprint,
             precision=at.policy.precision,
         )
-        return cls(config.model, model, images, sampler, chain, prior, sets, settings, at)
+        return cls(config.model, model, images, asked, chain, prior, sets, settings, at)
 
 def import_model(spec: str, images: Images) -> nn.Module:
     """The classifier that `package.module:factory` makes; the working directory is searched too.
@@ -348,7 +346,7 @@ def landscape_part(target: EvalTarget, c: EvaluateConfig, n: int = 1000, chains:
     path, real = _energies_along_chains(target, x[:chains], chains, generator)
     values = {
         "median energy": {name: e.median().item() for name, e in energies.items()},
-        "statistics": {"images": "running", "chains": target.chain.sampler_statistics},
+        "statistics": {"images": "running", "chains": target.chain.chain.statistics},
         "chains": chains,
         "steps": len(path) - 1,
         "n": {name: len(v) for name, v in groups.items()},
@@ -358,7 +356,7 @@ def landscape_part(target: EvalTarget, c: EvaluateConfig, n: int = 1000, chains:
 
 def _landscape_groups(target: EvalTarget, c: EvaluateConfig, x: Tensor, y: Tensor, n: int, generator) -> dict:
     "Up to `n` images of each kind, test images `x` among them."
-    images, device, eps = target.images, target.at.device, target.config.eps
+    images, device, eps = target.images, target.at.device, target.config.attack.eps
     def attack(size):
         parts = []
         for a, b in zip(x.split(size), y.split(size)):
@@ -376,18 +374,18 @@ def _landscape_groups(target: EvalTarget, c: EvaluateConfig, x: Tensor, y: Tenso
 
 def _energies_along_chains(target: EvalTarget, x: Tensor, chains: int, generator) -> tuple[Tensor, Tensor]:
     "E(x) after each step of chains `[steps + 1, chains]`, and of test images `x`, by the chains' own batch statistics."
-    path, device, how = [], target.at.device, target.chain
+    path, device = [], target.at.device
+    chain = target.chain.chain.of(target.config.chain)
     y = torch.arange(chains) % target.images.num_classes
     @torch.no_grad()
     def note(_, state):
         path.append(marginal_energy(target.model(state)).cpu())
-    with untouched(target.model, how.sampler_statistics):
+    with untouched(target.model, chain.statistics):
         start = target.prior.sample(y, generator).to(device)
         note(0, start)
         with torch.no_grad():
             real = marginal_energy(target.model(to_unit(x.to(device)))).cpu()
-        run_chains(target.model, start, target.config, y.to(device), generator, outer_steps=how.outer_steps,
-                   inner_steps=how.inner_steps, statistics=how.sampler_statistics, on_step=note)
+        run_chains(target.model, start, chain, y.to(device), generator, on_step=note)
     return torch.stack(path), real
 
 def neighbours_part(target: EvalTarget, c: EvaluateConfig, scorer: SampleScorer, k: int = 3) -> tuple[dict, dict]:
