@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch.distributions import Categorical, MixtureSameFamily, MultivariateNormal
 
+from robust_jem.core.config import merged
 from robust_jem.core.errors import InputError
 from robust_jem.core.files import read_tensors
 from robust_jem.core.images import Images, augment, to_uint8, to_unit
@@ -20,20 +21,18 @@ from robust_jem.engine.runs import Run
 from robust_jem.engine.runtime import as_written
 from robust_jem.engine.sample import generate_samples
 from robust_jem.engine.train import train
-from robust_jem.systems.base import Batch, Step
-from robust_jem.systems.catalog import GenerateConfig, TrainConfig, build_system, configure
+from robust_jem.systems.base import Batch, GenerateConfig, Step, TrainConfig
+from robust_jem.systems.catalog import build_system, configure
 from robust_jem.systems.score import Ncsn, annealed_langevin, denoising_loss, dequantized
 
-TINY = dict(network="dense", channels=16, stages=1, levels=5)
+TINY = dict(network="dense", channels=16, stages=1, levels=5, sigma_max=2.0, sigma_min=0.02)
 DIES_AT = 30  # an update in the middle of the second epoch
 
 
 def settings(out, **changes):
     how = dict(
-        updates=0,
-        epochs=3,
-        batch_size=64,
-        ema_decay=0.9,
+        schedule=dict(updates=0, epochs=3),
+        optimizer=dict(batch_size=64, ema_decay=0.9),
         log_every=4,
         threads=1,
         device="cpu",
@@ -42,7 +41,7 @@ def settings(out, **changes):
         score=TINY,
         out=str(out),
     )
-    return configure(TrainConfig, "ncsn", **(how | changes))
+    return configure(TrainConfig, "ncsn", **merged(how, changes))
 
 
 def images_of(x):
@@ -84,8 +83,8 @@ def test_the_loss_is_the_definition_in_float64():
 def test_an_update_minimises_that_loss(network, scaled):
     "The metric of an update, again from its random numbers, by a float64 copy of the network."
     images = images_of(torch.randint(0, 256, (8, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(1)))
-    score = TINY | dict(network=network, stages=2, scaled=scaled, conditional=True, sigma_min=0.02)
-    system, step = in_training("ncsn_conditional", images, score=score, flip=True)
+    score = TINY | dict(network=network, stages=2, scaled=scaled, conditional=True)
+    system, step = in_training("ncsn_conditional", images, score=score, augment__flip=True)
     net = copy.deepcopy(system.network).double()
     state = step.generators["noise"].get_state()
     step.begin(0, 1e-3)
@@ -120,8 +119,8 @@ def test_the_learned_score_of_a_gaussian_is_the_closed_form():
 
     score = dict(network="dense", channels=64, stages=1, levels=5, sigma_max=1.0, sigma_min=0.05, scaled=True,
                  dequantize=False)
-    updates = 2500
-    system, step = in_training("ncsn", images_of(to_uint8(draw(100))), score=score, ema_decay=0.99)
+    updates = 1500
+    system, step = in_training("ncsn", images_of(to_uint8(draw(100))), score=score, optimizer__ema_decay=0.99)
     labels = torch.zeros(256, dtype=torch.int64)
     for number in range(updates):
         step.begin(number, 3e-3 * 0.5 * (1 + np.cos(np.pi * number / updates)))
@@ -219,10 +218,10 @@ def test_a_training_that_diverges_is_taken_back(here, monkeypatch):
         return update(self, batch, step)
 
     monkeypatch.setattr(Ncsn, "update", poison)
-    with pytest.warns(UserWarning, match=r"recovery 1 of 3: back to update 22, lr 0\.0005$"):
-        run = Run(train(settings("run", lr=1e-3, snapshot_every=5), progress=False))
+    with pytest.warns(UserWarning, match=r"recovery 1 of 3: back to update 22, optimizer\.lr 0\.0005$"):
+        run = Run(train(settings("run", optimizer=dict(lr=1e-3), recovery=dict(snapshot_every=5)), progress=False))
     (event,) = run.summary["events"]
-    assert event["settings"] == {"lr": 0.0005} and event["back_to"] == 22
+    assert event["settings"] == {"optimizer.lr": 0.0005} and event["back_to"] == 22
     assert all(v.isfinite().all() for v in run.system().state_dict().values())
 
 
@@ -234,7 +233,7 @@ def test_a_loss_worse_than_silence_is_unhealthy():
 
 
 def test_it_is_sampled_by_level_and_repeats(here):
-    train(settings("run", epochs=1), progress=False)
+    train(settings("run", schedule=dict(epochs=1)), progress=False)
     how = dict(run="run", num_samples=30, batch_size=20, level_steps=3, denoise=True, device="cpu")
     for name in ("annealed", "again"):
         generate_samples(configure(GenerateConfig, "ncsn", name="" if name == "annealed" else name, **how),
@@ -253,7 +252,7 @@ def test_it_is_sampled_by_level_and_repeats(here):
 
 
 def test_classes_are_asked_for_or_drawn(here):
-    digits = dict(score=TINY | dict(conditional=True), device="cpu", precision="float32", epochs=1, updates=0)
+    digits = dict(score=TINY | dict(conditional=True), device="cpu", precision="float32", schedule=dict(epochs=1, updates=0))
     run = Run(train(configure(TrainConfig, "ncsn_conditional", out="run", **digits), progress=False))
     system, y = run.system(), torch.tensor([3, 7])
     assert configure(GenerateConfig, "ncsn_conditional").conditional
@@ -276,7 +275,7 @@ def test_classes_are_asked_for_or_drawn(here):
 @pytest.mark.parametrize(
     ("argv", "says"),
     [
-        (["--score.sigma-min", "3"], ["sigma_min: 3 isn't below sigma_max 2"]),
+        (["--score.sigma-min", "6"], ["sigma_min: 6 isn't below sigma_max 5"]),
         (["--score.sigma-max", "0"], ["sigma_max: 0.0 is outside"]),
         (["--score.levels", "0"], ["levels: 0 is outside"]),
         (["--score.network", "refinenet", "--score.stages", "5"], ["stages: 5 is outside 1..4"]),
@@ -294,7 +293,8 @@ def test_the_published_model_is_built_trained_and_sampled():
     images = images_of(torch.randint(0, 256, (128, 3, 32, 32), dtype=torch.uint8, generator=generator))
     config = configure(TrainConfig, "ncsn", "cifar10", "paper", device="cpu", precision="float32")
     c = config.score
-    assert (config.updates, config.batch_size, config.lr, config.schedule) == (200_000, 128, 1e-3, "constant")
+    assert (config.schedule.updates, config.schedule.kind) == (200_000, "constant")
+    assert (config.optimizer.kind, config.optimizer.batch_size, config.optimizer.lr) == ("adam", 128, 1e-3)
     assert (c.sigma_max, c.sigma_min, c.levels, c.channels, c.network) == (2.0, 0.02, 10, 128, "refinenet")
     generators = {name: torch.Generator().manual_seed(0) for name in ("noise", "choices")}
     system = build_system(config, images, as_written("cpu"), generators["noise"])
@@ -302,7 +302,7 @@ def test_the_published_model_is_built_trained_and_sampled():
     began = time.perf_counter()
     losses = []
     for number in range(3):
-        step.begin(number, config.lr)
+        step.begin(number, config.optimizer.lr)
         losses.append(float(system.update(Batch(images.train_x, images.train_y), step)["loss"]))
     seconds = (time.perf_counter() - began) / 3
     how = configure(GenerateConfig, "ncsn", "cifar10", "paper", level_steps=1)

@@ -4,29 +4,28 @@
 
 # %% auto #0
 __all__ = ['Score', 'ScoreConfig', 'ScoreSampling', 'ConditionalSampling', 'denoising_loss', 'annealed_langevin',
-           'build_score_net', 'build_optimizer', 'dequantized', 'Ncsn', 'ConditionalNcsn']
+           'build_score_net', 'dequantized', 'Ncsn', 'ConditionalNcsn']
 
-# %% ../../nbs/systems/07_score.ipynb #297b9bbe
+# %% ../../nbs/systems/07_score.ipynb #aa0d4ca6
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from ..core.config import Config, option
+from ..core.config import Config, option, settings
 from ..core.errors import InputError
 from ..core.images import Images, augment, to_unit
 from ..ebm.samplers import sgld
 from ..networks.ncsn import DenseScoreNet, ScoreNet
-from .base import Batch, Runtime, Step, System
-from .catalog import GenerateConfig, TrainConfig
+from .base import Batch, GenerateConfig, Runtime, Step, System, TrainConfig
+from .hybrid import build_optimizer
 
-# %% ../../nbs/systems/07_score.ipynb #86416872
-@dataclass(frozen=True)
+# %% ../../nbs/systems/07_score.ipynb #08b7b5cc
+@settings
 class Score(Config):
     "Noise levels and network of a score model; defaults are NCSN's on CIFAR-10, its levels on the [-1,1] scale."
     sigma_max: float = option(2.0, 1e-9)  # largest noise, on the [-1,1] scale (NCSN: 1 on [0,1])
@@ -41,7 +40,6 @@ class Score(Config):
     dequantize: bool = True  # uniform noise of one grey level on real images (NCSN's code)
 
     def __post_init__(self):
-        super().__post_init__()
         if self.sigma_min > self.sigma_max or (self.levels > 1 and self.sigma_min == self.sigma_max):
             raise InputError(f"sigma_min: {self.sigma_min:g} isn't below sigma_max {self.sigma_max:g}; "
                              "accepted: noise levels from large to small")
@@ -51,12 +49,12 @@ class Score(Config):
         "The noise levels: a geometric sequence."
         return torch.logspace(0, 1, self.levels, self.sigma_min / self.sigma_max, dtype=torch.float64) * self.sigma_max
 
-@dataclass(frozen=True)
+@settings
 class ScoreConfig(TrainConfig):
     "Everything that the training of a score model depends on."
     score: Score = Score()
 
-@dataclass(frozen=True)
+@settings
 class ScoreSampling(GenerateConfig):
     "How a score model is sampled: annealed Langevin dynamics; defaults are NCSN's."
     method: Literal["annealed"] = "annealed"
@@ -65,7 +63,7 @@ class ScoreSampling(GenerateConfig):
     relative_step: float = option(0.2, 0)  # a step's α by σ² of its level (NCSN: ε/σ_L² = 2e-5/0.01²)
     denoise: bool = False  # end with the mean of the clean image given the last state (NCSN: no)
 
-@dataclass(frozen=True)
+@settings
 class ConditionalSampling(ScoreSampling):
     "The same, for a system that has classes."
     conditional: bool = True
@@ -103,7 +101,7 @@ def annealed_langevin(
             on_level(level, x)
     return x + sigmas[-1]**2 * score(len(sigmas) - 1, x) if denoise else x
 
-# %% ../../nbs/systems/07_score.ipynb #5ea70b56
+# %% ../../nbs/systems/07_score.ipynb #97960eb6
 def build_score_net(config: ScoreConfig, images: Images) -> ScoreNet | DenseScoreNet:
     "The network of a configuration, initialised from its seed; the global random state is left alone."
     c = config.score
@@ -114,13 +112,6 @@ def build_score_net(config: ScoreConfig, images: Images) -> ScoreNet | DenseScor
             return DenseScoreNet(images.shape, conditions, c.channels, c.stages)
         return ScoreNet(conditions, c.channels, c.stages, c.norm, images.shape[0])
 
-def build_optimizer(config: TrainConfig, parameters: list[nn.Parameter]) -> Optimizer:
-    "Adam, or SGD with momentum."
-    fused = parameters[0].device.type == "cuda"
-    if config.optimizer == "sgd":
-        return torch.optim.SGD(parameters, config.lr, momentum=0.9, weight_decay=config.weight_decay, fused=fused)
-    return torch.optim.Adam(parameters, config.lr, betas=(0.9, 0.999), weight_decay=config.weight_decay, fused=fused)
-
 def dequantized(
     x: Tensor, # images [B,C,H,W] in [-1,1], of 256 grey levels
     generator: torch.Generator | None = None, # on the images' device
@@ -128,7 +119,7 @@ def dequantized(
     "Each grey level spread evenly over its 256th of [-1, 1], as in NCSN's code."
     return (x * 255 + torch.rand(x.shape, device=x.device, generator=generator) * 2 - 1) / 256
 
-# %% ../../nbs/systems/07_score.ipynb #faf6795f
+# %% ../../nbs/systems/07_score.ipynb #09eae46a
 class Ncsn(System):
     "NCSN: a network for the scores of the images at several noise levels; it draws images, and has no density."
     capabilities = frozenset({"sample"})
@@ -151,10 +142,10 @@ class Ncsn(System):
             self._prepare_training()
 
     def _prepare_training(self):
-        c, parameters = self.config, list(self.network.parameters())
+        c = self.config.optimizer
         if c.ema_decay:
             self.average = AveragedModel(self.network, multi_avg_fn=get_ema_multi_avg_fn(c.ema_decay))
-        self._optimizer = build_optimizer(c, parameters)
+        self._optimizer = build_optimizer(c, list(self.network.parameters()), self.runtime)
 
     # training
     def optimizers(self) -> dict[str, Optimizer]:
@@ -164,7 +155,7 @@ class Ncsn(System):
     def update(self, batch: Batch, step: Step) -> dict[str, Tensor]:
         "One step down the loss, each image at a noise level of its own."
         c, noise = self.config, step.generators["noise"]
-        x = augment(to_unit(batch.x), c.pad, c.flip, noise)
+        x = augment(to_unit(batch.x), c.augment.pad, c.augment.flip, noise)
         if c.score.dequantize:
             x = dequantized(x, noise)
         level = torch.randint(c.score.levels, (len(x),), device=x.device, generator=noise)
@@ -181,6 +172,24 @@ class Ncsn(System):
         if row.get("loss", 0.0) > 50:
             return f"the loss is {row['loss']:.3g} (a score of zero has 0.5)"
         return None
+
+    @classmethod
+    def described(cls, config: ScoreConfig) -> dict[str, str]:
+        "Network, noise levels, averaging."
+        c, schedule, decay = config.score, config.schedule, config.optimizer.ema_decay
+        length = f"{schedule.updates:,} updates" if schedule.updates else f"{schedule.epochs} epochs"
+        kind = "RefineNet" if c.network == "refinenet" else "dense network"
+        levels = f"{c.levels} noise levels {c.sigma_max:g} to {c.sigma_min:g}"
+        return {
+            "network": f"{kind} of {c.channels} channels and {c.stages} stages, {levels}, {length}",
+            "weights": f"weights averaged with decay {decay:g}" if decay else "last weights, not averaged",
+        }
+
+    @classmethod
+    def drawing_described(cls, config: ScoreConfig, how: ScoreSampling) -> str:
+        "Steps, and their size."
+        end = ", denoised" if how.denoise else ""
+        return f"{how.level_steps} Langevin steps of {how.relative_step:g} σ² at each noise level{end}"
 
     # the finished system
     def weights(self) -> dict[str, Tensor]:
