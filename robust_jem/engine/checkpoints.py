@@ -19,14 +19,19 @@ from ..core.files import read_tensors, write_tensors
 from ..core.images import Images
 from ..core.random import stream_seed
 from .runtime import Execution
-from ..systems.base import Batch, Step
+from ..systems.base import Batch, Step, System
 from ..systems.catalog import RUNTIME_FIELDS, TrainConfig, build_system
 
 # %% ../../nbs/engine/05_checkpoints.ipynb #555a2be6
 class TrainState:
     "A system in training, its generators, how far it is, and what it had to recover from."
 
-    def __init__(self, config: TrainConfig, images: Images, runtime: Execution):
+    def __init__(self,
+        config: TrainConfig,
+        images: Images,
+        runtime: Execution,
+        source: System | None = None, # a trained system that this one starts from; none: from scratch, or from a file
+    ):
         self.fingerprint, self.seed = images.fingerprint, config.seed
         self.world, self.device, self.precision = runtime.world, runtime.device, runtime.precision
         self.step = 0                                   # updates done
@@ -37,6 +42,8 @@ class TrainState:
         self.generators = {"noise": torch.Generator(runtime.device), "choices": torch.Generator()}
         self.reseed()
         self.system = build_system(config, images, runtime, self.generators["noise"])
+        if source is not None:
+            self.system.adopt(source)
         self.optimizers = self.system.optimizers()
         self.stepper = Step(self.optimizers, self.generators, runtime.world)
         self.snapshot = self.copy()

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ..core.errors import InputError
+
 # %% ../../nbs/systems/00_base.ipynb #c7863b65
 class Runtime(Protocol):
     "What a system may know of where it runs; `engine.runtime.Execution` is one."
@@ -91,7 +93,7 @@ class System(nn.Module):
     Everything that changes while training is a parameter, buffer, submodule or optimizer, so `state_dict()` is the
     checkpoint.
     """
-    capabilities: frozenset[str] = frozenset()      # of {"logits", "log_density", "normalised", "sample", "start"}
+    capabilities: frozenset[str] = frozenset()      # of the table above
     shown: tuple[str, ...] = ("loss",)              # metrics that stand beside the progress bar
     watched: dict[str, float] = {"gradient_norm": 5.0}      # metrics that mustn't jump, each with what is never a jump
     softened: tuple[str, ...] = ("lr",)             # settings that `back_off` changes
@@ -106,6 +108,13 @@ class System(nn.Module):
         self.asked = self.config = config           # as asked for, and as it goes on after recoveries
 
     # training
+    def adopt(self, source: "System"):
+        """Begin with what another trained system has learnt.
+
+        Raises `InputError` where this kind doesn't start from another run, or not from one of that kind or size.
+        """
+        raise InputError(f"source: {self.config.system} does not start from another run; leave it empty")
+
     def optimizers(self) -> dict[str, Optimizer]:
         "The optimizers by name; the same ones at every call."
         raise NotImplementedError

@@ -28,7 +28,8 @@ Compile = Literal["auto", "off", "default", "reduce-overhead", "max-autotune", "
 Suite = Literal["table", "full", "robustness", "calibration", "detection", "distal", "landscape", "neighbours"]
 # Fields that say where and how fast, not what: a run may go on with others.
 RUNTIME_FIELDS = {
-    "out", "run", "root", "device", "threads", "compile", "max_minutes", "keep_checkpoints", "checkpoint_minutes",
+    "out", "run", "root", "source", "device", "threads", "compile", "max_minutes",
+    "keep_checkpoints", "checkpoint_minutes",
 }
 
 @dataclass(frozen=True)
@@ -39,6 +40,8 @@ class TrainConfig(Config):
     preset: str = "paper"  # where unset fields come from: see PRESETS
     seed: int = option(0, 0, 2**63 - 1)  # of everything random: initialisation, order, noise, chains
     out: str = ""  # run folder; empty: runs/<dataset>-<preset>/<system>-s<seed>
+    source: str = ""  # finished run that the training starts from; empty: from scratch
+    source_weights: str = ""  # hash of that run's weights; empty: filled in when the training begins
     root: str = ""  # folder of the data sets; empty: $ROBUST_JEM_DATA, else ./data
     device: str = "auto"  # auto, cpu, cuda, cuda:1, …
     threads: int = option(0, 0, 4096)  # CPU threads, at most one a core; 0: PyTorch's choice
@@ -82,7 +85,7 @@ class TrainConfig(Config):
     batch_size: int = option(64, 1)  # real images, and chains, an update (JEM++)
     epochs: int = option(150, 0)  # passes over the training set (JEM++)
     updates: int = option(0, 0)  # updates in all, in place of whole epochs; 0: as epochs says
-    schedule: Literal["step", "cosine", "constant"] = "step"  # of the learning rate
+    schedule: Literal["step", "cosine", "linear", "constant"] = "step"  # of the learning rate
     milestones: tuple[int, ...] = option((50, 100, 125), 0)  # epochs at which a step schedule decays (JEM++)
     decay: float = option(0.2, 0, 1)  # factor of a step schedule (JEM++)
     warmup_steps: int = option(1000, 0)  # updates of linear warm-up (JEM++)
@@ -209,6 +212,7 @@ class Entry:
     train: dict[str, Any]
     methods: tuple[str, ...] = ()
     kind: str | type[System] = "robust_jem.systems.hybrid:Hybrid"       # a subclass of `System`, or its place
+    source_system: str = ""             # the system whose finished run it starts from; empty: from scratch
 
     @property
     def family(self) -> str:
@@ -235,7 +239,20 @@ SYSTEMS: dict[str, Entry] = {
     "robust_jem": Entry("Robust JEM", "Korst and Asadulaev", dict(), ("energy", "combined")),
 }
 _FLOWS: dict[str, Entry] = {}
-_GANS: dict[str, Entry] = {}
+_GAN = dict(
+    optimizer="adam", lr=2e-4, weight_decay=0.0, schedule="linear", updates=500_000, warmup_steps=0, pad=0, flip=False,
+)
+_DDLS = _GAN | dict(lr=1e-3, schedule="cosine", updates=10_000)      # of the head alone
+_GANS: dict[str, Entry] = {
+    "sngan": Entry("SNGAN", "Miyato et al. 2018", _GAN, ("sample",), "robust_jem.systems.gan:Sngan"),
+    "sngan_conditional": Entry(
+        "SNGAN, class-conditional", "Miyato and Koyama 2018", _GAN, ("sample",),
+        "robust_jem.systems.gan:ConditionalSngan",
+    ),
+    "ddls": Entry(
+        "DDLS", "Che et al. 2020", _DDLS, ("latent",), "robust_jem.systems.latent:Ddls", source_system="sngan",
+    ),
+}
 _SCORES: dict[str, Entry] = {}
 SYSTEMS |= _FLOWS | _GANS | _SCORES
 

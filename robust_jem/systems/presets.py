@@ -38,7 +38,14 @@ _ADAM = dict(lr=1e-4)                                                    # as in
 _FLOW_PAPER: dict[str, dict] = {"train": {}, "generate": {}}
 _FLOW_DIGITS: dict[str, dict] = {"train": {}, "generate": {}}
 _GAN_PAPER: dict[str, dict] = {"train": {}, "generate": {}}
-_GAN_DIGITS: dict[str, dict] = {"train": {}, "generate": {}}
+_GAN_SIZES = dict(latent=16, generator_width=48, critic_width=48, critic_steps=2)
+_GAN_DIGITS: dict[str, dict] = {
+    "train": {
+        "gan": dict(gan=_GAN_SIZES, schedule="linear", warmup_steps=0, lr=1e-3, updates=1500),
+        "latent": dict(gan=_GAN_SIZES, warmup_steps=0, updates=400),
+    },
+    "generate": {"latent": dict(chain=dict(steps=100))},
+}
 _SCORE_PAPER: dict[str, dict] = {"train": {}, "generate": {}}
 _SCORE_DIGITS: dict[str, dict] = {"train": {}, "generate": {}}
 PRESETS: dict[str, dict[str, dict[str, dict[str, Any]]]] = {
