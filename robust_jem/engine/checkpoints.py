@@ -135,7 +135,7 @@ class TrainState:
 
     def _gathered(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         "The same, with all processes' parts of what each has a part of."
-        parts = {k for k in tensors if k.startswith("generator.") or self._is_shared_out(k)}
+        parts = {k for k in tensors if _is_generator(k) or self._is_shared_out(k)}
         return {k: self.world.gather(v) if k in parts else v for k, v in tensors.items()}
 
     def _is_shared_out(self, key: str) -> bool:
@@ -171,13 +171,13 @@ class TrainState:
 
     def _mine(self, key: str, v: Tensor, processes: int) -> Tensor:
         "This process's part of a tensor of a checkpoint."
-        if "generator." in key:
+        if _is_generator(key):
             return v[self.world.rank if processes == self.world.size else 0][None]
         return v.chunk(self.world.size)[self.world.rank] if self._is_shared_out(key) else v
 
     def _fit_generators(self, tensors: dict[str, Tensor]) -> bool:
         "Whether saved states fit these generators; a CPU's doesn't fit a GPU's."
-        saved = {k: v for k, v in tensors.items() if "generator." in k}
+        saved = {k: v for k, v in tensors.items() if _is_generator(k)}
         return all(v.shape[1:] == self.generators[k.split(".")[-1]].get_state().shape for k, v in saved.items())
 
     def _warn_of_changes(self, path: Path, meta: dict, fresh: bool):
@@ -283,6 +283,10 @@ def moment_shapes(
 
 def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+def _is_generator(key: str) -> bool:
+    "Whether a tensor is the state of a random generator; a GAN's network of that name isn't."
+    return key.startswith(("generator.", "snapshot.generator."))
 
 def _is_event(event) -> bool:
     return isinstance(event, dict) and type(event.get("back_to")) is int and type(event.get("step")) is int
