@@ -6,7 +6,7 @@
 __all__ = ['critic_hinge', 'Gan', 'GanConfig', 'GanSampling', 'ConditionalGanSampling', 'build_networks', 'Sngan',
            'ConditionalSngan']
 
-# %% ../../nbs/systems/05_gan.ipynb #ce9e7a74
+# %% ../../nbs/systems/05_gan.ipynb #80e88ff2
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -20,7 +20,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from ..core.config import Config, option
 from ..core.images import Images, augment, to_unit
 from ..ebm.energy import untouched
-from ..networks.sngan import Critic, Generator
+from ..networks.sngan import Critic, Generator, settled
 from .base import Batch, Runtime, Step, System
 from .catalog import GenerateConfig, TrainConfig
 
@@ -73,7 +73,7 @@ def build_networks(
         generator = Generator(images.shape, gan.latent, gan.generator_width, num_classes)
         return generator, Critic(images.shape, gan.critic_width, num_classes)
 
-# %% ../../nbs/systems/05_gan.ipynb #a5f551fb
+# %% ../../nbs/systems/05_gan.ipynb #3476341c
 class Sngan(System):
     "A spectrally normalised GAN with the hinge loss."
     capabilities = frozenset({"sample"})
@@ -168,9 +168,9 @@ class Sngan(System):
 
     # the finished system
     def weights(self) -> dict[str, Tensor]:
-        "The critic's, and the generator's or their average where there is one."
+        "The critic's, settled, and the generator's or their average where there is one."
         generator = self.generator if self.average is None else self.average.module
-        parts = (("generator", generator), ("critic", self.critic))
+        parts = (("generator", generator), ("critic", settled(self.critic)))
         return {f"{name}.{k}": v for name, network in parts for k, v in network.state_dict().items()}
 
     # samples
