@@ -37,11 +37,20 @@ _ADAM = dict(lr=1e-4)                                                    # as in
 # The systems of other kinds: dataset -> stage -> family or system -> changes.
 _FLOW_PAPER: dict[str, dict] = {"train": {}, "generate": {}}
 _FLOW_DIGITS: dict[str, dict] = {"train": {}, "generate": {}}
-_GAN_PAPER: dict[str, dict] = {"train": {}, "generate": {}}
-_GAN_SIZES = dict(latent=16, generator_width=48, critic_width=48, critic_steps=2)
+_GAN_RATES = dict(lr=2e-4, batch_size=64, schedule="linear", warmup_steps=0)
+_HEAD_RATES = dict(lr=1e-3, batch_size=64, schedule="cosine", warmup_steps=0)
+_GAN_PAPER: dict[str, dict] = {"train": {}, "generate": {}}            # the catalog's settings are the published ones
+_GAN_H100 = {"gan": _GAN_RATES | dict(updates=20_000), "latent": _HEAD_RATES | dict(updates=2000)}
+_GAN_NARROW = dict(generator_width=64, critic_width=64)
+_GAN_CPU = {
+    "gan": _GAN_RATES | dict(gan=_GAN_NARROW, updates=4000),
+    "latent": _HEAD_RATES | dict(gan=_GAN_NARROW, updates=500),
+}
+_SHORT_CHAINS = {"latent": dict(chain=dict(steps=100))}
+_GAN_SIZES = dict(latent=16, generator_width=32, critic_width=32, critic_steps=1)
 _GAN_DIGITS: dict[str, dict] = {
     "train": {
-        "gan": dict(gan=_GAN_SIZES, schedule="linear", warmup_steps=0, lr=1e-3, updates=1500),
+        "gan": dict(gan=_GAN_SIZES, schedule="linear", warmup_steps=0, lr=2e-3, updates=2800, ema_decay=0.99),
         "latent": dict(gan=_GAN_SIZES, warmup_steps=0, updates=400),
     },
     "generate": {"latent": dict(chain=dict(steps=100))},
@@ -57,13 +66,14 @@ PRESETS: dict[str, dict[str, dict[str, dict[str, Any]]]] = {
         ),
     }},
     "h100": {"*": {
-        "train": {"*": _H100, "jem": _ADAM, "jem_factored": _ADAM, "igebm": _ADAM},
+        "train": {"*": _H100, "jem": _ADAM, "jem_factored": _ADAM, "igebm": _ADAM} | _GAN_H100,
         "generate": {"*": dict(num_samples=10_000, batch_size=500)},      # 50 steps: 18 seconds of an H200
         "evaluate": {"*": dict(num_restarts=1000, num_strangers=2000)},
     }},
     "cifar10-cpu": {"*": {
-        "train": {"*": _CIFAR10_CPU, "jem": _ADAM, "jem_factored": _ADAM, "igebm": _ADAM},
-        "generate": {"*": dict(num_samples=10_000, batch_size=250)},     # with the paper's 50 steps, the default
+        "train": {"*": _CIFAR10_CPU, "jem": _ADAM, "jem_factored": _ADAM, "igebm": _ADAM} | _GAN_CPU,
+        # with the paper's 50 steps, the default
+        "generate": {"*": dict(num_samples=10_000, batch_size=250)} | _SHORT_CHAINS,
         "evaluate": {"*": dict(num_robust=1000, num_restarts=200, num_strangers=1000, num_autoattack=100)},
     }},
     "cpu": {
@@ -83,8 +93,8 @@ PRESETS: dict[str, dict[str, dict[str, dict[str, Any]]]] = {
             "evaluate": {"*": _DIGITS_SCORES},
         },
         "*": {
-            "train": {"*": _CPU},
-            "generate": {"*": dict(num_samples=1000, batch_size=125, outer_steps=30)},
+            "train": {"*": _CPU} | _GAN_CPU,
+            "generate": {"*": dict(num_samples=1000, batch_size=125, outer_steps=30)} | _SHORT_CHAINS,
             "evaluate": {"*": dict(num_robust=1000)},
         },
     },
