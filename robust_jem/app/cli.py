@@ -30,7 +30,6 @@ EXAMPLES = {        # of each command: what it does, and command lines that can 
     "train": (
         "Train one system, or continue an interrupted run.",
         "robust-jem train --system robust_jem --dataset digits --preset cpu\n"
-        "robust-jem train --system ddls --source runs/digits-cpu/sngan-s0\n"
         "robust-jem train --system jempp --dataset cifar10 --preset paper --device cuda --out runs/jempp"
         " --max-minutes 8.5\n"
         "torchrun --nproc-per-node 2 -m robust_jem.app.cli train --system robust_jem --dataset digits",
