@@ -109,7 +109,7 @@ class Generator(nn.Module):
             h = block(h, y)
         return torch.tanh(self.conv(F.relu(self.norm(h))))
 
-# %% ../../nbs/networks/02_sngan.ipynb #d807a935
+# %% ../../nbs/networks/02_sngan.ipynb #40464413
 def _normalised(layer: nn.Module, gain: float = 1.0) -> nn.Module:
     "A layer whose weight is divided by its largest singular value, as power iterations in training follow it."
     if isinstance(layer, nn.Embedding):
@@ -161,9 +161,13 @@ class Critic(nn.Module):
         self.linear = _normalised(nn.Linear(width, 1))
         self.embedding = _normalised(nn.Embedding(num_classes, width)) if num_classes else None
 
+    def activations(self, x: Tensor) -> Tensor:
+        "What the blocks make of images: `[B,width,h,w]`."
+        return F.relu(self.blocks(x))
+
     def features(self, x: Tensor) -> Tensor:
         "φ(x): activations summed over the pixels, `[B,width]`."
-        return F.relu(self.blocks(x)).sum((2, 3))
+        return self.activations(x).sum((2, 3))
 
     def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         return self.judged(self.features(x), y)

@@ -56,11 +56,12 @@ def latent_chain(
         return z, float(accepted.mean())
     return sgld(score, z, steps, step_size, generator=generator, on_step=on_step), 1.0
 
-# %% ../../nbs/systems/06_latent.ipynb #e3b549b1
+# %% ../../nbs/systems/06_latent.ipynb #5ce2d948
 @dataclass(frozen=True)
 class Head(Config):
     "The calibration of a critic."
-    width: int = option(64, 0)  # hidden units on the critic's features; 0: logistic regression
+    width: int = option(128, 0)  # hidden units on the critic's activations; 0: logistic regression
+    dropout: float = option(0.2, 0, 0.99)  # share of the activations that an update doesn't see
 
 @dataclass(frozen=True)
 class DdlsConfig(GanConfig):
@@ -82,7 +83,7 @@ class DdlsSampling(GenerateConfig):
     conditional: bool = False  # its samples are of no asked class
     chain: LatentChain = LatentChain()  # in z
 
-# %% ../../nbs/systems/06_latent.ipynb #684cbe48
+# %% ../../nbs/systems/06_latent.ipynb #055f4b6f
 class Ddls(System):
     "A finished SNGAN as an energy of its noise, its critic calibrated."
     capabilities = frozenset({"sample", "latent"})
@@ -100,7 +101,7 @@ class Ddls(System):
         self.images, self.runtime = images, runtime
         generator, critic = build_networks(config, images, conditional=False)
         self.generator, self.critic = generator.to(runtime.device), critic.to(runtime.device)
-        self.head = build_head(config, critic.width).to(runtime.device)
+        self.head = build_head(config, 16 * critic.width).to(runtime.device)
         self.generator.requires_grad_(False)
         self.critic.requires_grad_(False)
         self.eval()
@@ -134,12 +135,18 @@ class Ddls(System):
         x = augment(to_unit(batch.x), c.pad, c.flip, noise)
         with torch.no_grad():
             generated = self.generator(self._prior(len(x), noise))
-            features = self.critic.features(torch.cat([x, generated]))
+            features = self.features(torch.cat([x, generated]))
+            kept = torch.rand(features.shape, device=features.device, generator=noise) >= c.head.dropout
+            features = features * kept / (1 - c.head.dropout)
         real_ratio, generated_ratio = self.head(features).squeeze(1).chunk(2)
         loss = (F.softplus(-real_ratio) + F.softplus(generated_ratio)).mean() / 2
         told_apart = ((real_ratio > 0).float() + (generated_ratio < 0).float()).mean() / 2
         norm = step.optimize("head", loss)
         return {"loss": loss.detach(), "told_apart": told_apart, "gradient_norm": norm}
+
+    def features(self, x: Tensor) -> Tensor:
+        "The critic's last activations, averaged to 4×4 pixels, `[B,16 width]`."
+        return F.adaptive_avg_pool2d(self.critic.activations(x), 4).flatten(1)
 
     def _prior(self, n: int, rng: torch.Generator) -> Tensor:
         return torch.randn(n, self.config.gan.latent, device=self.runtime.device, generator=rng)
@@ -150,7 +157,7 @@ class Ddls(System):
         calibrated: bool = True, # no: the critic's raw number
     ) -> Tensor: # [B]
         "d(x) = log p(x)/p_G(x), up to a constant, as far as it was learnt."
-        return self.head(self.critic.features(x)).squeeze(1) if calibrated else self.critic(x)
+        return self.head(self.features(x)).squeeze(1) if calibrated else self.critic(x)
 
     def latent_energy(self,
         z: Tensor, # [B,latent]
@@ -199,7 +206,7 @@ class Ddls(System):
 
 def build_head(
     config: DdlsConfig, # its width, and the seed
-    features: int, # of the critic
+    features: int, # how many of the critic it sees
 ) -> nn.Sequential: # features [B,features] -> [B,1]
     "The head on a critic's features, drawn from the run's seed; it starts at log ratio 0."
     width = config.head.width

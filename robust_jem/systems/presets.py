@@ -51,7 +51,7 @@ _GAN_SIZES = dict(latent=16, generator_width=32, critic_width=32, critic_steps=1
 _GAN_DIGITS: dict[str, dict] = {
     "train": {
         "gan": dict(gan=_GAN_SIZES, schedule="linear", warmup_steps=0, lr=2e-3, updates=2800, ema_decay=0.99),
-        "latent": dict(gan=_GAN_SIZES, warmup_steps=0, updates=400),
+        "latent": dict(gan=_GAN_SIZES, warmup_steps=0, updates=400, weight_decay=1e-4),
     },
     "generate": {"latent": dict(chain=dict(steps=100))},
 }
