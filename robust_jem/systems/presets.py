@@ -53,7 +53,7 @@ _GAN_DIGITS: dict[str, dict] = {
         "gan": dict(gan=_GAN_SIZES, schedule="linear", warmup_steps=0, lr=2e-3, updates=2800, ema_decay=0.99),
         "latent": dict(gan=_GAN_SIZES, warmup_steps=0, updates=400, weight_decay=1e-4),
     },
-    "generate": {"latent": dict(chain=dict(steps=100))},
+    "generate": {"latent": dict(chain=dict(steps=100, step_size=0.05))},
 }
 _SCORE_PAPER: dict[str, dict] = {"train": {}, "generate": {}}
 _SCORE_DIGITS: dict[str, dict] = {"train": {}, "generate": {}}
