@@ -241,6 +241,7 @@ SYSTEMS: dict[str, Entry] = {
 _FLOWS: dict[str, Entry] = {}
 _GAN = dict(
     optimizer="adam", lr=2e-4, weight_decay=0.0, schedule="linear", updates=500_000, warmup_steps=0, pad=0, flip=False,
+    precision="float32",                        # their networks run in nothing else
 )
 _DDLS = _GAN | dict(lr=1e-3, schedule="cosine", updates=10_000)      # of the head alone
 _GANS: dict[str, Entry] = {
