@@ -25,8 +25,16 @@ from robust_jem.systems.catalog import GenerateConfig, TrainConfig, configure
 REPO = Path(__file__).resolve().parent.parent
 # Two epochs of a few updates each: enough to have a trained run, small enough for every test session.
 # In float32, so that no bit depends on whether this processor is fast at another precision.
-TINY = dict(epochs=2, batch_size=128, attack_steps=2, outer_steps=2, buffer_size=200, warmup_steps=0, threads=1,
-            device="cpu", precision="float32")
+TINY = dict(
+    schedule=dict(epochs=2, warmup_steps=0),
+    optimizer=dict(batch_size=128),
+    attack=dict(steps=2),
+    chain=dict(outer_steps=2),
+    replay=dict(size=200),
+    threads=1,
+    device="cpu",
+    precision="float32",
+)
 
 
 @pytest.fixture(autouse=True)
@@ -71,7 +79,7 @@ def make_runs(root):
     "Two trained runs below a folder: `robust_jem`, with a sample set, and `judge`."
     train(configure(TrainConfig, "robust_jem", **TINY, out=str(root / "robust_jem")), progress=False)
     samples = configure(GenerateConfig, "robust_jem", run=str(root / "robust_jem"), num_samples=40, batch_size=40,
-                        outer_steps=2, device="cpu")
+                        chain__outer_steps=2, device="cpu")
     generate_samples(samples, progress=False)
     train(configure(TrainConfig, "wide_resnet", **TINY, seed=1000, out=str(root / "judge")), progress=False)
     return root

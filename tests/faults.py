@@ -48,21 +48,24 @@ from robust_jem.systems.catalog import EvaluateConfig, GenerateConfig, TrainConf
 REPO = Path(__file__).resolve().parent.parent
 # Everything that has a state takes part, and checkpoints are also written in the middle of an epoch.
 CONFIG = dict(
-    epochs=3, batch_size=128, attack_steps=2, outer_steps=2, buffer_size=200, warmup_steps=10, ema_decay=0.9, flip=True,
-    pad=1, noise_std=0.01, log_every=3, snapshot_every=8, checkpoint_minutes=0.004, seed=5, threads=1, device="cpu",
+    schedule__epochs=3, schedule__warmup_steps=10, optimizer__batch_size=128, optimizer__ema_decay=0.9,
+    attack__steps=2, chain__outer_steps=2, chain__noise_std=0.01, replay__size=200, augment__flip=True, augment__pad=1,
+    recovery__snapshot_every=8, log_every=3, checkpoint_minutes=0.004, seed=5, threads=1, device="cpu",
     precision="float32")
 # A few updates of everything, for faults that are tried one after another.
-SHORT = CONFIG | dict(epochs=2, batch_size=256, width=1, attack_steps=1, outer_steps=1, buffer_size=256, log_every=5,
-                      checkpoint_minutes=0.0)
+SHORT = CONFIG | dict(
+    schedule__epochs=2, optimizer__batch_size=256, network__width=1, attack__steps=1, chain__outer_steps=1,
+    replay__size=256, log_every=5, checkpoint_minutes=0.0)
 
 
 def options(config):
     "A configuration's fields as the command's options."
     argv = []
     for field, value in config.items():
-        name = field.replace("_", "-")
+        name = field.replace("__", ".").replace("_", "-")
         if isinstance(value, bool):
-            argv.append(f"--{name}" if value else f"--no-{name}")
+            place, dot, last = name.rpartition(".")
+            argv.append(f"--{name}" if value else f"--{place}{dot}no-{last}")
         else:
             argv += [f"--{name}", str(value)]
     return argv
@@ -409,8 +412,8 @@ def bytes_changed(folder, n=200, seed=0, whole=None):
 # Divergence
 
 DIVERGING = CONFIG | dict(
-    epochs=4, attack_steps=1, warmup_steps=5, ema_decay=0.0, noise_std=0.0, pad=0, flip=False, log_every=2,
-    checkpoint_minutes=0.0, seed=0)
+    schedule__epochs=4, schedule__warmup_steps=5, attack__steps=1, optimizer__ema_decay=0.0, chain__noise_std=0.0,
+    augment__pad=0, augment__flip=False, log_every=2, checkpoint_minutes=0.0, seed=0)
 
 
 @contextlib.contextmanager
@@ -436,8 +439,8 @@ def wrong_with_failed(run, said, events, config):
         wrong.append(f"message: {said!r}")
     if run.trained:
         wrong.append("a diverged run has final weights")
-    if len(events) != config.recoveries:
-        wrong.append(f"{len(events)} event lines for {config.recoveries} recoveries")
+    if len(events) != config.recovery.times:
+        wrong.append(f"{len(events)} event lines for {config.recovery.times} recoveries")
     return wrong
 
 
@@ -473,14 +476,14 @@ def diverge(folder, system="robust_jem", nan_at=None, **changes):
 
 # Each must recover or say that it can't.
 CASES = {
-    "lr x50": dict(lr=5.0),
+    "lr x50": dict(optimizer__lr=5.0),
     "NaN in a weight": dict(nan_at=25),
-    "sampler steps x2500": dict(system="jempp", sampler_step_size=100.0),
-    "sampler steps x25000": dict(system="jempp", sampler_step_size=1000.0),
+    "sampler steps x2500": dict(system="jempp", chain__step_size=100.0),
+    "sampler steps x25000": dict(system="jempp", chain__step_size=1000.0),
 }
 # JEM at a learning rate that it can't bear: fails without recoveries, ends well with the default ones.
-TOO_FAST = dict(system="jem", lr=0.03, outer_steps=4)
-RECOVERING = DIVERGING | TOO_FAST | dict(epochs=2)
+TOO_FAST = dict(system="jem", optimizer__lr=0.03, chain__outer_steps=4)
+RECOVERING = DIVERGING | TOO_FAST | dict(schedule__epochs=2)
 
 
 def divergence(folder, say=print):
@@ -499,7 +502,7 @@ def divergence(folder, say=print):
     for name, changes in CASES.items():
         if not one(name, **changes).events:
             wrong.append(f"{name}: nothing happened")
-    if not one("JEM without recoveries", **TOO_FAST, recoveries=0).said:
+    if not one("JEM without recoveries", **TOO_FAST, recovery__times=0).said:
         wrong.append("JEM without recoveries: didn't diverge")
     r = one("JEM with recoveries", **TOO_FAST)
     if r.said or not r.events:
@@ -554,7 +557,7 @@ def commands():
     import test_cli as usual                                           # which import this module
     import test_faults as hostile
     small, after = options(SHORT), usual.AFTER_TRAINING
-    pets = ["train", "--dataset", "pets", *small, "--batch-size", "2", "--pad", "0", "--out", "new"]
+    pets = ["train", "--dataset", "pets", *small, "--optimizer.batch-size", "2", "--augment.pad", "0", "--out", "new"]
     found = {line: (None, line.split()) for line, _ in usual.OPTIONS}
     for line, _ in hostile.OPTIONS:
         out = [] if "--out" in line else ["--out", "new"]
@@ -570,6 +573,9 @@ def commands():
     for name, write in hostile.EXTRACTORS.items():
         found[f"extractor: {name}"] = lambda here, write=write: write(here / "net.pt"), evaluate_with("net.pt")
     no_settings = Path("runs/robust_jem/samples/energy/summary.json")
+    found |= models_from_elsewhere()
+    nowhere = ["evaluate", "--run", "runs/pets", "--root", "nowhere", "--device", "cpu"]
+    found["data that moved"] = data_that_moved, nowhere
     found["samples: no settings"] = lambda _: no_settings.write_text("{}"), evaluate_with("classifier:runs/judge")
     return found
 
@@ -579,15 +585,15 @@ PARAMETERS = [
     ("train", dict(system="jem2")),
     ("train", dict(system=["jem"])),
     ("generate", dict(run=5)),
-    ("train", dict(eps=-0.1)),
-    ("train", dict(lr="0.1")),
+    ("train", dict(attack__eps=-0.1)),
+    ("train", dict(optimizer__lr="0.1")),
     ("train", dict(dataset="../digits")),
     ("train", dict(milestones=["soon"])),
     ("train", dict(seed=2**63)),
-    ("train", dict(out="runs/robust_jem", eps=0.3)),
+    ("train", dict(out="runs/robust_jem", attack__eps=0.3)),
     ("train", dict(out="runs")),
     ("train", dict(device="gpu", out="new")),
-    ("train", dict(pad=8, out="new")),
+    ("train", dict(augment__pad=8, out="new")),
     ("generate", dict(run="runs")),
     ("generate", RUN | dict(method="gan")),
     ("generate", RUN | dict(num_samples=30)),
@@ -770,7 +776,133 @@ def calls_of_inputs(t):
             partial(ood.ood_scores, m, (x + 1) / 2), partial(ood.ood_scores, m, x * nan),
             partial(ood.ood_scores, m, raw[0]), partial(ood.auroc, f, f), partial(diversity.nearest, raw, x),
             partial(diversity.nearest, x * nan, x)),
+    } | calls_of_forms(t, labels, pixels)
+
+
+class Odd(torch.nn.Module):
+    "A model whose answer is something else than logits, or comes without a gradient."
+
+    def __init__(self, model, answer):
+        super().__init__()
+        self.model, self.answer = model, answer
+
+    def forward(self, x):
+        return self.answer(self.model, x)
+
+
+def raises(model, x):
+    raise ValueError("only on\nSundays")
+
+
+def without_gradients(model, x):
+    with torch.no_grad():
+        return model(x)
+
+
+ANSWERS = {
+    "raises": raises, "no gradient": without_gradients, "tuple": lambda model, x: (model(x), x),
+    "one number": lambda model, x: model(x)[:, 0], "probabilities": lambda model, x: model(x).softmax(1),
+}
+
+
+def calls_of_forms(t, labels, pixels):
+    "The same, and models that aren't classifiers, of attacks, chains, energies and losses."
+    m, x, y = t.model, t.x, t.y
+    prior = t.prior
+
+    def with_all(model=m, x=x, y=y):
+        return (
+            partial(attacks.pgd, model, x, y, 0.1, 1), partial(attacks.distal, model, x, y, max_steps=1),
+            partial(energy.score, model, x, y),
+            lambda: samplers.sgld(energy.score_of(model, y), x, 1, 0.1),
+            lambda: samplers.proximal_sgld(energy.score_of(model, y), x, 1, 1, 0.1))
+
+    far_away = (t.raw.float(), (x + 1) / 2)
+    return {
+        "labels of attacks and chains": [call for wrong in labels for call in with_all(y=wrong)],
+        # a chain without bounds may begin anywhere near
+        "pixels of attacks and chains": [
+            call for wrong in pixels for call in with_all(x=wrong)
+            if not (isinstance(wrong, torch.Tensor) and 1 < wrong.abs().max() < 2)],
+        "models of attacks and chains": [
+            call for name in ANSWERS for call in with_all(model=Odd(m, ANSWERS[name]))],
+        "energies": [
+            *(partial(energy.energy, m, wrong, y) for wrong in (*far_away, x * t.nan, t.raw.int(), "digits")),
+            *(partial(energy.energy, m, x, wrong) for wrong in labels),
+            partial(energy.energy, torch.nn.Sequential(m, torch.nn.LogSoftmax(1)), x),
+            partial(energy.energy, len, x), partial(energy.score, len, x),
+            partial(energy.joint_energy, t.logits, "three")],
+        "losses": [
+            *(partial(objectives.classification_loss, m, x, wrong) for wrong in labels),
+            *(partial(objectives.classification_loss, m, wrong, y) for wrong in far_away),
+            partial(objectives.likelihood_loss, m, x, t.raw.float()),
+            partial(objectives.classification_loss, m, x[:0], [])],
+        "priors": [
+            *(partial(prior.sample, wrong) for wrong in labels),
+            *(partial(UniformPrior((1, 8, 8)).sample, wrong) for wrong in labels),
+            *(partial(GaussianMixturePrior.fit, wrong, y, 10) for wrong in pixels), partial(prior.sample, y, 0)],
+        "settings": [
+            partial(attacks.pgd, m, x, y, "0.1", 1), partial(attacks.pgd, m, x, y, 0.1, 1.5),
+            partial(attacks.pgd, m, x, y, 0.1, 1, generator=0), partial(attacks.pgd, m, x, y, 0.1, 1, bounds=(1, -1)),
+            partial(attacks.pgd, m, t.raw.float(), y, 8, 1), partial(attacks.pgd, m, 2 * x, y, 0.1, 1),
+            partial(samplers.proximal_sgld, energy.score_of(m), 2 * x, 1, 1, 0.1),
+            partial(samplers.sgld, lambda x: x.sum(1), x, 1, 0.1), partial(core_images.to_unit, t.raw.numpy()),
+            partial(core_images.to_uint8, t.raw), partial(core_images.add_noise, t.raw, 0.1)],
     }
+
+
+FACTORIES = {
+    "raises in its forward pass": "def forward(self, x): raise ValueError('only on Sundays')",
+    "runs under no_grad": "def forward(self, x):\n  with torch.no_grad(): return self.net(x)",
+    "runs under inference_mode": "def forward(self, x):\n  with torch.inference_mode(): return self.net(x)",
+    "detaches": "def forward(self, x): return self.net(x).detach()",
+    "gives a tuple": "def forward(self, x): return self.net(x), x",
+    "gives a dictionary": "def forward(self, x): return {'logits': self.net(x)}",
+    "gives nothing": "def forward(self, x): self.net(x)",
+    "gives one number": "def forward(self, x): return self.net(x)[:, 0]",
+    "gives other classes": "def forward(self, x): return self.net(x)[:, :7]",
+    "gives probabilities": "def forward(self, x): return self.net(x).softmax(1)",
+    "gives NaN": "def forward(self, x): return self.net(x) * float('nan')",
+    "takes three channels": "def forward(self, x): return self.net(x[:, [0, 1, 2]])",
+    "takes other arguments": "def forward(self, x, y): return self.net(x)",
+    "says nothing": "def forward(self, x): raise RuntimeError",
+}
+FACTORY = """import torch
+class Odd(torch.nn.Module):
+ def __init__(self):
+  super().__init__()
+  self.net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))
+ {}
+"""
+MAKERS = {
+    "is no module": "def Odd(): return 5", "raises": "def Odd(): raise RuntimeError('no weights')",
+    "wants an argument": "def Odd(weights): return weights", "isn't there": "x = 1", "doesn't parse": "def Odd(: pass",
+    "fails when it is imported": "1 / 0", "exits when it is imported": "import sys; sys.exit(3)",
+    "exits": "import sys\ndef Odd(): sys.exit(3)", "imports what isn't there": "import no_such_package",
+}
+
+
+def models_from_elsewhere():
+    "Command lines that judge a model which can't be judged."
+    found = {}
+    sources = {name: FACTORY.format(code.replace("\n", "\n ")) for name, code in FACTORIES.items()} | MAKERS
+    for i, (name, source) in enumerate(sources.items()):
+        def write(here, module=f"odd_{os.getpid()}_{i}", source=source):
+            (here / f"{module}.py").write_text(source)
+        argv = ["evaluate", "--model", f"odd_{os.getpid()}_{i}:Odd", "--model-data", "digits", "--suite", "calibration",
+                "--out", "judged", "--device", "cpu"]
+        found[f"model that {name}"] = write, argv
+    return found
+
+
+SMALL = dict(optimizer__batch_size=2, augment__pad=0, schedule__epochs=1, threads=1, device="cpu", precision="float32")
+
+
+def data_that_moved(here):
+    "A run on an image tree that lies elsewhere now."
+    config = configure(TrainConfig, "wide_resnet", dataset="pets", root="data", out="runs/pets", **SMALL)
+    train(config, progress=False)
+    (here / "data").rename(here / "elsewhere")
 
 
 def calls_of_runs(t):
@@ -793,20 +925,23 @@ def calls_of_runs(t):
 
     return {
         "generate": (
-            partial(generate, "gan"), partial(generate, contrast=0), partial(generate, "energy", outer_steps=-1),
-            partial(generate, "attack", eps=-1.0), partial(generate, attack_statistics="both")),
+            partial(generate, "gan"), partial(generate, contrast=0), partial(generate, "energy", chain__outer_steps=-1),
+            partial(generate, "attack", attack__eps=-1.0), partial(generate, attack__statistics="both")),
         "model": (
             partial(jem.generate, t.far), partial(jem.energy, t.x, t.far), partial(RobustJEM.from_run, "nowhere"),
             partial(RobustJEM.from_pretrained, "no/such/folder"), partial(RobustJEM.from_pretrained, path),
             partial(other.save_pretrained, "new"), partial(jem.save_pretrained, path / "config.json"),
-            partial(jem.classify, t.raw), partial(jem.classify, three_channels), partial(jem.energy, t.raw)),
+            partial(jem.classify, t.raw.float()), partial(jem.classify, three_channels),
+            partial(jem.energy, (t.x + 1) / 2), partial(jem.energy, t.x, t.y[:, None]),
+            partial(jem.classify, t.x * t.nan)),
         "run": (
             partial(Run, "nowhere"), partial(Run, path / "config.json"), partial(Run, "a\0b"),
             lambda: Run(path).samples("gan"), lambda: Run(path).strip(".."),
             lambda: Run.create(configure(TrainConfig, "jem", out=str(path))),
             lambda: Run.create(configure(TrainConfig, out="runs")), partial(Run, 5), partial(Run, "x" * 5000)),
         "stage": (
-            partial(fit, batch_size=5000, buffer_size=5000), partial(fit, pad=8), partial(fit, dataset="mnist"),
+            partial(fit, optimizer__batch_size=5000, replay__size=5000), partial(fit, augment__pad=8),
+            partial(fit, dataset="mnist"),
             partial(fit, device="gpu"), partial(draw, run="nowhere"), partial(draw, num_samples=30),
             partial(draw, name="new", device="gpu"), partial(evaluate, run="nowhere"),
             partial(evaluate, extractor="missing.pt"), partial(tables.collect, "nowhere"),
@@ -887,7 +1022,10 @@ def unaffected():
     back = Path.cwd()
     # a replication that isn't refused fails here, not in ten minutes
     never = mock.Mock(side_effect=AssertionError("a notebook was started"))
-    with mock.patch.dict(os.environ, environment(), clear=True), mock.patch.object(replicate, "notebook_path", never):
+    # imported modules leave no files behind
+    bytecode = mock.patch.object(sys, "dont_write_bytecode", True)
+    notebooks = mock.patch.object(replicate, "notebook_path", never)
+    with mock.patch.dict(os.environ, environment(), clear=True), notebooks, bytecode:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             try:
@@ -954,7 +1092,7 @@ def report_bytes(folder, args):
 def report_divergence(folder, args):
     yield "divergence:", []
     yield None, divergence(folder, lambda line: print(line, flush=True))
-    for name, changes in (("robust_jem", dict(lr=5.0)), ("jem", dict(TOO_FAST))):
+    for name, changes in (("robust_jem", dict(optimizer__lr=5.0)), ("jem", dict(TOO_FAST))):
         for after in (0, 12):
             different = recovered_then_killed(folder / f"again-{name}-{after}", after, **changes)
             what = f"{name} killed {after} updates after its recovery"

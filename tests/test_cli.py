@@ -24,6 +24,7 @@ from robust_jem.bench.benchmark import BenchmarkConfig
 from robust_jem.bench.tune import TuneConfig
 from robust_jem.core import images as core_images
 from robust_jem.core.errors import InputError
+from robust_jem.core.config import folded
 from robust_jem.core.files import read_json
 from robust_jem.core.images import Images
 from robust_jem.ebm.priors import GaussianMixturePrior
@@ -35,28 +36,28 @@ from robust_jem.systems.catalog import SYSTEMS, EvaluateConfig, GenerateConfig, 
 
 # Options
 
-TINY = ("--epochs", "1", "--attack-steps", "1", "--outer-steps", "1")
+TINY = ("--schedule.epochs", "1", "--attack.steps", "1", "--chain.outer-steps", "1")
 OPTIONS = [
     ("trian", ["command", "'trian'", "train, generate, evaluate, report, benchmark, tune, replicate"]),
     ("train --system jem2", ["system", "'jem2'", *SYSTEMS]),
     ("train --preset tpu", ["preset", "'tpu'", "paper", "cpu"]),
     ("train --dataset nothing", ["dataset", "'nothing'", "digits, cifar10, cifar100, svhn", "{train,test}/<class>"]),
     ("train --dataset ../nothing", ["dataset", "'../nothing'", "digits"]),
-    ("train --epocs 3", ["--epocs", "--epochs"]),
-    ("train --eps -0.1", ["eps", "-0.1", "0..∞"]),
-    ("train --eps much", ["eps", "much", "float"]),
-    ("train --eps nan", ["eps", "nan"]),
-    ("train --eps", ["--eps", "value"]),
-    ("train --batch-size 1.5", ["batch-size", "1.5", "int"]),
-    ("train --system wide_resnet --batch-size 5000", ["batch_size", "5000", "1..1437"]),
-    ("train --buffer-size 10", ["buffer", "10"]),
-    ("train --milestones 10 soon", ["milestones", "soon", re.compile("INT|whole number")]),
-    ("train --norm layer", ["norm", "layer", "batch", "group", "none"]),
+    ("train --epocs 3", ["--epocs", "--schedule.epochs"]),
+    ("train --attack.eps -0.1", ["eps", "-0.1", "0..∞"]),
+    ("train --attack.eps much", ["eps", "much", "float"]),
+    ("train --attack.eps nan", ["eps", "nan"]),
+    ("train --attack.eps", ["--attack.eps", "value"]),
+    ("train --optimizer.batch-size 1.5", ["batch-size", "1.5", "int"]),
+    ("train --system wide_resnet --optimizer.batch-size 5000", ["batch_size", "5000", "1..1437"]),
+    ("train --replay.size 10", ["replay.size", "10"]),
+    ("train --schedule.milestones 10 soon", ["milestones", "soon", re.compile("INT|whole number")]),
+    ("train --network.norm layer", ["norm", "layer", "batch", "group", "none"]),
     ("train --seed -1", ["seed", "-1", "0.."]),
-    ("train --depth 12", ["depth", "12", "6n+4"]),
-    ("train --width 0", ["width", "0", "1..100"]),
-    ("train --pad 8", ["pad", "8", "0..7"]),
-    ("train --reinit-prob 1.5", ["reinit_prob", "1.5", "0..1"]),
+    ("train --network.depth 12", ["depth", "12", "6n+4"]),
+    ("train --network.width 0", ["width", "0", "1..100"]),
+    ("train --augment.pad 8", ["pad", "8", "0..7"]),
+    ("train --replay.reinit-prob 1.5", ["reinit_prob", "1.5", "0..1"]),
     ("train --threads -1", ["threads", "-1", "0..4096"]),
     ("train --device cuda:99", ["device", "cuda:99", "auto, cpu, cuda"]),
     ("train --device meta", ["device", "meta", "auto, cpu, cuda"]),
@@ -66,10 +67,10 @@ OPTIONS = [
     ("generate --run runs/robust_jem --num-samples 0", ["num_samples", "0", "1..∞"]),
     ("generate --run runs/robust_jem --contrast 0 --method combined", ["contrast", "0"]),
     ("generate --run runs/robust_jem --contrast 1.5 --method combined", ["contrast", "1.5", "0..1"]),
-    ("generate --run runs/robust_jem --eps -1 --method attack", ["eps", "-1", "0..∞"]),
-    ("generate --run runs/robust_jem --name ../elsewhere --num-samples 10 --outer-steps 1", ["name", "../elsewhere"]),
+    ("generate --run runs/robust_jem --attack.eps -1 --method attack", ["eps", "-1", "0..∞"]),
+    ("generate --run runs/robust_jem --name ../elsewhere --num-samples 10", ["name", "../elsewhere"]),
     # scores/prior.json is the bare prior's
-    ("generate --run runs/robust_jem --name prior --num-samples 10 --outer-steps 1", ["name", "prior"]),
+    ("generate --run runs/robust_jem --name prior --num-samples 10 --chain.outer-steps 1", ["name", "prior"]),
     ("evaluate --run nowhere", ["run", "nowhere", "config.json"]),
     ("evaluate --run runs/robust_jem --attack-eps -0.1", ["attack_eps", "-0.1", "0..∞"]),
     ("evaluate --run runs/robust_jem --attack-norm l1", ["attack-norm", "l1", "linf", "l2"]),
@@ -99,7 +100,7 @@ def test_no_command_prints_usage(cli):
 
 # The same in a process of its own: what the shell sees
 
-@pytest.mark.parametrize("line, says", [OPTIONS[0], OPTIONS[1], ("train --eps -0.1", ["eps", "-0.1"])])
+@pytest.mark.parametrize("line, says", [OPTIONS[0], OPTIONS[1], ("train --attack.eps -0.1", ["eps", "-0.1"])])
 def test_option_is_refused_by_a_process(run_command, here, line, says):
     done = run_command(*line.split())
     assert done.returncode == 2 and done.stdout == "" and all(w in one_line(done.stderr) for w in says)
@@ -140,7 +141,8 @@ TREES = {
 def test_damaged_image_tree_is_refused(refused, image_tree, damage):
     make, says = TREES[damage]
     make(image_tree())
-    refused("train", "--dataset", "pets", "--batch-size", 2, "--pad", 0, "--out", "out", *TINY, says=says)
+    small = ("--optimizer.batch-size", 2, "--augment.pad", 0)
+    refused("train", "--dataset", "pets", *small, "--out", "out", *TINY, says=says)
 
 
 def offline(*_, **__):
@@ -212,7 +214,7 @@ def full_disk(*_, **__):
 def test_full_disk_leaves_no_half_written_file(refused, runs, monkeypatch):
     monkeypatch.setattr("os.fsync", full_disk)
     refused("train", "--out", "out", *TINY, says=["out/config.json", "No space left on device"])
-    refused("generate", "--run", "runs/robust_jem", "--num-samples", 10, "--outer-steps", 1, "--name", "few",
+    refused("generate", "--run", "runs/robust_jem", "--num-samples", 10, "--chain.outer-steps", 1, "--name", "few",
             says=["samples/few", "No space left on device"])
 
 
@@ -230,13 +232,16 @@ def test_disk_that_fills_while_training_is_one_line(cli, here, monkeypatch):
 
 # Run folders
 
-SET_BY_FIXTURE = ("epochs", "batch_size", "attack_steps", "outer_steps", "buffer_size", "warmup_steps", "threads")
+SET_BY_FIXTURE = (
+    "schedule.epochs", "schedule.warmup_steps", "optimizer.batch_size", "attack.steps", "chain.outer_steps",
+    "replay.size", "threads",
+)
 
 
 def test_run_with_other_settings_is_never_overwritten(refused, runs):
-    given = json.loads((runs / "robust_jem/config.json").read_text())
+    given = folded(json.loads((runs / "robust_jem/config.json").read_text()))
     same = [f"--{k.replace('_', '-')}={given[k]}" for k in SET_BY_FIXTURE]
-    refused("train", "--out", "runs/robust_jem", *same, "--eps", 0.3,
+    refused("train", "--out", "runs/robust_jem", *same, "--attack.eps", 0.3,
             says=["out", "runs/robust_jem", "eps: 0.2 there, 0.3 given"])
     refused("train", "--out", "runs/robust_jem", "--system", "jempp", says=["system: robust_jem there, jempp given"])
 
@@ -247,7 +252,7 @@ def test_samples_with_other_settings_are_never_overwritten(refused, runs):
 
 
 AFTER_TRAINING = {
-    "generate": "generate --run runs/robust_jem --name more --num-samples 10 --outer-steps 1".split(),
+    "generate": "generate --run runs/robust_jem --name more --num-samples 10 --chain.outer-steps 1".split(),
     "evaluate": "evaluate --run runs/robust_jem --extractor classifier:runs/judge --num-robust 10".split(),
 }
 
@@ -462,7 +467,7 @@ def test_help_shows_examples_that_parse(cli, documented_runs, monkeypatch, comma
     examples = [line.strip() for line in result.out.splitlines() if start.match(line.strip())]
     assert examples == EXAMPLES[command][1].splitlines()
     for line in examples:
-        assert type(parse(command, shlex.split(start.sub("", line)))) is CONFIG_OF[command]
+        assert isinstance(parse(command, shlex.split(start.sub("", line))), CONFIG_OF[command])
     for name in inspect.signature(CONFIG_OF[command]).parameters:
         assert f"--{name.replace('_', '-')}" in result.out
 

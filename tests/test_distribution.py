@@ -17,8 +17,8 @@ from robust_jem.core.files import read_tensors
 from robust_jem.engine.runs import Run
 
 OPTIONS = """
-    --system robust_jem --dataset digits@0-4 --epochs 2 --attack-steps 2 --outer-steps 2 --buffer-size 200
-    --warmup-steps 0 --ema-decay 0.9 --threads 1 --device cpu --log-every 5
+    --system robust_jem --dataset digits@0-4 --schedule.epochs 2 --attack.steps 2 --chain.outer-steps 2
+    --replay.size 200 --schedule.warmup-steps 0 --optimizer.ema-decay 0.9 --threads 1 --device cpu --log-every 5
 """.split()
 
 GRADIENT = """
@@ -38,8 +38,8 @@ hybrid.build_model = build_in_float64
 images = load_images("digits")
 
 def settings(norm):
-    return configure(TrainConfig, "robust_jem", norm=norm, batch_size=16, buffer_size=16, device="cpu",
-                     precision="float32", clean_weight=0.5, energy_penalty=0.01)
+    return configure(TrainConfig, "robust_jem", network__norm=norm, optimizer__batch_size=16, replay__size=16,
+                     device="cpu", precision="float32", objective=dict(clean_weight=0.5, energy_penalty=0.01))
 
 def measure(norm, at):
     state = TrainState(settings(norm), images, at)
@@ -192,7 +192,7 @@ def test_two_processes_train_resume_and_generate(torchrun, ranks, here, cli):
     )
 
     # samples don't depend on the number of processes
-    options = ("--num-samples", 50, "--batch-size", 20, "--outer-steps", 2, "--device", "cpu")
+    options = ("--num-samples", 50, "--batch-size", 20, "--chain.outer-steps", 2, "--device", "cpu")
     succeeded(torchrun("-m", "robust_jem.app.cli", "generate", "whole", *options, "--name", "two"))
     assert cli("generate", "whole", *options, "--name", "one").code == 0
     (x, y, two), (a, b, _) = (whole.samples(n) for n in ("two", "one"))
@@ -201,7 +201,7 @@ def test_two_processes_train_resume_and_generate(torchrun, ranks, here, cli):
 
 
 def test_killed_process_ends_the_job_and_leaves_a_whole_checkpoint(here, ranks):
-    argv = ["train", *OPTIONS, "--epochs", "50", "--out", "run"]
+    argv = ["train", *OPTIONS, "--schedule.epochs", "50", "--out", "run"]
     first, second = processes = ranks("-m", "robust_jem.app.cli", *argv)
     end = time.monotonic() + 120
     while not list((here / "run").glob("checkpoints/step-*.safetensors")):
@@ -229,8 +229,8 @@ def test_killed_process_ends_the_job_and_leaves_a_whole_checkpoint(here, ranks):
 @pytest.mark.parametrize(
     "options, says",
     (
-        ("--batch-size 63", "batch_size: 63 can't be divided among 2 processes"),
-        pytest.param("--buffer-size 201", "buffer_size: 201 can't be divided", marks=pytest.mark.long),
+        ("--optimizer.batch-size 63", "optimizer.batch_size: 63 can't be divided among 2 processes"),
+        pytest.param("--replay.size 201", "replay.size: 201 can't be divided", marks=pytest.mark.long),
     ),
 )
 def test_shares_that_are_not_whole_are_refused_once(torchrun, here, options, says):

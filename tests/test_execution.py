@@ -164,10 +164,10 @@ def test_policy_is_recorded(here, device, precision, compile, monkeypatch):
         TrainConfig,
         "jempp",
         dataset="digits@0-1",
-        epochs=1,
-        outer_steps=1,
-        buffer_size=144,
-        batch_size=144,
+        schedule__epochs=1,
+        chain__outer_steps=1,
+        replay__size=144,
+        optimizer__batch_size=144,
         precision=precision,
         compile=compile,
         device=device,
@@ -291,7 +291,7 @@ def test_threads_are_at_most_one_a_core(runs, cli):
                 run,
                 "--num-samples",
                 10,
-                "--outer-steps",
+                "--chain.outer-steps",
                 1,
                 "--name",
                 f"t{given}",
@@ -328,13 +328,13 @@ def test_progress_moves_within_a_batch(runs, monkeypatch):
                 method=method,
                 name=method + "-shown",
                 batch_size=10,
-                target_steps=2,
+                attack__steps=2,
                 device="cpu",
                 **kw,
             )
         )
 
-    draw("combined", num_samples=15, outer_steps=3)
+    draw("combined", num_samples=15, chain__outer_steps=3)
     assert shown == [
         0,
         4,
@@ -402,7 +402,7 @@ def test_samples_shrink_their_batch_and_say_so(runs, monkeypatch, cli):
                 30,
                 "--batch-size",
                 20,
-                "--outer-steps",
+                "--chain.outer-steps",
                 1,
                 "--device",
                 "cpu",
@@ -445,7 +445,7 @@ def slow_down(monkeypatch, network, seconds):
 
 
 def test_time_limit_of_generation_goes_on_to_the_same_samples(runs, cli, monkeypatch):
-    options = ["--num-samples", 60, "--batch-size", 10, "--outer-steps", 2, "--device", "cpu"]
+    options = ["--num-samples", 60, "--batch-size", 10, "--chain.outer-steps", 2, "--device", "cpu"]
     assert cli("generate", runs / "robust_jem", *options, "--name", "whole").code == 0
     slow_down(monkeypatch, Accelerated, 0.1)                # slow enough to be stopped
     codes = []
@@ -512,11 +512,11 @@ def test_time_limit_of_training_has_its_own_exit_code(here, cli):
     options = [
         "--system",
         "jempp",
-        "--epochs",
+        "--schedule.epochs",
         40,
-        "--outer-steps",
+        "--chain.outer-steps",
         2,
-        "--buffer-size",
+        "--replay.size",
         100,
         "--threads",
         1,
@@ -549,11 +549,11 @@ def test_training_and_sampling_on_a_gpu(here, cli, compile):
     options = [
         "--system",
         "robust_jem",
-        "--epochs",
+        "--schedule.epochs",
         2,
-        "--outer-steps",
+        "--chain.outer-steps",
         2,
-        "--attack-steps",
+        "--attack.steps",
         2,
         "--device",
         "cuda",
@@ -562,9 +562,8 @@ def test_training_and_sampling_on_a_gpu(here, cli, compile):
         "--out",
         "run",
     ]
-    assert (
-        cli("train", *options).code == 0 and cli("generate", "run", "--outer-steps", 2, "--compile", compile).code == 0
-    )
+    assert cli("train", *options).code == 0
+    assert cli("generate", "run", "--chain.outer-steps", 2, "--compile", compile).code == 0
     rows = Run("run").metrics()
     assert rows[-1]["loss"] < rows[0]["loss"]
 
@@ -577,17 +576,17 @@ def test_training_on_a_gpu_goes_on_from_its_checkpoint(here, cli, optimizer):
     options = [
         "--system",
         "robust_jem",
-        "--epochs",
+        "--schedule.epochs",
         20,
-        "--outer-steps",
+        "--chain.outer-steps",
         2,
-        "--attack-steps",
+        "--attack.steps",
         2,
         "--device",
         "cuda",
-        "--optimizer",
+        "--optimizer.kind",
         optimizer,
-        "--lr",
+        "--optimizer.lr",
         0.01,
         "--out",
         "run",

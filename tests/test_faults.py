@@ -28,6 +28,7 @@ from robust_jem.engine.runs import Run
 from robust_jem.engine.runtime import OutOfTime
 from robust_jem.engine.pretrained import RobustJEM
 from robust_jem.engine.train import train
+from robust_jem.systems.hybrid import HybridRecovery
 from robust_jem.systems.catalog import EvaluateConfig, GenerateConfig, TrainConfig, configure
 
 QUIET = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -65,12 +66,12 @@ def test_one_changed_byte_is_always_noticed(tmp_path, whole_short):
 @pytest.mark.parametrize("case", faults.CASES)
 def test_diverging_run_recovers_or_says_so(tmp_path, case):
     # in bfloat16, where a CPU multiplies it, one of the cases ends well
-    r = faults.diverge(tmp_path / "run", **faults.CASES[case] | dict(recoveries=1, precision="float32"))
+    r = faults.diverge(tmp_path / "run", **faults.CASES[case] | dict(recovery__times=1, precision="float32"))
     assert r.events and not r.wrong and (r.said or r.run.summary["recoveries"] == 1)
 
 
 def test_jem_that_is_too_fast_needs_its_recoveries(tmp_path):
-    assert "after 0 of 0 recoveries" in faults.diverge(tmp_path / "without", **faults.TOO_FAST, recoveries=0).said
+    assert "after 0 of 0 recoveries" in faults.diverge(tmp_path / "without", **faults.TOO_FAST, recovery__times=0).said
     r = faults.diverge(tmp_path / "with", **faults.TOO_FAST)
     assert not r.said and not r.wrong and r.run.summary["recoveries"] == len(r.events) > 0
 
@@ -164,7 +165,8 @@ def test_checkpoint_of_other_settings(short):
     "Copied in from another run: not taken, and not passed over for the one before it."
     newest = short.run.checkpoints()[0]
     tensors, meta = read_tensors(newest)
-    write_tensors(newest, tensors, meta | {"config": meta["config"] | {"eps": 0.3}})
+    meta["config"]["attack"]["eps"] = 0.3
+    write_tensors(newest, tensors, meta)
     with pytest.raises(InputError, match="other settings"):
         short.again()
 
@@ -280,7 +282,7 @@ def test_pickle_in_place_of_a_checkpoint(short, trap, plain):
 
 
 READERS = {
-    "runs/robust_jem/model.safetensors": "generate runs/robust_jem --name x --num-samples 10 --outer-steps 1",
+    "runs/robust_jem/model.safetensors": "generate runs/robust_jem --name x --num-samples 10 --chain.outer-steps 1",
     "runs/robust_jem/samples/energy/images.safetensors":
         "evaluate runs/robust_jem --extractor classifier:runs/judge --num-robust 10 --attack-steps 1",
     "extractor.pt": "evaluate runs/robust_jem --extractor extractor.pt --num-robust 10",
@@ -314,25 +316,25 @@ OPTIONS = [
     ("--out=/proc/1/run", ["/proc/1/run"]),
     ("--out=" + "deep/" * 2000, ["deep"]),
     ("--root=nowhere\x00 --dataset=pets", ["root", "can't be printed"]),
-    ("--eps=inf", ["eps", "inf"]),
-    ("--lr=1e400", ["lr", "inf"]),
-    ("--lr=-inf", ["lr", "inf"]),
-    ("--gap-limit=NaN", ["gap_limit", "nan"]),
+    ("--attack.eps=inf", ["eps", "inf"]),
+    ("--optimizer.lr=1e400", ["lr", "inf"]),
+    ("--optimizer.lr=-inf", ["lr", "inf"]),
+    ("--recovery.gap-limit=NaN", ["gap_limit", "nan"]),
     ("--seed=9223372036854775808", ["seed", "9223372036854775808"]),
     ("--seed=1e3", ["seed", "1e3"]),
     ("--seed=" + "9" * 5000, ["seed"]),
-    ("--epochs=-1", ["epochs", "-1"]),
-    ("--epochs=٣x", ["epochs"]),
+    ("--schedule.epochs=-1", ["epochs", "-1"]),
+    ("--schedule.epochs=٣x", ["epochs"]),
     ("--max-minutes=inf", ["max_minutes"]),
     ("--max-minutes=-0.5", ["max_minutes"]),
     ("--checkpoint-minutes=nan", ["checkpoint_minutes"]),
-    ("--batch-size=0", ["batch_size", "0"]),
-    ("--batch-size=99999999999999999999", ["batch_size"]),
+    ("--optimizer.batch-size=0", ["batch_size", "0"]),
+    ("--optimizer.batch-size=99999999999999999999", ["batch_size"]),
     ("--keep-checkpoints=0", ["keep_checkpoints", "0"]),
-    ("--recoveries=-1", ["recoveries"]),
-    ("--decay=1.01", ["decay"]),
-    ("--flip=yes", ["yes"]),
-    ("--flip maybe", ["maybe"]),
+    ("--recovery.times=-1", ["recovery.times"]),
+    ("--schedule.decay=1.01", ["decay"]),
+    ("--augment.flip=yes", ["yes"]),
+    ("--augment.flip maybe", ["maybe"]),
     ("--no-no-flip", ["no-flip"]),
     ("--preset=", ["preset"]),
     ("--preset=CPU", ["preset", "'CPU'"]),
@@ -367,9 +369,9 @@ def test_hostile_option(refused, line, says):
 
 
 @pytest.mark.parametrize("option, says", (
-    ("--depth=10000000000", "depth"),
-    ("--width=1000000000", "width"),
-    ("--buffer-size=100000000000000", "buffer_size"),
+    ("--network.depth=10000000000", "depth"),
+    ("--network.width=1000000000", "width"),
+    ("--replay.size=100000000000000", "size"),
     ("--threads=1000000000000", "threads"),
 ))
 def test_value_beyond_any_machine(command, here, option, says):
@@ -385,18 +387,18 @@ def test_value_beyond_any_machine(command, here, option, says):
 
 @pytest.mark.parametrize("name", ("a/../../b", "nul\x00", "new\nline", "/abs", "x" * 300), ids=ascii)
 def test_hostile_name_of_a_sample_set(refused, runs, name):
-    refused("generate", "runs/robust_jem", "--num-samples", 10, "--outer-steps", 1, "--name", name)
+    refused("generate", "runs/robust_jem", "--num-samples", 10, "--chain.outer-steps", 1, "--name", name)
 
 
 VALUES = [
-    (TrainConfig, dict(lr="0.1")),
-    (TrainConfig, dict(epochs=True)),
-    (TrainConfig, dict(flip="false")),
-    (TrainConfig, dict(milestones=5)),
+    (TrainConfig, dict(optimizer__lr="0.1")),
+    (TrainConfig, dict(schedule__epochs=True)),
+    (TrainConfig, dict(augment__flip="false")),
+    (TrainConfig, dict(schedule__milestones=5)),
     (TrainConfig, dict(seed=1.0)),
-    (TrainConfig, dict(eps=10**400)),
+    (TrainConfig, dict(attack__eps=10**400)),
     (TrainConfig, dict(dataset=None)),
-    (TrainConfig, dict(norm=["batch"])),
+    (TrainConfig, dict(network__norm=["batch"])),
     (TrainConfig, dict(__class__=1)),
     (TrainConfig, dict(system=[])),
     (GenerateConfig, dict(name="..")),
@@ -487,14 +489,15 @@ TREES = {
 def test_hostile_image_tree(refused, image_tree, damage):
     make, says = TREES[damage]
     make(image_tree())
-    settings = "--batch-size 2 --pad 0 --epochs 1 --attack-steps 1 --outer-steps 1 --threads 1 --device cpu"
+    settings = ("--optimizer.batch-size 2 --augment.pad 0 --schedule.epochs 1 --attack.steps 1 --chain.outer-steps 1 "
+                "--threads 1 --device cpu")
     refused("train", "--dataset", "pets", *settings.split(), "--out", "out", says=says)
 
 
 def test_pipe_in_an_image_tree(command, here, image_tree):
     "In a process, since reading a pipe that nobody writes to takes for ever."
     os.mkfifo(image_tree() / "train/cat/9.png")
-    train = "train --dataset pets --batch-size 2 --pad 0 --out out".split()
+    train = "train --dataset pets --optimizer.batch-size 2 --augment.pad 0 --out out".split()
     done = subprocess.run([*command.argv, *train], cwd=here, env=command.env, capture_output=True, text=True,
                           timeout=20)
     assert done.returncode == 2 and "9.png" in one_line(done.stderr) and not (here / "out").exists()
@@ -510,7 +513,8 @@ def test_image_that_cannot_be_opened(refused, image_tree, monkeypatch):
         return real(path, *a, **kw)
 
     monkeypatch.setattr(Image, "open", opened)
-    refused("train", "--dataset", "pets", "--batch-size", 2, "--out", "out", says=["cat/1.png", "Permission denied"])
+    refused("train", "--dataset", "pets", "--optimizer.batch-size", 2, "--out", "out",
+            says=["cat/1.png", "Permission denied"])
 
 
 def test_unusual_images_are_read_as_rgb(image_tree):
@@ -535,12 +539,12 @@ def test_sixteen_bit_images_are_refused(image_tree):
 CONFIGS = {
     "not UTF-8": lambda c: json.dumps(c).encode("utf-16"),
     "a field too many": lambda c: json.dumps(c | {"__init__": 1}).encode(),
-    "a number as text": lambda c: json.dumps(c | {"lr": "0.1"}).encode(),
-    "true as a number": lambda c: json.dumps(c | {"epochs": True}).encode(),
+    "a number as text": lambda c: json.dumps(c | {"optimizer": c["optimizer"] | {"lr": "0.1"}}).encode(),
+    "true as a number": lambda c: json.dumps(c | {"schedule": c["schedule"] | {"epochs": True}}).encode(),
     "null": lambda c: json.dumps(c | {"seed": None}).encode(),
-    "NaN": lambda c: json.dumps(c | {"lr": float("nan")}).encode(),
-    "Infinity": lambda c: json.dumps(c | {"gap_limit": float("inf")}).encode(),
-    "a nested list": lambda c: json.dumps(c | {"milestones": [[1]]}).encode(),
+    "NaN": lambda c: json.dumps(c | {"optimizer": c["optimizer"] | {"lr": float("nan")}}).encode(),
+    "Infinity": lambda c: json.dumps(c | {"recovery": c["recovery"] | {"gap_limit": float("inf")}}).encode(),
+    "a nested list": lambda c: json.dumps(c | {"schedule": c["schedule"] | {"milestones": [[1]]}}).encode(),
     "an object as a name": lambda c: json.dumps(c | {"system": {"a": 1}}).encode(),
     "a data set elsewhere": lambda c: json.dumps(c | {"dataset": "../../etc"}).encode(),
     "deeper than Python counts": lambda c: b'{"lr":' + b"[" * 100_000,
@@ -552,15 +556,15 @@ CONFIGS = {
 def test_hostile_config(refused, runs, damage):
     file = runs / "robust_jem/config.json"
     file.write_bytes(CONFIGS[damage](json.loads(file.read_text())))
-    refused("generate", "runs/robust_jem", "--name", "x", "--num-samples", 10, "--outer-steps", 1)
+    refused("generate", "runs/robust_jem", "--name", "x", "--num-samples", 10, "--chain.outer-steps", 1)
 
 
 def test_config_with_fewer_fields_takes_the_defaults(runs):
     file = runs / "robust_jem/config.json"
     config = json.loads(file.read_text())
-    config.pop("gap_limit")
+    config["recovery"].pop("gap_limit")
     file.write_text(json.dumps(config))
-    assert Run(runs / "robust_jem").config.gap_limit == TrainConfig().gap_limit
+    assert Run(runs / "robust_jem").config.recovery == HybridRecovery()
 
 
 GARBAGE = {
@@ -635,8 +639,8 @@ def test_hostile_extractor(refused, runs, here, kind):
 def test_duplicate_options_take_the_last(cli, here):
     "As everywhere on a command line; the first parsing and the real one agree."
     from robust_jem.app.cli import parse
-    c = parse("train", ["--system", "jem", "--epochs", "3", "--system=jempp", "--epochs=4"])
-    assert c.system == "jempp" and c.epochs == 4 and c == configure(TrainConfig, "jempp", epochs=4)
+    c = parse("train", ["--system", "jem", "--schedule.epochs", "3", "--system=jempp", "--schedule.epochs=4"])
+    assert c.system == "jempp" and c.schedule.epochs == 4 and c == configure(TrainConfig, "jempp", schedule__epochs=4)
 
 
 def test_pretrained_folder_that_is_damaged(here):

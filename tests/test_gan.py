@@ -14,6 +14,7 @@ from torch.distributions import MultivariateNormal
 from torch.nn import functional as F
 
 from robust_jem.app.replicate import ReplicateConfig, plan
+from robust_jem.core.config import merged
 from robust_jem.core.errors import InputError
 from robust_jem.core.files import read_tensors
 from robust_jem.core.images import Images
@@ -22,8 +23,8 @@ from robust_jem.engine.runs import Run
 from robust_jem.engine.sample import generate_samples
 from robust_jem.engine.train import lr_factor, train
 from robust_jem.networks.sngan import ClassBatchNorm, Critic, doublings
-from robust_jem.systems.base import Batch, Step
-from robust_jem.systems.catalog import SYSTEMS, GenerateConfig, TrainConfig, configure, system_class
+from robust_jem.systems.base import Batch, GenerateConfig, Step, TrainConfig
+from robust_jem.systems.catalog import SYSTEMS, configure, system_class
 from robust_jem.systems.gan import Sngan, critic_hinge
 from robust_jem.systems.latent import Ddls, latent_chain, latent_energy
 
@@ -34,8 +35,7 @@ DIES_AT = 27  # an update in the middle of the second epoch, after a generator's
 def settings(system, out, **changes):
     small = dict(
         gan=SIZES,
-        updates=44,
-        warmup_steps=0,
+        schedule=dict(updates=44, warmup_steps=0),
         log_every=4,
         threads=1,
         device="cpu",
@@ -45,7 +45,7 @@ def settings(system, out, **changes):
     )
     if SYSTEMS[system].source_system:
         small["source"] = "source"
-    return configure(TrainConfig, system, **(small | changes))
+    return configure(TrainConfig, system, **merged(small, changes))
 
 
 def trained(system, out, **changes):
@@ -55,7 +55,7 @@ def trained(system, out, **changes):
 @pytest.fixture
 def source(made_once, here):
     "A finished SNGAN in the folder `source`, free to damage."
-    made = made_once("sngan", lambda folder: trained("sngan", folder / "run", ema_decay=0.9))
+    made = made_once("sngan", lambda folder: trained("sngan", folder / "run", optimizer=dict(ema_decay=0.9)))
     return Run(shutil.copytree(made / "run", here / "source"))
 
 
@@ -133,8 +133,8 @@ def test_other_sizes_are_refused(size):
 
 def test_hinge_and_linear_schedule():
     assert critic_hinge(torch.tensor([0.5, 3.0]), torch.tensor([0.0, -4.0])) == 0.25 + 0.5
-    config = settings("sngan", "x", updates=10)
-    assert [round(lr_factor(config, i, 22), 3) for i in (0, 5, 10)] == [1, 0.5, 0]
+    schedule = settings("sngan", "x", schedule=dict(updates=10)).schedule
+    assert [round(lr_factor(schedule, i, 22), 3) for i in (0, 5, 10)] == [1, 0.5, 0]
 
 
 # Chains whose law is known
@@ -218,12 +218,12 @@ def train_and_die(system):
         return update(self, batch, step)
 
     kind.update = until
-    train(settings(system, "broken", ema_decay=0.9 * (system == "sngan")), progress=False)
+    train(settings(system, "broken", optimizer=dict(ema_decay=0.9 * (system == "sngan"))), progress=False)
 
 
 @pytest.mark.parametrize("system", ["sngan", "ddls"])
 def test_it_is_killed_and_goes_on_to_the_same_bits(system, source, here, command):
-    changes = dict(ema_decay=0.9 * (system == "sngan"))
+    changes = dict(optimizer=dict(ema_decay=0.9 * (system == "sngan")))
     whole = trained(system, "whole", **changes)
     env = command.env | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), command.env["PYTHONPATH"]])}
     argv = [sys.executable, "-c", f"import test_gan; test_gan.train_and_die('{system}')"]
@@ -252,8 +252,8 @@ def test_a_turn_that_diverges_is_taken_back(system, source, here, monkeypatch):
         return update(self, batch, step)
 
     monkeypatch.setattr(kind, "update", poison)
-    with pytest.warns(UserWarning, match=r"recovery 1 of 3: back to update \d+, lr"):
-        run = trained(system, "run", snapshot_every=5)
+    with pytest.warns(UserWarning, match=r"recovery 1 of 3: back to update \d+, optimizer.lr"):
+        run = trained(system, "run", recovery=dict(snapshot_every=5))
     (event,) = run.summary["events"]
     assert event["back_to"] <= 25 < event["at"]
     assert all(v.isfinite().all() for v in run.system().state_dict().values())
@@ -395,7 +395,7 @@ def test_the_published_size_builds_learns_and_samples(system):
         model.adopt(Sngan(configure(TrainConfig, "sngan", "cifar10", "paper"), images, runtime))
     step, flops = Step(model.optimizers(), {"noise": rng}, runtime.world), []
     for number in (3, 4, 5):
-        step.begin(number, config.lr)
+        step.begin(number, config.optimizer.lr)
         with FlopCounterMode(display=False) as counter:
             metrics = model.update(Batch(images.train_x, images.train_y), step)
         flops.append(counter.get_total_flops())
@@ -407,11 +407,12 @@ def test_the_published_size_builds_learns_and_samples(system):
         how = configure(GenerateConfig, system, "cifar10", "paper", chain=dict(steps=2))
     else:
         assert (config.gan.latent, config.gan.generator_width, config.gan.critic_width) == (128, 256, 128)
-        assert (config.gan.critic_steps, config.updates, config.batch_size, config.lr) == (5, 500_000, 64, 2e-4)
+        rates = config.optimizer.batch_size, config.optimizer.lr
+        assert (config.gan.critic_steps, config.schedule.updates, *rates) == (5, 500_000, 64, 2e-4)
     x = model.sample(torch.arange(64) % 10, how, rng)
     assert x.shape == (64, 3, 32, 32) and x.isfinite().all() and x.abs().max() <= 1
     an_update = (4 * flops[0] + flops[1]) / 5
-    hours = config.updates * an_update / 20e12 / 3600
+    hours = config.schedule.updates * an_update / 20e12 / 3600
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     size = f"{sum(p.numel() for p in model.parameters()):,} parameters, {an_update / 1e9:.0f} GFLOP an update"
     print(f"{system}: {size}, {hours:.1f} hours at 20 TFLOP/s, {peak:.1f} GiB at most on this CPU")

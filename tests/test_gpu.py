@@ -38,8 +38,9 @@ def test_all_goes_on_with_what_is_missing_and_its_results_load(here, image_tree,
         folder = here / "runs" / f"{system}-s0"
         config, summary = (json.loads((folder / f"{name}.json").read_text()) for name in ("config", "summary"))
         rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        assert config["updates"] == summary["updates"] == rows[-1]["step"]      # the schedule covers what was trained
-        assert rows[-1]["lr"] < 0.2 * config["lr"]
+        # the schedule covers what was trained
+        assert config["schedule"]["updates"] == summary["updates"] == rows[-1]["step"]
+        assert rows[-1]["lr"] < 0.2 * config["optimizer"]["lr"]
 
     archive = here / "back.tar"
     archive.write_bytes(b"".join(p.read_bytes() for p in sorted((here / "out").glob("back.tar.*"))))
@@ -54,8 +55,9 @@ def test_all_goes_on_with_what_is_missing_and_its_results_load(here, image_tree,
 @pytest.mark.long
 def test_pilots_and_judge(here, image_tree, gpu, command):
     image_tree("cifar10", classes=[f"c{i}" for i in range(4)], train=8, test=4, size=16)
-    judge = ("train --system wide_resnet --dataset cifar10 --preset cifar10-cpu --depth 10 --width 1 --batch-size 16 "
-             "--epochs 1 --warmup-steps 0 --device cpu --out judge").split()
+    judge = ("train --system wide_resnet --dataset cifar10 --preset cifar10-cpu --network.depth 10 --network.width 1 "
+             "--optimizer.batch-size 16 "
+             "--schedule.epochs 1 --schedule.warmup-steps 0 --device cpu --out judge").split()
     assert subprocess.run([*command.argv, *judge], cwd=here, env=command.env).returncode == 0
     gpu("pilots", "out", "--dry", "--pilots", "batch 128, lr 0.1", "--each", 1)
     (pilot,) = json.loads((here / "out/pilots.json").read_text())["pilots"]

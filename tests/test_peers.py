@@ -12,12 +12,13 @@ from hypothesis import strategies as st
 from torch import nn
 
 from robust_jem.core.images import load_images, to_unit
+from robust_jem.core.inputs import trusted_inputs
 from robust_jem.ebm import energy
 from robust_jem.ebm.attacks import pgd
 from robust_jem.ebm.priors import UniformPrior
 from robust_jem.ebm.samplers import proximal_sgld, sgld
 from robust_jem.judge import sample_scores
-from robust_jem.systems.catalog import TrainConfig
+from robust_jem.systems.hybrid import Chain
 from robust_jem.systems.hybrid import METHODS, generate
 
 modest = settings(max_examples=30, deadline=None, derandomize=True)
@@ -98,7 +99,7 @@ PRIOR = UniformPrior((3, 32, 32))
 
 
 def generated(method):
-    return lambda m: generate(m, PRIOR, LABELS, method, outer_steps=2, target_steps=2)
+    return lambda m: generate(m, PRIOR, LABELS, method, chain__outer_steps=2, attack__steps=2)
 
 
 USES = {
@@ -130,7 +131,7 @@ INTERRUPTED = {
     "sgld": lambda m: sgld(energy.score_of(m), IMAGES, 5, 0.1, noise_std=0.01, on_step=stop_at_second),
     "proximal_sgld": lambda m: proximal_sgld(energy.score_of(m), IMAGES, 5, 5, 0.2, on_step=stop_at_second),
     "generate": lambda m: generate(
-        m, PRIOR, LABELS, "combined", outer_steps=5, target_steps=2, on_stage=stop_at_second),
+        m, PRIOR, LABELS, "combined", chain__outer_steps=5, attack__steps=2, on_stage=stop_at_second),
 }
 
 
@@ -220,7 +221,8 @@ def test_proximal_closed_form_equals_its_loop(outer, inner, step_size, clip, con
     # starts may lie outside the bounds, as after an augmentation with noise
     x = spread * torch.randn(3, 1, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     y = torch.tensor([0, 2, 1]) if conditional else None
-    ours = proximal_sgld(energy.score_of(TWO_PART, y), x, outer, inner, step_size, clip=clip, bounds=bounds)
+    with trusted_inputs():
+        ours = proximal_sgld(energy.score_of(TWO_PART, y), x, outer, inner, step_size, clip=clip, bounds=bounds)
     loop = proximal_loop(TWO_PART, x, outer, inner, step_size, clip, y, bounds)
     assert torch.allclose(ours, loop, rtol=1e-9, atol=1e-9)
 
@@ -268,8 +270,8 @@ def test_kernel_distance_is_reproducible_and_grows_with_the_shift():
 
 def test_sampler_default_needs_no_run():
     "generate() on a bare module: the sampler's defaults are JEM++'s."
-    assert TrainConfig().sampler == "proximal" and TrainConfig().inner_steps == 5
-    x = generate(TWO_PART.float(), UniformPrior((1, 4, 4)), torch.tensor([0, 1]), "energy", outer_steps=1,
+    assert Chain().sampler == "proximal" and Chain().inner_steps == 5
+    x = generate(TWO_PART.float(), UniformPrior((1, 4, 4)), torch.tensor([0, 1]), "energy", chain__outer_steps=1,
                  generator=torch.Generator().manual_seed(0))
     TWO_PART.double()
     assert x.shape == (2, 1, 4, 4) and x.abs().max() <= 1

@@ -26,8 +26,9 @@ from robust_jem.engine.sample import generate_samples
 from robust_jem.judge.extractors import feature_extractor
 from robust_jem.systems import hybrid
 from robust_jem.systems.catalog import GenerateConfig, TrainConfig, build_system, configure
+from robust_jem.systems.hybrid import HybridConfig, HybridSampling
 
-SMALL = ("--num-samples", 12, "--batch-size", 3, "--outer-steps", 1, "--device", "cpu")
+SMALL = ("--num-samples", 12, "--batch-size", 3, "--chain.outer-steps", 1, "--device", "cpu")
 
 
 def moved(run, by=0.01):
@@ -52,8 +53,9 @@ def test_sampling_took_no_longer_than_the_call(runs, monkeypatch):
     monkeypatch.setattr(hybrid, "generate", slow_at_first)
     began = time.perf_counter()
     folder = generate_samples(
-        GenerateConfig(
-            run=str(runs / "robust_jem"), num_samples=20, batch_size=2, outer_steps=1, name="timed", device="cpu"
+        HybridSampling(
+            run=str(runs / "robust_jem"), num_samples=20, batch_size=2, chain=dict(outer_steps=1), name="timed",
+            device="cpu",
         ),
         progress=False,
     )
@@ -65,7 +67,7 @@ def test_sampling_took_no_longer_than_the_call(runs, monkeypatch):
 def test_samples_that_are_no_numbers_are_never_kept(runs, cli):
     moved(runs / "robust_jem", float("nan"))
     done = cli("generate", "runs/robust_jem", "--name", "broken", *SMALL)
-    assert done.code == 2 and "aren't numbers" in done.err and "--sampler-step-size" in done.err
+    assert done.code == 2 and "aren't numbers" in done.err and "--chain.step-size" in done.err
     assert not (runs / "robust_jem/samples/broken/summary.json").exists()
 
 
@@ -144,12 +146,16 @@ def test_unlike_runs_share_no_table(refused, evaluated, file, changes, says):
     refused("report", "--runs", "runs", "--figures", "figures", says=says)
 
 
+def _with_step(samples, step):
+    return samples | {"chain": samples["chain"] | {"step_size": step}}
+
+
 def test_sets_that_the_first_run_lacks_are_compared_too(refused, evaluated):
     for seed, step in ((1, 0.1), (2, 0.9)):
         copy = second(evaluated, seed)
         scores = read_json(copy / "scores/energy.json")
-        write_json(copy / "scores/long.json", scores | {"samples": scores["samples"] | {"sampler_step_size": step}})
-    refused("report", "--runs", "runs", "--figures", "figures", says=["long", "sampler_step_size", "0.1", "0.9"])
+        write_json(copy / "scores/long.json", scores | {"samples": _with_step(scores["samples"], step)})
+    refused("report", "--runs", "runs", "--figures", "figures", says=["long", "chain.step_size", "0.1", "0.9"])
 
 
 def test_the_place_and_precision_of_sampling_are_its_own(evaluated, cli):
@@ -227,11 +233,14 @@ def test_only_layers_of_inception_are_called_fid(tmp_path, stem, distance):
 
 @pytest.mark.parametrize(
     "values, says",
-    [(dict(ema_decay=1.0), "ema_decay"), (dict(likelihood_weight=0.0, energy_penalty=0.1), "energy_penalty")],
+    [
+        (dict(optimizer=dict(ema_decay=1.0)), "optimizer.ema_decay"),
+        (dict(objective=dict(likelihood_weight=0.0, energy_penalty=0.1)), "objective.energy_penalty"),
+    ],
 )
 def test_training_that_would_ignore_a_setting_is_refused(values, says):
     with pytest.raises(InputError, match=says):
-        TrainConfig(**values)
+        HybridConfig(**values)
 
 
 def test_a_penalty_needs_energies():
@@ -282,23 +291,23 @@ def test_training_does_not_go_on_with_other_images(cli, image_tree):
         "train",
         "--dataset",
         "pets",
-        "--batch-size",
+        "--optimizer.batch-size",
         4,
-        "--buffer-size",
+        "--replay.size",
         16,
-        "--pad",
+        "--augment.pad",
         0,
-        "--attack-steps",
+        "--attack.steps",
         1,
-        "--outer-steps",
+        "--chain.outer-steps",
         1,
-        "--warmup-steps",
+        "--schedule.warmup-steps",
         0,
         "--device",
         "cpu",
         "--out",
         "run",
-        "--epochs",
+        "--schedule.epochs",
         2,
     ]
     assert cli(*argv, "--max-minutes", 1e-6).code == 3
@@ -315,23 +324,23 @@ def test_sampling_says_that_the_images_are_others(cli, image_tree):
             "train",
             "--dataset",
             "pets",
-            "--batch-size",
+            "--optimizer.batch-size",
             4,
-            "--buffer-size",
+            "--replay.size",
             16,
-            "--pad",
+            "--augment.pad",
             0,
-            "--attack-steps",
+            "--attack.steps",
             1,
-            "--outer-steps",
+            "--chain.outer-steps",
             1,
-            "--warmup-steps",
+            "--schedule.warmup-steps",
             0,
             "--device",
             "cpu",
             "--out",
             "run",
-            "--epochs",
+            "--schedule.epochs",
             1,
         ).code
         == 0

@@ -12,7 +12,7 @@ from robust_jem.core.files import read_tensors
 from robust_jem.engine.runs import Run
 
 OPTIONS = options(CONFIG)
-PER_EPOCH = 1437 // CONFIG["batch_size"]
+PER_EPOCH = 1437 // CONFIG["optimizer__batch_size"]
 
 
 @pytest.fixture
@@ -70,7 +70,7 @@ def test_signal_saves_this_very_update(interrupted, uninterrupted, here, cli, ho
     (said,) = [line for line in err.replace("\r", "\n").split("\n") if line.startswith("robust-jem: ")]
     run = Run(here / "run")
     step = read_tensors(run.checkpoints()[0])[1]["step"]
-    of = CONFIG["epochs"] * PER_EPOCH
+    of = CONFIG["schedule__epochs"] * PER_EPOCH
     assert said == (
         f"robust-jem: run: interrupted at update {step} of {of} and saved; the same command goes on from there"
     )

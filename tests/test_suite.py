@@ -302,8 +302,8 @@ def robust_classifier(made_once):
                 configure(
                     TrainConfig,
                     "robust_classifier",
-                    epochs=6,
-                    attack_steps=2,
+                    schedule__epochs=6,
+                    attack__steps=2,
                     device="cpu",
                     precision="float32",
                     out=str(folder / "run"),

@@ -34,8 +34,8 @@ class Gaussian(System):
         self.shape, pixels = images.shape, math.prod(images.shape)
         self.mean, self.factor = nn.Parameter(torch.zeros(pixels)), nn.Parameter(torch.eye(pixels))
         self._optimizers = {
-            "mean": torch.optim.SGD([self.mean], config.lr, momentum=0.9),
-            "covariance": torch.optim.Adam([self.factor], config.lr),
+            "mean": torch.optim.SGD([self.mean], config.optimizer.lr, momentum=0.9),
+            "covariance": torch.optim.Adam([self.factor], config.optimizer.lr),
         }
 
     def optimizers(self):
@@ -61,7 +61,7 @@ class Gaussian(System):
         return (self.mean + z @ self.distribution().scale_tril.T).view(-1, *self.shape)
 
 
-ENTRY = Entry("Gaussian", "Gauss 1809", dict(lr=0.01), ("energy",), Gaussian)
+ENTRY = Entry("Gaussian", "Gauss 1809", dict(optimizer=dict(lr=0.01)), ("energy",), Gaussian)
 DIES_AT = 30  # an update in the middle of the second epoch, whose turn is the mean's
 
 
@@ -69,8 +69,8 @@ def settings(out, **changes):
     return configure(
         TrainConfig,
         "gaussian",
-        epochs=3,
-        warmup_steps=0,
+        schedule__epochs=3,
+        schedule__warmup_steps=0,
         log_every=4,
         threads=1,
         device="cpu",
@@ -155,7 +155,8 @@ def test_it_is_sampled_and_its_density_is_normalised(gaussian, here):
 
 def test_it_is_evaluated_and_reported(gaussian, here, cli):
     "Its row has what it is capable of; the report says why the rest is empty."
-    judge = train(configure(TrainConfig, "wide_resnet", width=1, epochs=1, device="cpu", out="judge"), progress=False)
+    short = dict(network=dict(width=1), schedule=dict(epochs=1), device="cpu", out="judge")
+    judge = train(configure(TrainConfig, "wide_resnet", **short), progress=False)
     train(settings("runs/gauss"), progress=False)
     how = dict(run="runs/gauss", num_samples=50, batch_size=20, device="cpu", name="energy")
     generate_samples(configure(GenerateConfig, "gaussian", **how), progress=False)
@@ -179,8 +180,7 @@ def test_it_is_evaluated_and_reported(gaussian, here, cli):
     assert row["runs"] == 1 and row["n"] == 50 and row["FD-digits"]["mean"] == stored["FD-digits"]
     assert "accuracy" not in row and not any(k.startswith("PGD") for k in row)
     found = Path("runs/figures/found.md").read_text(encoding="utf-8")
-    radius = f"{Run('runs/gauss').config.eps:g}"
-    assert f"| Gaussian | accuracy, PGD accuracy, ε = {radius} | Gaussian doesn't classify |" in found
+    assert "| Gaussian | accuracy | Gaussian doesn't classify |" in found
     assert "| Gaussian starts from no prior |" in found
     results = pd.read_csv("runs/figures/results.csv", keep_default_na=False)
     assert set(results["system"]) == {"gaussian"} and set(results["sample_set"]) == {"energy", "held-out"}
@@ -198,10 +198,10 @@ def test_a_turn_that_diverges_is_taken_back(gaussian, here, monkeypatch):
         return update(self, batch, step)
 
     monkeypatch.setattr(Gaussian, "update", poison)
-    with pytest.warns(UserWarning, match=r"recovery 1 of 3: back to update 22, lr 0\.005$"):
-        run = Run(train(settings("run", snapshot_every=5), progress=False))
+    with pytest.warns(UserWarning, match=r"recovery 1 of 3: back to update 22, optimizer\.lr 0\.005$"):
+        run = Run(train(settings("run", recovery__snapshot_every=5), progress=False))
     (event,) = run.summary["events"]
-    assert event["settings"] == {"lr": 0.005} and event["back_to"] == 22
+    assert event["settings"] == {"optimizer.lr": 0.005} and event["back_to"] == 22
     assert all(v.isfinite().all() for v in run.system().state_dict().values())
 
 

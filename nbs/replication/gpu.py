@@ -27,6 +27,7 @@ import torch
 
 from robust_jem.bench.scaling import random_images
 from robust_jem.bench.tune import TuneConfig, markdown, tune
+from robust_jem.core.config import merged, unfolded
 from robust_jem.core.files import read_json, write_bytes, write_json, write_tensors
 from robust_jem.core.images import Batches, Images, load_images
 from robust_jem.engine.checkpoints import TrainState
@@ -47,14 +48,23 @@ ROWS = {
     "jempp": ("energy",),
     "robust_classifier": ("attack",),
 }
-DRY = dict(depth=10, width=1, batch_size=16, buffer_size=200, attack_steps=1, outer_steps=1, warmup_steps=2, threads=1)
+DRY = dict(
+    network=dict(depth=10, width=1),
+    optimizer=dict(batch_size=16),
+    replay=dict(size=200),
+    attack=dict(steps=1),
+    chain=dict(outer_steps=1),
+    schedule=dict(warmup_steps=2),
+    threads=1,
+)
+SMALLER = dict(batch_size=128, lr=0.1)
 PILOTS = {
-    "batch 256, lr 0.1": dict(batch_size=256, lr=0.1),
-    "batch 128, lr 0.1": dict(batch_size=128, lr=0.1),
-    "batch 128, lr 0.2": dict(batch_size=128, lr=0.2),
-    "attack by running statistics": dict(batch_size=128, lr=0.1, attack_statistics="running"),
-    "3 chain steps": dict(batch_size=128, lr=0.1, outer_steps=3),
-    "likelihood without augmentation": dict(batch_size=128, lr=0.1, likelihood_augment=False),
+    "batch 256, lr 0.1": dict(optimizer=dict(batch_size=256, lr=0.1)),
+    "batch 128, lr 0.1": dict(optimizer=SMALLER),
+    "batch 128, lr 0.2": dict(optimizer=dict(batch_size=128, lr=0.2)),
+    "attack by running statistics": dict(optimizer=SMALLER, attack=dict(statistics="running")),
+    "3 chain steps": dict(optimizer=SMALLER, chain=dict(outer_steps=3)),
+    "likelihood without augmentation": dict(optimizer=SMALLER, augment=dict(likelihood=False)),
 }
 
 
@@ -97,7 +107,7 @@ def tuned(args) -> str:
 
 def settings(system: str, args, **changes) -> TrainConfig:
     "The preset h100, what the command line changes, and for a dry run a tiny network."
-    changes = changes | json.loads(args.settings or "{}") | (DRY if args.dry else {})
+    changes = merged(unfolded(changes), unfolded(json.loads(args.settings or "{}")), DRY if args.dry else {})
     folder = Path(args.runs) / f"{system}-s{args.seed}"
     return configure(TrainConfig, system, "cifar10", "h100", seed=args.seed, out=str(folder), device=device(args),
                      compile=tuned(args), log_every=100, **changes)
@@ -113,7 +123,7 @@ class TimedTraining:
     def __init__(self, config: TrainConfig, images: Images, runtime, seconds: float, guard: float):
         self.config, self.seconds, self.guard = config, seconds, guard
         self.state = TrainState(config, images, runtime)
-        self.batches = Batches(images.train_x, images.train_y, config.batch_size, config.seed, runtime.device)
+        self.batches = Batches(images.train_x, images.train_y, config.optimizer.batch_size, config.seed, runtime.device)
         self.health = Health(self.state.system)
         self.rows: list[dict] = []
         self.total: int | None = None
@@ -123,7 +133,8 @@ class TimedTraining:
         self.began = time.perf_counter()
         while self.total is None or self.state.step < self.total:
             for x, y in self.batches.epoch(*divmod(self.state.step, len(self.batches))):
-                lr = self.state.config.lr * lr_factor(self.state.config, self.state.step, len(self.batches))
+                schedule, rate = self.state.config.schedule, self.state.config.optimizer.lr
+                lr = rate * lr_factor(schedule, self.state.step, len(self.batches))
                 self.state.update(x, y, lr)
                 self.find_pace()
                 if self.judge(lr) or self.state.step == self.total:
@@ -148,11 +159,15 @@ class TimedTraining:
         pace = (time.perf_counter() - self.mark) / (self.first - self.first // 2)
         self.total = self.first + max(1, int(0.985 * self.seconds / pace))
         system = self.state.system
-        system.asked = replace(system.asked, updates=self.total)
-        system.config = replace(system.config, updates=self.total)
-        size = self.config.batch_size
+        system.asked = self.with_updates(system.asked)
+        system.config = self.with_updates(system.config)
+        size = self.config.optimizer.batch_size
         say(f"{self.config.system}: {1e3 * pace:.2f} ms an update, {size / pace:.0f} images/s,",
             f"{self.total} updates, {self.total / len(self.batches):.1f} epochs")
+
+    def with_updates(self, config: TrainConfig) -> TrainConfig:
+        "The same, for the updates that fit."
+        return replace(config, schedule=replace(config.schedule, updates=self.total))
 
     def judge(self, lr: float) -> bool:
         "Every log_every updates: a line of metrics. True where the run went back to an earlier update."
@@ -178,7 +193,7 @@ class TimedTraining:
 
     def recover(self, why: str):
         state = self.state
-        if len(state.events) >= self.config.recoveries:
+        if len(state.events) >= self.config.recovery.times:
             raise Diverged(why)
         say(self.config.system, "recovers:", why)
         state.recover(*state.snapshot, {"step": state.step, "why": why, "back_to": state.snapshot[0]})
@@ -187,8 +202,8 @@ class TimedTraining:
 
     def save(self, images: Images, runtime) -> Run:
         "A run folder as `train` leaves one, with weights in bfloat16: those that are kept are those that are judged."
-        state, config = self.state, replace(self.config, updates=self.total)
-        folder, seen = Path(config.folder), state.step * config.batch_size
+        state, config = self.state, self.with_updates(self.config)
+        folder, seen = Path(config.folder), state.step * config.optimizer.batch_size
         write_json(folder / "config.json", config.to_dict())
         write_bytes(folder / "metrics.jsonl", "".join(json.dumps(r) + "\n" for r in self.rows).encode())
         summary = dict(system=config.system, dataset=config.dataset, fingerprint=images.fingerprint, updates=state.step,
@@ -211,7 +226,7 @@ def share_prior():
     fitted, fit = {}, hybrid.build_prior
 
     def build_prior(config, images, device="cpu"):
-        key = (images.fingerprint, config.prior)
+        key = (images.fingerprint, config.replay.prior)
         if key not in fitted:
             fitted[key] = fit(config, images, "cuda" if torch.cuda.is_available() else "cpu")
         return fitted[key].to(device)
@@ -249,7 +264,7 @@ def pilots(args):
         if not args.dry and time.perf_counter() + args.each > BEGAN + args.seconds:
             say("no time for pilot:", name)
             break
-        config = settings("robust_jem", args, warmup_steps=100, **PILOTS[name])
+        config = settings("robust_jem", args, **merged(dict(schedule=dict(warmup_steps=100)), PILOTS[name]))
         with executing(config, config.threads) as runtime:
             guard = float("inf") if args.dry else BEGAN + args.seconds
             training = TimedTraining(config, images, runtime, args.each, guard).run()
@@ -310,7 +325,7 @@ def draw(run: Run, args):
     "The sample sets of a system's rows, while there is time."
     changes = dict(num_samples=args.samples)
     if args.dry:
-        changes = dict(num_samples=40, batch_size=20, outer_steps=2, target_steps=2)
+        changes = dict(num_samples=40, batch_size=20, chain=dict(outer_steps=2), attack=dict(steps=2))
     by_method = json.loads(args.draw_settings or "{}")
     for method in ROWS[run.config.system]:
         if not args.dry and time.perf_counter() > BEGAN + args.seconds - args.reserve:
@@ -406,8 +421,8 @@ def arguments():
     parser.add_argument("--systems", nargs="+", default=list(ROWS), choices=ROWS)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--compile", default="tuned", help="as for train; tuned: what `measure` found fastest")
-    parser.add_argument("--settings", help="JSON: fields of TrainConfig")
-    parser.add_argument("--draw-settings", help="JSON: fields of GenerateConfig by method")
+    parser.add_argument("--settings", help="JSON: settings of the training by name, such as {\"attack.eps\": 0.1}")
+    parser.add_argument("--draw-settings", help="JSON: settings of the drawing by method")
     parser.add_argument("--samples", type=int, default=10_000, help="of each row")
     parser.add_argument("--kept", type=int, default=1000, help="images of each row that are brought back")
     parser.add_argument("--draw-seconds", type=float, default=15, help="kept for each row")

@@ -7,6 +7,7 @@ __all__ = ['EXAMPLES', 'parse', 'main']
 
 # %% ../../nbs/app/03_cli.ipynb #0cc71088
 import contextlib
+import difflib
 import io
 import os
 import re
@@ -18,7 +19,7 @@ from collections.abc import Callable
 
 import tyro
 
-from ..core.config import Config, accepted
+from ..core.config import Config, accepted, folded
 from ..core.errors import InputError
 from ..engine.distributed import PeerLost
 from ..engine.runs import Run
@@ -143,15 +144,34 @@ def _hyphened(option: str) -> str:
     name, equals, value = option.partition("=")
     return name.replace("_", "-") + equals + value if option.startswith("--") else option
 
-def _parser_said(printed: str, kind: type[Config]) -> str:
+def _nearest(unknown: str, default: Config) -> list[str]:
+    "Options like one that isn't there: by their last word, or by all words."
+    known: dict[str, list[str]] = {}
+    for name in (n.replace("_", "-") for n in folded(default)):
+        for spelt in {name.rpartition(".")[2], name.replace(".", "-")}:
+            known.setdefault(spelt, []).append(f"--{name}")
+    asked = unknown.lstrip("-").replace(".", "-")
+    close = [asked] if asked in known else difflib.get_close_matches(asked, known, 2)
+    return [option for spelt in close for option in known[spelt]][:3]
+
+def _parser_said(printed: str, default: Config) -> str:
     "What is in the parser's box, in one line, with what the field accepts."
     text = printed.split("Argument helptext")[0].split("For full helptext")[0]
     text = re.sub(r"[│╭╮╰╯─]+|(?<!\S)\|(?!\S)|[-+]{4,}", " ", text)
     titles = r"^\s*(Value error|Unrecognized options|Invalid choice|Parsing error|Missing argument)\s*\n"
     said = re.sub(r"\s+", " ", re.sub(titles, "", text)).strip()
-    named = re.match(r"Error parsing --([\w-]+)", said)
-    field = typing.get_type_hints(kind).get(named[1].replace("-", "_")) if named else None
-    return said + (f"; accepted: {accepted(field)}" if field else "")
+    unknown = re.match(r"Unrecognized options: (--[^ ,]*)", said)
+    if unknown:
+        near = _nearest(unknown[1], default)
+        return f"{unknown[1]}: unknown option" + (f", did you mean {' or '.join(near)}?" if near else "")
+    said = re.sub(r"^Error parsing ([\w.]+): (?=[a-z_.]+: )", r"\1.", said)         # an object inside names its field
+    named = re.match(r"Error parsing --([\w.-]+)", said)
+    if not named:
+        return said
+    field = type(default)
+    for part in named[1].replace("-", "_").split("."):
+        field = typing.get_type_hints(field)[part]
+    return f"{said}; accepted: {accepted(field)}"
 
 def parse(
     command: str, # one of EXAMPLES
@@ -172,7 +192,7 @@ def parse(
     except SystemExit as e:
         if not e.code:
             raise
-        said = _parser_said(box.getvalue(), type(default))
+        said = _parser_said(box.getvalue(), default)
         raise InputError(f"{said} (see robust-jem {command} --help)") from None
 
 # %% ../../nbs/app/03_cli.ipynb #25eba575
@@ -281,6 +301,13 @@ def _ended(e: BaseException, command: str) -> int:
         return _say(e, 1)
     raise e
 
+def _print_anything():
+    "A console or file that lacks a character, a Windows code page's say, gets a replacement instead of an error."
+    for stream in (sys.stdout, sys.stderr):
+        if getattr(stream, "errors", "") == "strict":
+            with contextlib.suppress(AttributeError, ValueError):       # not a file of Python's own
+                stream.reconfigure(errors="replace")
+
 def _terminated(number, frame):
     raise Interrupted(number)
 
@@ -293,6 +320,7 @@ def main(
     130 interrupted, 143 terminated.
     """
     argv = sys.argv[1:] if argv is None else argv
+    _print_anything()
     if not argv or argv[0] in ("-h", "--help"):
         print(_usage())
         return 0 if argv else 2

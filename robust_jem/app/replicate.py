@@ -20,17 +20,18 @@ from tqdm import tqdm
 
 from .executors import LocalProcesses, SlurmJob, SlurmJobs
 from .stage import StageFailed, Task, run_notebook
-from ..core.config import Config, option
+from ..core.config import Config, option, settings
 from ..core.errors import InputError
 from ..core.files import read_json
 from ..core.images import data_root, load_images
 from ..engine.runtime import OutOfTime, resolve_device
 from ..engine.train import with_source
 from ..judge.extractors import feature_extractor
-from ..systems.catalog import RUNTIME_FIELDS, SYSTEMS, Suite, TrainConfig, configure, sample_plan
+from ..systems.base import TrainConfig, differences
+from ..systems.catalog import SYSTEMS, Suite, configure, sample_plan, system_class
 
 # %% ../../nbs/app/02_replicate.ipynb #900c4c62
-@dataclass(frozen=True)
+@settings
 class ReplicateConfig(Config):
     "What to replicate, from training to Table 1 and Figures 1–3."
     dataset: str = "digits"                  # digits, cifar10, cifar100, svhn or a folder of images
@@ -55,7 +56,6 @@ class ReplicateConfig(Config):
     minutes: int = option(60, 1)       # that each job of a cluster may take; longer ones go on with the same command
 
     def __post_init__(self):
-        super().__post_init__()
         for s in self.systems:
             configure(TrainConfig, s, self.dataset, self.preset)       # unknown names fail here
         for name in ("systems", "seeds", "sampling_seeds"):
@@ -105,8 +105,8 @@ class Stage:
         if self.notebook != "train":
             return 0.0
         with contextlib.suppress(OSError, ValueError, IndexError, KeyError):
-            last = (self.run / "metrics.jsonl").read_text().splitlines()[-1]
-            return min(1.0, json.loads(last)["epoch"] / self.expected[0][1].epochs)
+            last = (self.run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1]
+            return min(1.0, json.loads(last)["epoch"] / self.expected[0][1].schedule.epochs)
         return 0.0
 
     def task(self,
@@ -124,9 +124,7 @@ def _holds(file: Path, config: Config) -> bool:
     if not file.exists():
         return False
     there = read_json(file)
-    there = there.get("config", there)
-    asked = {k: v for k, v in config.to_dict().items() if k not in RUNTIME_FIELDS}
-    return all(json.dumps(there.get(k)) == json.dumps(v) for k, v in asked.items())
+    return not differences(there.get("config", there), config)
 
 def notebook_path(name: str) -> Path:
     "A replication notebook: from the repository, or as installed beside the package."
@@ -150,8 +148,7 @@ def _training(config: ReplicateConfig, system: str, seed: int, folder: Path, dat
     c = configure(TrainConfig, system, seed=seed, out=str(folder), **where)
     if after and (source / "model.safetensors").exists():                # else it can't be finished either
         c = with_source(c)
-    attacks, chains = bool(c.adversarial_weight) * c.attack_steps, bool(c.likelihood_weight) * c.outer_steps
-    weight = c.epochs * (3 + 2 * attacks + 2 * chains) / 40
+    weight = c.schedule.epochs * system_class(system).effort(c) / 40
     parameters = dict(system=system, seed=seed, out=str(folder), **where)
     return Stage("train", parameters, _executed_training(folder), [(folder / "config.json", c)], weight, after=after)
 
@@ -342,7 +339,7 @@ def replicate(
             executor.interrupt()
             raise
         progress.show([])
-    print((figures / "table1.md").read_text().split("\n\n")[0])
+    print((figures / "table1.md").read_text(encoding="utf-8").split("\n\n")[0])
     print(f"\nResults in {figures}/: table1.md, .csv, .json, results.csv, found.md, figure1–3.png, curves.png, "
           f"robustness.png, chain.png; executed notebooks in {report.run}/*/notebooks/")
     print(f"{time.perf_counter() - began:.0f} s")

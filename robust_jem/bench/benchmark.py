@@ -10,7 +10,6 @@ import ctypes
 import statistics
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -19,7 +18,7 @@ from .charts import figure, markdown
 from .naive import network_facts
 from .scaling import gradient_chain, processes, seconds
 from .workloads import WORKLOADS, side_by_side, work_done
-from ..core.config import Config, option
+from ..core.config import Config, option, settings
 from ..core.files import write_bytes, write_json
 from ..core.images import progress_bar
 from ..engine.runs import provenance
@@ -27,7 +26,7 @@ from ..engine.runtime import Execution, Policy, choose_policy, executing, fast_b
 from ..systems.catalog import TrainConfig, configure
 
 # %% ../../nbs/bench/04_benchmark.ipynb #e821bad6
-@dataclass(frozen=True)
+@settings
 class BenchmarkConfig(Config):
     "What to time, on random images of CIFAR-10's size."
     depth: int = option(28, 10)              # of the Wide-ResNet
@@ -47,7 +46,6 @@ class BenchmarkConfig(Config):
     max_minutes: float = option(0.0, 0)      # leave out what would start after this time; 0: no limit
 
     def __post_init__(self):
-        super().__post_init__()
         for p in (*self.policies, f"{self.precision}/{self.compile}"):
             self.policy(p)
 
@@ -66,9 +64,15 @@ class BenchmarkConfig(Config):
     ) -> TrainConfig:
         "The whole update that is timed."
         return configure(
-            TrainConfig, "robust_jem", "cifar10", "paper", depth=self.depth, width=self.width,
-            attack_steps=self.attack_steps, outer_steps=self.outer_steps, batch_size=batch, buffer_size=2 * batch,
-            device=self.device, out="-")
+            TrainConfig, "robust_jem", "cifar10", "paper",
+            network=dict(depth=self.depth, width=self.width),
+            attack=dict(steps=self.attack_steps),
+            chain=dict(outer_steps=self.outer_steps),
+            optimizer=dict(batch_size=batch),
+            replay=dict(size=2 * batch),
+            device=self.device,
+            out="-",
+        )
 
 # %% ../../nbs/bench/04_benchmark.ipynb #b7d40a16
 def _gpu_memory(work: Callable, device: torch.device) -> float:

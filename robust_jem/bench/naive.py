@@ -32,9 +32,10 @@ class Naive:
         torch.manual_seed(0)
         self.config = config
         self.device = device
-        self.model = WideResNet(config.depth, config.width).to(device).train()
+        self.model = WideResNet(config.network.depth, config.network.width).to(device).train()
+        asked = config.optimizer
         self.optimizer = torch.optim.SGD(
-            self.model.parameters(), config.lr, momentum=0.9, weight_decay=config.weight_decay)
+            self.model.parameters(), asked.lr, momentum=0.9, weight_decay=asked.weight_decay)
         self.classes = [MultivariateNormal(m, scale_tril=f, validate_args=False) for m, f in zip(mean, factor)]
 
     def prior(
@@ -50,14 +51,14 @@ class Naive:
         outer_steps: int, # a gradient of the trunk each
     ) -> Tensor: # [B, 3, 32, 32] in [-1, 1]
         "Proximal SGLD without noise: each inner step passes through the stem again, with the trunk's gradient frozen."
-        c = self.config
+        chain, clip = self.config.chain, self.config.chain.gradient_clip
         for _ in range(outer_steps):
             h = self.model.stem(x).detach().requires_grad_()
             p, = torch.autograd.grad(self.model.trunk(h).logsumexp(1).sum(), h)
-            for _ in range(c.inner_steps):
+            for _ in range(chain.inner_steps):
                 x = x.detach().requires_grad_()
                 g, = torch.autograd.grad((self.model.stem(x) * p).sum(), x)
-                x = (x + c.sampler_step_size * g.clamp(-c.gradient_clip, c.gradient_clip)).clamp(-1, 1)
+                x = (x + chain.step_size * g.clamp(-clip, clip)).clamp(-1, 1)
         return x.detach()
 
     def attack(
@@ -67,13 +68,13 @@ class Naive:
         steps: int, # a gradient of the network each
     ) -> Tensor: # [B, 3, 32, 32], within eps of x
         "PGD within an l-infinity ball, from a random start."
-        c = self.config
-        step_size = 2.5 * c.eps / c.attack_steps
-        adversarial = (x + (torch.rand_like(x) * 2 - 1) * c.eps).clamp(-1, 1)
+        eps = self.config.attack.eps
+        step_size = 2.5 * eps / self.config.attack.steps
+        adversarial = (x + (torch.rand_like(x) * 2 - 1) * eps).clamp(-1, 1)
         for _ in range(steps):
             adversarial = adversarial.detach().requires_grad_()
             g, = torch.autograd.grad(F.cross_entropy(self.model(adversarial), y, reduction="sum"), adversarial)
-            adversarial = (x + (adversarial + step_size * g.sign() - x).clamp(-c.eps, c.eps)).clamp(-1, 1)
+            adversarial = (x + (adversarial + step_size * g.sign() - x).clamp(-eps, eps)).clamp(-1, 1)
         return adversarial.detach()
 
     def update(
@@ -83,8 +84,8 @@ class Naive:
         start: Tensor, # [N, 3, 32, 32], where the chains start
     ):
         "One whole update: attack, chains, the loss of Robust JEM, and a step of SGD."
-        adversarial = self.attack(x, y, self.config.attack_steps)
-        sampled = self.chain(start, self.config.outer_steps)
+        adversarial = self.attack(x, y, self.config.attack.steps)
+        sampled = self.chain(start, self.config.chain.outer_steps)
         classification = F.cross_entropy(self.model(adversarial), y)
         loss = classification + marginal_energy(self.model(x)).mean() - marginal_energy(self.model(sampled)).mean()
         self.optimizer.zero_grad()
@@ -120,9 +121,10 @@ def step_flops(
     f: dict[str, float], # what `flops` found
 ) -> float: # operations
     "Operations of a whole update, an image of the batch."
-    attacks, chains = bool(config.adversarial_weight), bool(config.likelihood_weight)
-    passes = bool(config.clean_weight) + attacks + 2 * chains
-    gradients = config.attack_steps * attacks + config.outer_steps * chains
+    objective = config.objective
+    attacks, chains = bool(objective.adversarial_weight), bool(objective.likelihood_weight)
+    passes = bool(objective.clean_weight) + attacks + 2 * chains
+    gradients = config.attack.steps * attacks + config.chain.outer_steps * chains
     return gradients * f["gradient"] + passes * f["update"]
 
 def network_facts(

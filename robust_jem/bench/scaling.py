@@ -105,8 +105,15 @@ def _one_of_many(depth: str, width: str, batch: str, device: str):
     "What each process does; the first prints the median of three updates' seconds."
     total = int(batch)
     config = configure(
-        TrainConfig, "robust_jem", "cifar10", "paper", depth=int(depth), width=int(width), batch_size=total,
-        buffer_size=2 * total, attack_steps=2, outer_steps=2, device=device, prior="uniform", out="-")
+        TrainConfig, "robust_jem", "cifar10", "paper",
+        network=dict(depth=int(depth), width=int(width)),
+        optimizer=dict(batch_size=total),
+        replay=dict(size=2 * total, prior="uniform"),
+        attack=dict(steps=2),
+        chain=dict(outer_steps=2),
+        device=device,
+        out="-",
+    )
     with executing(config, 0 if torch.cuda.is_available() else 1) as at:
         images = random_images()
         share = at.world.share(total, "batch")

@@ -11,7 +11,6 @@ import statistics
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from .naive import flops, step_flops
 from .scaling import one_update, random_images
-from ..core.config import Config, option
+from ..core.config import Config, merged, option, settings
 from ..core.errors import InputError
 from ..core.files import write_bytes, write_json
 from ..core.images import progress_bar
@@ -31,20 +30,21 @@ from ..engine.runs import provenance
 from ..engine.runtime import Deadline, Execution, choose_policy, executing
 from ..networks.fused import can_fuse
 from ..networks.wide_resnet import WideResNet
+from ..systems.base import RuntimeConfig
 from ..systems.catalog import TrainConfig, configure
 
 # %% ../../nbs/bench/05_tune.ipynb #02e18dd3
 VARIANTS = {
     "eager": dict(compile="off"),
     "fused": dict(compile="fused"),
-    "fused, attacks by running statistics": dict(compile="fused", attack_statistics="running"),
+    "fused, attacks by running statistics": dict(compile="fused", attack=dict(statistics="running")),
     "compiled": dict(compile="default"),
     "compiled, reduce-overhead": dict(compile="reduce-overhead"),
     "compiled, max-autotune": dict(compile="max-autotune"),
 }
 
 
-@dataclass(frozen=True)
+@settings
 class TuneConfig(Config):
     "What to time, for how long, and where the choice goes."
     networks: tuple[str, ...] = ("28-4/256", "28-4/128", "28-10/64", "28-10/256")        # depth-width/batch
@@ -59,7 +59,6 @@ class TuneConfig(Config):
     threads: int = option(0, 0)              # CPU threads, at most one a core; 0: PyTorch's choice
 
     def __post_init__(self):
-        super().__post_init__()
         for name in self.variants:
             if name not in VARIANTS:
                 raise InputError(f"variants: {name!r} is unknown; accepted: {', '.join(VARIANTS)}")
@@ -140,24 +139,26 @@ def hot_paths(
 ) -> dict[str, tuple[Callable, float]]: # name → the call, and its floating-point operations an image
     "The hot paths on the real shapes."
     policy = choose_policy(device, precision_of(device), config.compile)
-    images = random_images(max(2000, config.batch_size))
+    batch = config.optimizer.batch_size
+    images = random_images(max(2000, batch))
     state = TrainState(config, images, Execution(World(), device, policy, Deadline(0)))
     system = state.system
     system.network.train()
     hot = system.hot_paths(state.stepper)
     system.fast.prepare()
-    raw = images.train_x[:config.batch_size].to(device)
-    y = images.train_y[:config.batch_size].to(device)
+    raw = images.train_x[:batch].to(device)
+    y = images.train_y[:batch].to(device)
     x = raw.float() / 127.5 - 1
     def single(images):
         return score_of_batch(system.fast, images)
     if hot.captures:
         single = Captured(single)
-    f = flops(WideResNet(config.depth, config.width), (3, 32, 32))
+    f = flops(WideResNet(config.network.depth, config.network.width), (3, 32, 32))
+    attack = config.attack
     return {
         "one gradient": (lambda: single(x), f["gradient"]),
-        "a chain": (lambda: hot.chain(x, None), config.outer_steps * f["gradient"]),
-        "an attack": (lambda: hot.attack(x, y, config.eps), config.attack_steps * f["gradient"]),
+        "a chain": (lambda: hot.chain(x, None), config.chain.outer_steps * f["gradient"]),
+        "an attack": (lambda: hot.attack(x, y, attack.eps), attack.steps * f["gradient"]),
         "an update's three passes": (lambda: hot.update(y, None, x, x, x, None, None), 3 * f["update"]),
         "a whole update": (lambda: one_update(state, raw, y), step_flops(config, f)),
     }
@@ -197,9 +198,14 @@ def peak_rate(device: torch.device) -> float:
 def measure_variant(config: TuneConfig, network: str, variant: str, device: torch.device, peak: float) -> dict:
     "Times, rates and shares of the peak of one variant's hot paths, by name."
     depth, width, batch = shape(network)
-    train = configure(TrainConfig, "robust_jem", "cifar10", "h100", depth=depth, width=width, batch_size=batch,
-                      buffer_size=4 * batch, attack_steps=config.attack_steps, outer_steps=config.outer_steps,
-                      eps_warmup=0, **VARIANTS[variant])
+    sizes = dict(
+        network=dict(depth=depth, width=width),
+        attack=dict(steps=config.attack_steps, eps_warmup=0),
+        chain=dict(outer_steps=config.outer_steps),
+        optimizer=dict(batch_size=batch),
+        replay=dict(size=4 * batch),
+    )
+    train = configure(TrainConfig, "robust_jem", "cifar10", "h100", **merged(sizes, VARIANTS[variant]))
     out = {}
     works = hot_paths(train, device)
     for name, (work, operations) in works.items():
@@ -222,7 +228,7 @@ def choice(found: dict) -> dict[str, str]:
         for variant, row in variants.items():
             compile = VARIANTS[variant]["compile"]
             near = found["agreement"].get(variant, {"gradient": 0.0})["gradient"] <= bound
-            if near and "attack_statistics" not in VARIANTS[variant]:     # that would change the training
+            if near and "attack" not in VARIANTS[variant]:     # that would change the training
                 right[compile] = row["a whole update"]["ms"]
         if right:
             out[network] = min(right, key=right.get)
@@ -235,7 +241,7 @@ def tune(
 ) -> dict: # what tune.json holds
     "Time all variants and write the choice. What fails, or finds no time, is named with the reason."
     out, end = Path(config.out), time.monotonic() + config.seconds
-    with executing(TrainConfig(device=config.device), config.threads) as at:
+    with executing(RuntimeConfig(device=config.device), config.threads) as at:
         device = at.device
         peak = peak_rate(device)
         found = {"peak TFLOP/s": peak / 1e12, "precision": precision_of(device)}

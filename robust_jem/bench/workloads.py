@@ -38,7 +38,7 @@ def naive_works(
 ) -> dict[str, Callable]: # by workload, without arguments
     "Each workload in the plain arithmetic."
     naive = Naive(config, device, prior.mean, prior.factor)
-    x, y, _ = random_batch(config.batch_size, device)
+    x, y, _ = random_batch(config.optimizer.batch_size, device)
 
     def update():
         start = x
@@ -71,21 +71,22 @@ def our_works(
     state = TrainState(config, random_images(), at)
     system = state.system
     system.network.train()
-    x, y, raw = random_batch(config.batch_size, at.device)
+    x, y, raw = random_batch(config.optimizer.batch_size, at.device)
+    inner, length = config.chain.inner_steps, config.chain.step_size
     prior = system.prior
     labels = torch.arange(OUR_DRAWS) % 10
 
     def generation():
-        generate(system.fast, prior, y.cpu(), "combined", sampler=config, target_steps=steps, outer_steps=steps,
-                 attack_statistics="batch")
+        generate(system.fast, prior, y.cpu(), "combined", trained=config.chain,
+                 attack=dict(steps=steps, statistics="batch"), chain=dict(outer_steps=steps))
 
     def scoring():
         with torch.no_grad():
             _score(system.network.features(x))
 
     return {
-        "sampler": lambda: proximal_sgld(score_of(system.fast), x, steps, config.inner_steps, config.sampler_step_size),
-        "attack": lambda: pgd(system.fast, x, y, config.eps, steps),
+        "sampler": lambda: proximal_sgld(score_of(system.fast), x, steps, inner, length),
+        "attack": lambda: pgd(system.fast, x, y, config.attack.eps, steps),
         "update": lambda: one_update(state, raw, y),
         "prior": lambda: prior.sample(labels),
         "generation": generation,
@@ -115,7 +116,7 @@ def work_done(
     f: dict[str, float], # what `flops` found
 ) -> tuple[float, float]: # images (for sampler and attack: times their steps), operations
     "How much one call of a workload does."
-    batch = config.batch_size
+    batch = config.optimizer.batch_size
     draws = min(NAIVE_DRAWS, batch) if arithmetic == "reference" else OUR_DRAWS
     stepping = batch * steps, batch * steps * f["gradient"]
     return {

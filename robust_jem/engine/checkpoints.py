@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ..core.config import folded
 from ..core.errors import InputError
 from ..core.files import read_tensors, write_tensors
 from ..core.images import Images
 from ..core.random import stream_seed
 from .runtime import Execution
-from ..systems.base import Batch, Step, System
-from ..systems.catalog import RUNTIME_FIELDS, TrainConfig, build_system
+from ..systems.base import RUNTIME_FIELDS, Batch, Step, System, TrainConfig, differences
+from ..systems.catalog import build_system
 
 # %% ../../nbs/engine/05_checkpoints.ipynb #555a2be6
 class TrainState:
@@ -111,7 +112,8 @@ class TrainState:
         self.events.append(event)
         self.reseed("recovery", len(self.events))
         self.system.back_off(len(self.events))
-        event["settings"] = {k: getattr(self.config, k) for k in self.system.softened}
+        now = folded(self.config)
+        event["settings"] = {k: now[k] for k in self.system.softened}
 
     # files
     def save(self, path: Path):
@@ -127,7 +129,7 @@ class TrainState:
             "processes": self.world.size,
             "precision": self.precision,
             "fingerprint": self.fingerprint,
-            "config": _settings(self.system.asked),
+            "config": _kept(self.system.asked),
         }
         if self.world.main:
             write_tensors(path, tensors, meta, make_folder=False)      # a folder that has vanished stays away
@@ -190,7 +192,7 @@ class TrainState:
 
     def _check_origin(self, path: Path, meta: dict):
         "An `InputError` where a checkpoint is of other settings or other data."
-        if meta["config"] != _settings(self.system.asked):
+        if differences(meta["config"], self.system.asked):
             raise InputError(f"{path}: a checkpoint of other settings; use another folder, or remove it")
         if meta.get("fingerprint", self.fingerprint) != self.fingerprint:
             then, now = meta["fingerprint"], self.fingerprint
@@ -291,7 +293,6 @@ def _is_generator(key: str) -> bool:
 def _is_event(event) -> bool:
     return isinstance(event, dict) and type(event.get("back_to")) is int and type(event.get("step")) is int
 
-def _settings(config: TrainConfig) -> dict:
+def _kept(config: TrainConfig) -> dict:
     "What a checkpoint belongs to."
-    settings = {k: v for k, v in config.to_dict().items() if k not in RUNTIME_FIELDS}
-    return {k: list(v) if isinstance(v, tuple) else v for k, v in settings.items()}
+    return {k: v for k, v in config.to_dict().items() if k not in RUNTIME_FIELDS}

@@ -7,6 +7,8 @@ __all__ = ['RobustJEM']
 
 # %% ../../nbs/engine/09_pretrained.ipynb #5e711ccc
 import math
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -15,12 +17,14 @@ from torch import Tensor, nn
 from ..core.errors import InputError
 from ..core.files import read_json, read_tensors, write_tensors, write_json
 from ..core.images import load_images
+from ..core.inputs import as_points
 from ..ebm.energy import energy, predict
 from ..ebm.priors import GaussianMixturePrior
 from .runs import Run
 from ..networks.wide_resnet import WideResNet
-from ..systems.catalog import GenerateConfig, TrainConfig, configure
-from ..systems.hybrid import build_prior, generate
+from ..systems.base import GenerateConfig
+from ..systems.catalog import configure, load_config
+from ..systems.hybrid import HybridConfig, build_prior, generate
 
 # %% ../../nbs/engine/09_pretrained.ipynb #131c9f7a
 class RobustJEM:
@@ -29,7 +33,7 @@ class RobustJEM:
     def __init__(self,
         model: nn.Module, # [B,C,H,W] -> [B,K]
         prior, # where chains start; none: it is fitted to the data set when first asked for
-        config: TrainConfig, # of its training
+        config: HybridConfig, # of its training
         classes: tuple[str, ...],
         shape: tuple[int, int, int], # of an image, (C, H, W)
     ):
@@ -51,11 +55,16 @@ class RobustJEM:
         return self._prior
 
     @classmethod
-    def from_run(cls, path: str | Path, device="cpu") -> "RobustJEM":
+    def from_run(cls,
+        path: str | Path, # the run's folder
+        device="cpu",
+        root: str | Path | None = None, # where its data set lies now; none: see `Run.images`
+    ) -> "RobustJEM":
         "From a run folder; the prior is fitted again to the run's data set."
-        run = Run(path)
+        run = Run(path, root)
         images = run.images()
-        return cls(run.model(device), None, run.config, images.classes, images.shape)
+        config = replace(run.config, root=str(run.data_place))
+        return cls(run.model(device), None, config, images.classes, images.shape)
 
     @classmethod
     def from_pretrained(cls, path_or_hub_id: str | Path, device="cpu") -> "RobustJEM":
@@ -67,8 +76,9 @@ class RobustJEM:
         weights = read_tensors(folder / "model.safetensors")[0]
         fitted = read_tensors(folder / "prior.safetensors")[0] if (folder / "prior.safetensors").exists() else None
         try:
-            config = TrainConfig.from_dict(dict(meta["train"]))
-            model = WideResNet(config.depth, config.width, len(meta["classes"]), meta["shape"][0], config.norm)
+            config = load_config(dict(meta["train"]))
+            network = config.network
+            model = WideResNet(network.depth, network.width, len(meta["classes"]), meta["shape"][0], network.norm)
             model.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in weights.items()})
             prior = fitted and _prior_of(fitted, meta).to(device)
         except (KeyError, IndexError, TypeError, ValueError, RuntimeError) as e:
@@ -99,15 +109,16 @@ class RobustJEM:
         write_json(folder / "config.json", {"train": train, "classes": list(self.classes), "shape": list(self.shape)})
 
     def _logits(self, x: Tensor) -> Tensor:
-        if not x.is_floating_point() or x.shape[1:] != self.shape:
+        x = as_points(x, beyond=20)                             # samples of "combined" may lie outside of [-1, 1]
+        if x.shape[1:] != self.shape:
             expected = f"(B, {', '.join(map(str, self.shape))})"
-            raise InputError(f"images: {x.dtype} {tuple(x.shape)}; "
-                             f"expected floats in [-1, 1] of shape {expected}, see `to_unit`")
-        return self.model(x)
+            raise InputError(f"images: shape {tuple(x.shape)}; expected {expected}")
+        parameter = next(self.model.parameters())
+        return self.model(x.to(parameter.device, parameter.dtype))
 
     @torch.no_grad()
     def classify(self, x: Tensor) -> Tensor:
-        "Labels `[B]` of images `[B,C,H,W]` in [-1, 1]."
+        "Labels `[B]` of images `[B,C,H,W]`: uint8, or float in [-1, 1]."
         return predict(self._logits(x))
 
     @torch.no_grad()
@@ -118,16 +129,15 @@ class RobustJEM:
     def generate(self,
         y: Tensor, # labels [B]
         method: str = "combined", # attack, energy or combined
-        **changes, # keywords of `generate`
+        *,
+        generator: torch.Generator | None = None, # on the prior's device
+        on_stage: Callable[[str, Tensor], None] | None = None, # called with (name, images) after each stage
+        **changes, # other fields of `HybridSampling`, such as attack__eps=0.3
     ) -> Tensor:
         "Images `[B,C,H,W]` of the wanted classes, by default as configured for the model's data set and preset."
         of = self.config
-        unconditional = {"conditional": False} if changes.get("conditional") is False else {}
-        c = configure(GenerateConfig, of.system, of.dataset, of.preset, method=method, **unconditional)
-        names = ("outer_steps", "inner_steps", "eps", "target_steps", "attack_step_size", "random_start", "contrast",
-                 "attack_statistics", "sampler_statistics")
-        settings = {"sampler": self.config} | {name: getattr(c, name) for name in names}
-        return generate(self.model, self.prior, y, method, **settings | changes)
+        how = configure(GenerateConfig, of.system, of.dataset, of.preset, method=method, **changes)
+        return generate(self.model, self.prior, y, how, trained=of.chain, generator=generator, on_stage=on_stage)
 
 def _size(shape: tuple[int, ...]) -> str:
     return "x".join(map(str, shape))

@@ -22,7 +22,7 @@ from ..core.files import read_tensors, write_bytes
 from .checkpoints import TrainState
 from .recovery import Diverged
 from .runs import Run
-from ..systems.catalog import TrainConfig
+from ..systems.base import TrainConfig
 
 # %% ../../nbs/engine/06_run_log.ipynb #26484470
 class RunLog:
@@ -170,12 +170,12 @@ class RunLog:
         Raises `Diverged` when no recovery is left.
         """
         state, config = self.state, self.config
-        if len(state.events) >= config.recoveries:
+        if len(state.events) >= config.recovery.times:
             files = self.run.checkpoints()
             last = files[0].name if files else "not yet written"
-            used = f"{len(state.events)} of {config.recoveries} recoveries"
+            used = f"{len(state.events)} of {config.recovery.times} recoveries"
             raise Diverged(f"{self.run.path}: {why} at update {state.step}, after {used}; "
-                           f"the last checkpoint is {last}. Lower lr or sampler_step_size, or raise energy_penalty")
+                           f"the last checkpoint is {last}. {state.system.advice}")
         at = state.step
         step, tensors = self._way_back(why, fresh_state)
         for e in state.events:                                      # where it stands among the lines that are left
@@ -193,7 +193,7 @@ class RunLog:
         self.save()                                                 # a kill from here on goes on from the recovery
         if self.main:
             settings = ", ".join(f"{k} {v:g}" for k, v in event["settings"].items())
-            warnings.warn(f"{self.run.path}: {why} at update {at}; recovery {number} of {config.recoveries}: "
+            warnings.warn(f"{self.run.path}: {why} at update {at}; recovery {number} of {config.recovery.times}: "
                           f"back to update {step}, {settings}")
 
     def _way_back(self, why: str, fresh_state: Callable[[], TrainState]) -> tuple[int, dict]:
@@ -211,7 +211,7 @@ class RunLog:
         if step > self.per_epoch:
             raise Diverged(f"{self.run.path}: {why} at update {self.state.step}, "
                            "and no earlier state is left to go back to; raise keep_checkpoints, "
-                           "lower lr or sampler_step_size, or raise energy_penalty")
+                           f"or: {self.state.system.advice}")
         return fresh.snapshot
 
     def _forget_after(self, step: int):

@@ -23,7 +23,8 @@ from ..core.images import progress_bar, to_uint8
 from ..core.random import stream
 from .runs import Run, provenance
 from .runtime import Execution, OutOfTime, at_a_size_that_fits, executing
-from ..systems.catalog import RUNTIME_FIELDS, GenerateConfig
+from ..systems.base import RUNTIME_FIELDS, GenerateConfig, differences
+from ..systems.catalog import load_sampling
 
 # %% ../../nbs/engine/08_sample.ipynb #eff4360f
 def generate_samples(
@@ -36,7 +37,7 @@ def generate_samples(
     where it stopped, and is the same on any number of processes. Raises `InputError`, and `OutOfTime` when max_minutes
     are over.
     """
-    run = Run(config.run).finished()
+    run = Run(config.run, config.root).finished()
     folder = run.path / "samples" / config.label
     if (folder / "summary.json").exists() and _is_same_set(folder, config, run):
         return folder
@@ -56,13 +57,13 @@ def generate_samples(
 def _is_same_set(folder: Path, config: GenerateConfig, run: Run) -> bool:
     "Whether a finished set is of these weights; an `InputError` where it is one of other settings."
     summary = read_json(folder / "summary.json")
-    there, asked = summary.get("config", {}), config.to_dict()
+    there = summary.get("config", {})
     if not isinstance(there, dict):
         raise InputError(f"{folder / 'summary.json'}: its config is no object; "
                          f"remove {folder}, and the samples are drawn again")
-    other = [k for k in asked if json.dumps(asked[k]) != json.dumps(there.get(k)) and k not in RUNTIME_FIELDS]
+    other = list(differences(load_sampling(there, run.config.system), config).items())
     if other:
-        said = ", ".join(f"{k}: {there.get(k)} there, {asked[k]} given" for k in other[:3])
+        said = ", ".join(f"{k}: {old} there, {new} given" for k, (old, new) in other[:3])
         raise InputError(f"name: {folder} holds samples with other settings ({said}); give another name or remove it")
     return summary.get("weights") == run.weights                    # else they are of an earlier training: draw anew
 
@@ -121,10 +122,8 @@ class SampleSet:
                             "the same command goes on from there")
 
     def _not_finite(self) -> str:
-        step_size = self.config.sampler_step_size
-        step_size = self.run.config.sampler_step_size if step_size is None else step_size
         return (f"samples: some pixels of {self.run.path}'s aren't numbers; its weights are broken, "
-                f"or the chains diverge: try --sampler-step-size below {step_size:g}, or --precision float32")
+                f"or it diverges while drawing: try {self.system.drawing_advice(self.config)}--precision float32")
 
     def _file(self, i: int) -> Path:
         return self.parts / f"{i:05}.safetensors"

@@ -20,22 +20,23 @@ from .recovery import Health
 from .run_log import RunLog
 from .runs import Run, provenance
 from .runtime import Deadline, Execution, Interrupted, OutOfTime, StopRequest, executing
-from ..systems.catalog import SYSTEMS, TrainConfig
+from ..systems.base import Schedule, TrainConfig
+from ..systems.catalog import SYSTEMS
 
 # %% ../../nbs/engine/07_train.ipynb #349f9488
 def lr_factor(
-    config: TrainConfig,
+    schedule: Schedule,
     step: int, # updates done so far
     steps_per_epoch: int,
-) -> float: # multiplies config.lr
+) -> float: # multiplies optimizer.lr
     "Learning-rate factor: linear warm-up times the schedule."
-    warm = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
-    if config.schedule == "constant":
+    warm = min(1.0, (step + 1) / schedule.warmup_steps) if schedule.warmup_steps else 1.0
+    if schedule.kind == "constant":
         return warm
-    if config.schedule == "step":
-        return warm * config.decay ** sum(step >= m * steps_per_epoch for m in config.milestones)
-    total = config.updates or config.epochs * steps_per_epoch
-    if config.schedule == "linear":
+    if schedule.kind == "step":
+        return warm * schedule.decay ** sum(step >= m * steps_per_epoch for m in schedule.milestones)
+    total = schedule.updates or schedule.epochs * steps_per_epoch
+    if schedule.kind == "linear":
         return warm * max(0.0, 1 - step / max(1, total))
     return warm * 0.5 * (1 + math.cos(math.pi * step / max(1, total)))
 
@@ -84,10 +85,10 @@ class Training:
         folder = Path(config.folder)
         resumes = (folder / "config.json").exists() and Run(folder).checkpoints()
         self.state = TrainState(config, images, runtime) if resumes else self.fresh_state()
-        self.batches = Batches(images.train_x, images.train_y, config.batch_size, config.seed, runtime.device,
+        self.batches = Batches(images.train_x, images.train_y, config.optimizer.batch_size, config.seed, runtime.device,
                                self.world.rank, self.world.size)
         self.per_epoch = len(self.batches)
-        self.total = config.updates or config.epochs * self.per_epoch
+        self.total = config.schedule.updates or config.schedule.epochs * self.per_epoch
         self.health = Health(self.state.system)
         self.pause = Deadline(config.checkpoint_minutes)
 
@@ -112,7 +113,7 @@ class Training:
                           unit="step", disable=not progress) as self.bar:
             while state.step < self.total:
                 for x, y in self.batches.epoch(*divmod(state.step, self.per_epoch)):
-                    lr = state.config.lr * lr_factor(state.config, state.step, self.per_epoch)
+                    lr = state.config.optimizer.lr * lr_factor(config.schedule, state.step, self.per_epoch)
                     state.update(x, y, lr)
                     if self.is_logged and self.recovers(self.note(lr)):
                         break                       # back at an earlier update, which may be of another epoch
@@ -150,7 +151,7 @@ class Training:
             self.bar.n = state.step
             self.bar.refresh()
             return True
-        if state.step - state.snapshot[0] >= self.config.snapshot_every:
+        if state.step - state.snapshot[0] >= self.config.recovery.snapshot_every:
             state.snapshot = state.copy()
         return False
 
@@ -195,7 +196,7 @@ class Training:
     def write_result(self):
         "Summary and weights."
         state, folder = self.state, self.log.run.path
-        seen = state.step * self.config.batch_size
+        seen = state.step * self.config.optimizer.batch_size
         parameters = {id(p): p.numel() for o in state.optimizers.values() for g in o.param_groups for p in g["params"]}
         summary = dict(
             system=self.config.system,
@@ -232,9 +233,9 @@ def _train(config: TrainConfig, runtime: Execution, progress: bool) -> Path:
     world, folder = runtime.world, Path(config.folder)
     if (folder / "config.json").exists() and Run.create(config).trained:
         return folder
-    world.share(config.batch_size, "batch_size")
+    world.share(config.optimizer.batch_size, "optimizer.batch_size")
     images = world.first(lambda: load_images(config.dataset, config.root or None))
-    augment(to_unit(images.train_x[:2]), config.pad)                # fails here, before anything is written
+    augment(to_unit(images.train_x[:2]), config.augment.pad)        # fails here, before anything is written
     stop = StopRequest()
     training = Training(config, runtime, images, stop)
     run = Run.create(config) if world.main else None

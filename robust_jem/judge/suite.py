@@ -24,10 +24,12 @@ from torch import Tensor, nn
 from ..core.errors import InputError
 from ..core.files import exclusive, tensors_hash
 from ..core.images import Images, load_images, progress_bar, to_uint8, to_unit
-from ..core.inputs import evaluating
+from ..core.inputs import check_model, evaluating, trusted_inputs
 from ..core.random import stream
 from ..ebm.attacks import distal, pgd
-from ..ebm.energy import input_gradient, marginal_energy, untouched
+from robust_jem.ebm.energy import (
+    check_unnormalised, input_gradient, marginal_energy, outside_inference_mode, untouched,
+)
 from ..engine.runs import Run
 from ..engine.runtime import Execution, at_a_size_that_fits, executing
 from .calibration import calibration
@@ -50,8 +52,8 @@ class EvalTarget:
     title: str
     model: nn.Module | None                  # [B,C,H,W] in [-1,1] -> [B,K], in evaluation mode; none: no classifier
     images: Images
-    config: TrainConfig                      # sampler and attack, as trained with or as chosen for it
-    chain: GenerateConfig                    # how chains run
+    config: TrainConfig                      # chain and attack, as trained with or as chosen for it
+    chain: GenerateConfig                    # how chains are run from the prior
     prior: object | None                     # where chains start; none: there are no chains
     sets: dict[str, tuple[Tensor, Tensor, bool]]      # uint8 samples, labels, whether these are the samples' classes
     settings: dict                           # what tells it from others: hashes of weights, samples and data
@@ -61,16 +63,14 @@ class EvalTarget:
     @classmethod
     def of_run(cls, run: Run, at: Execution) -> "EvalTarget":
         "A trained run with its samples."
-        config, images, sets, asked, drawn = run.config, run.images(), {}, {}, {}
+        config, images, sets, asked, drawn = replace(run.config, root=str(run.data_place)), run.images(), {}, {}, {}
         for name in run.sample_names():
             x, y, summary = run.samples(name)
             asked[name], drawn[name] = summary["config"], tensors_hash({"x": x, "y": y})
-            sets[name] = x, y, asked[name]["conditional"] or asked[name]["method"] != "energy"
-        chains = [c for c in asked.values() if c["method"] == "energy"]
-        if chains:
-            chain = GenerateConfig.from_dict(chains[0])
-        else:
-            chain = configure(GenerateConfig, config.system, config.dataset, config.preset)
+            sets[name] = x, y, run.drawn_with(name).labelled
+        ways = [run.drawn_with(name) for name in asked]
+        chains = [how for how in ways if how.method == "energy"]
+        chain = chains[0] if chains else configure(GenerateConfig, config.system, config.dataset, config.preset)
         title = SYSTEMS[config.system].title
         if "@" in config.dataset:
             title += f", {config.dataset}"
@@ -97,12 +97,12 @@ class EvalTarget:
             net = SignedInterval(net)
         answers = check_classifier(net, images, config.model)
         model = at.accelerate(net)
-        sampler = configure(TrainConfig, "robust_jem", config.model_data, preset, seed=config.seed, root=config.root)
-        chain = configure(GenerateConfig, "robust_jem", config.model_data, preset, sampler_statistics="running")
-        prior, y, sets = build_prior(sampler, images, at.device), torch.arange(images.num_classes).repeat(10), {}
+        asked = configure(TrainConfig, "robust_jem", config.model_data, preset, seed=config.seed, root=config.root)
+        running = {"attack.statistics": "running", "chain.statistics": "running"}
+        chain = configure(GenerateConfig, "robust_jem", config.model_data, preset, **running)
+        prior, y, sets = build_prior(asked, images, at.device), torch.arange(images.num_classes).repeat(10), {}
         for method in ("attack", "energy"):
-            x = generate(model, prior, y, method, sampler=sampler, outer_steps=chain.outer_steps, eps=chain.eps,
-                         attack_statistics="running", sampler_statistics="running",
+            x = generate(model, prior, y, replace(chain, method=method), trained=asked.chain,
                          generator=stream(config.seed, method, device=at.device))
             sets[method] = to_uint8(x).cpu(), y, True
         settings = dict(
@@ -114,25 +114,29 @@ class EvalTarget:
             fingerprint=images.fingerprint,
             precision=at.policy.precision,
         )
-        return cls(config.model, model, images, sampler, chain, prior, sets, settings, at)
+        return cls(config.model, model, images, asked, chain, prior, sets, settings, at)
 
 def import_model(spec: str, images: Images) -> nn.Module:
     """The classifier that `package.module:factory` makes; the working directory is searched too.
 
     An `InputError` says what is wrong.
     """
+    if not isinstance(spec, str):
+        raise InputError(f"model: {spec!r} is not accepted; accepted: package.module:factory")
     module, _, name = spec.partition(":")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
         factory = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as e:
-        raise InputError(f"model: {spec!r} can't be imported ({e}); accepted: package.module:factory, importable "
+    except (Exception, SystemExit) as e:                        # whatever the user's file does when it is run
+        why = " ".join(str(e).split())[:160]
+        why = why if isinstance(e, (ImportError, AttributeError, ValueError)) else f"{type(e).__name__}: {why}"
+        raise InputError(f"model: {spec!r} can't be imported ({why}); accepted: package.module:factory, importable "
                          "from here, "
                          "where factory() gives a torch.nn.Module") from e
     try:
         model = factory()
-    except Exception as e:
+    except (Exception, SystemExit) as e:
         why = str(e).splitlines()[0][:120] if str(e) else ""
         raise InputError(f"model: {spec}() failed ({type(e).__name__}: {why})") from e
     if not isinstance(model, nn.Module):
@@ -185,12 +189,15 @@ def check_classifier(
 ) -> Tensor: # its logits [2,K] of two test images
     """A model must take the data's images, and give finite logits of the right shape and their gradient; else an
     `InputError`."""
+    check_model(model)
     x = to_unit(images.test_x[:2]).to(device_of(model, images.test_x))
-    with evaluating(model):
-        logits = _first_logits(model, x, images, name)
+    with outside_inference_mode(), evaluating(model):
+        network = in_own_precision(model)
+        logits = _first_logits(network, x, images, name)
+        check_unnormalised(logits, joint=False)
         try:
-            with untouched(model):
-                input_gradient(model, x, lambda logits: logits.logsumexp(1))
+            with trusted_inputs(), untouched(network):
+                input_gradient(network, x, lambda logits: logits.logsumexp(1))
         except Exception as e:
             why = (str(e) or type(e).__name__).splitlines()[0][:80]
             raise InputError(f"model: {name} gives no gradient of its logits ({why}); it must not run under no_grad "
@@ -316,6 +323,7 @@ def detection_part(target: EvalTarget, c: EvaluateConfig, sets: dict[str, Tensor
     values = {"AUROC": found, "n": {"test images": len(inside)} | {name: len(x) for name, x in sets.items()}}
     return values, {f"{name}|{score}": v[:2000] for name, by in scores.items() for score, v in by.items()}
 
+@trusted_inputs()
 def distal_part(target: EvalTarget, c: EvaluateConfig, each: int = 10) -> tuple[dict, dict[str, Tensor]]:
     """From uniform noise to p(y|x) > 0.9, `each` images a class: how many steps it takes, and whether the density
     is taken in as well."""
@@ -339,6 +347,7 @@ def distal_part(target: EvalTarget, c: EvaluateConfig, each: int = 10) -> tuple[
     tensors = {"x": to_uint8(x), "start": to_uint8(start), "y": y, "p": p, "steps": taken}
     return values, {name: v.cpu() for name, v in tensors.items()}
 
+@trusted_inputs()
 def landscape_part(target: EvalTarget, c: EvaluateConfig, n: int = 1000, chains: int = 100) -> tuple[dict, dict]:
     "E(x) of real, sampled, attacked and noise images by running statistics, and along chains by their own."
     x, y = draw_test_images(target.images, n, c.seed)
@@ -348,7 +357,7 @@ def landscape_part(target: EvalTarget, c: EvaluateConfig, n: int = 1000, chains:
     path, real = _energies_along_chains(target, x[:chains], chains, generator)
     values = {
         "median energy": {name: e.median().item() for name, e in energies.items()},
-        "statistics": {"images": "running", "chains": target.chain.sampler_statistics},
+        "statistics": {"images": "running", "chains": target.chain.chain.statistics},
         "chains": chains,
         "steps": len(path) - 1,
         "n": {name: len(v) for name, v in groups.items()},
@@ -358,7 +367,7 @@ def landscape_part(target: EvalTarget, c: EvaluateConfig, n: int = 1000, chains:
 
 def _landscape_groups(target: EvalTarget, c: EvaluateConfig, x: Tensor, y: Tensor, n: int, generator) -> dict:
     "Up to `n` images of each kind, test images `x` among them."
-    images, device, eps = target.images, target.at.device, target.config.eps
+    images, device, eps = target.images, target.at.device, target.config.attack.eps
     def attack(size):
         parts = []
         for a, b in zip(x.split(size), y.split(size)):
@@ -376,18 +385,18 @@ def _landscape_groups(target: EvalTarget, c: EvaluateConfig, x: Tensor, y: Tenso
 
 def _energies_along_chains(target: EvalTarget, x: Tensor, chains: int, generator) -> tuple[Tensor, Tensor]:
     "E(x) after each step of chains `[steps + 1, chains]`, and of test images `x`, by the chains' own batch statistics."
-    path, device, how = [], target.at.device, target.chain
+    path, device = [], target.at.device
+    chain = target.chain.chain.of(target.config.chain)
     y = torch.arange(chains) % target.images.num_classes
     @torch.no_grad()
     def note(_, state):
         path.append(marginal_energy(target.model(state)).cpu())
-    with untouched(target.model, how.sampler_statistics):
+    with untouched(target.model, chain.statistics):
         start = target.prior.sample(y, generator).to(device)
         note(0, start)
         with torch.no_grad():
             real = marginal_energy(target.model(to_unit(x.to(device)))).cpu()
-        run_chains(target.model, start, target.config, y.to(device), generator, outer_steps=how.outer_steps,
-                   inner_steps=how.inner_steps, statistics=how.sampler_statistics, on_step=note)
+        run_chains(target.model, start, chain, y.to(device), generator, on_step=note)
     return torch.stack(path), real
 
 def neighbours_part(target: EvalTarget, c: EvaluateConfig, scorer: SampleScorer, k: int = 3) -> tuple[dict, dict]:
@@ -430,7 +439,8 @@ def evaluate(
 
 def evaluate_suite(config: EvaluateConfig, progress: bool = True) -> dict[str, dict]:
     "The suite's parts alone."
-    run, folder = Run(config.run).finished() if config.run else None, suite_folder(config)
+    run = Run(config.run, config.root).finished() if config.run else None
+    folder = suite_folder(config)
     threads = config.threads or (run.config.threads if run else 0)
     with executing(config, threads) as at, exclusive(folder, "evaluating"):
         if at.world.size > 1:

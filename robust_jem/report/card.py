@@ -22,8 +22,9 @@ from ..judge.ood import SCORES
 from .figures import SuiteResults, distal_sheet, draw, reliability, robustness_curves, save_figure
 from .results import SAMPLE_SCORES
 from .tables import grid_markdown
+from ..systems.base import TrainConfig
 from ..systems.catalog import SYSTEMS, system_class
-from ..systems.hybrid import Hybrid
+from ..systems.hybrid import Hybrid, HybridConfig
 
 # %% ../../nbs/report/05_card.ipynb #2a75dd3c
 def percent(
@@ -244,37 +245,38 @@ Not for decisions about people or safety, and not as a detector of attacks or st
 show. Robustness holds for the threat models named, on the images counted, and says nothing about other changes of \
 an image."""
 
-def _objective(t: dict) -> str:
+def _objective(c: HybridConfig) -> str:
     "The terms of a training's loss, its attack and its sampler."
     weights = ("clean_weight", "adversarial_weight", "likelihood_weight", "energy_penalty")
-    said = ", ".join(f"{k.removesuffix('_weight')} {t[k]:g}" for k in weights if t[k])
-    if t["adversarial_weight"]:
-        said += f"; attack {t['attack_norm']} ε = {t['eps']:g}, {t['attack_steps']} steps"
-    if t["likelihood_weight"]:
-        said += f"; {t['sampler']} sampler, {t['outer_steps']} steps an update"
+    counts = {k.removesuffix("_weight"): getattr(c.objective, k) for k in weights}
+    said = ", ".join(f"{k} {v:g}" for k, v in counts.items() if v)
+    if c.objective.adversarial_weight:
+        said += f"; attack {c.attack.norm} ε = {c.attack.eps:g}, {c.attack.steps} steps"
+    if c.objective.likelihood_weight:
+        said += f"; {c.chain.sampler} sampler, {c.chain.outer_steps} steps an update"
     return said
 
-def _training(t: dict, m: dict) -> str:
+def _training(c: TrainConfig, m: dict) -> str:
     "What a training took, from its settings and its summary."
     done = f"{m['updates']:,} updates, {m['images_seen']:,} images, {m['seconds'] / 60:.1f} minutes on {m['device']}"
     recoveries = f"recoveries from divergence: {m['recoveries'] or 'none'}"
-    epochs = "" if t.get("updates") else f"{t['epochs']} epochs, "
-    return f"{epochs}{done}, {m['precision']}; seed {t['seed']}; {recoveries}"
+    epochs = "" if c.schedule.updates else f"{c.schedule.epochs} epochs, "
+    return f"{epochs}{done}, {m['precision']}; seed {c.seed}; {recoveries}"
 
 _HYBRID = ("A classifier whose logits define an energy: it classifies, resists attacks to the degree measured "
            "below, and generates images.")
 
 def _other_model(run: Run, shape: tuple[int, ...]) -> str:
     "What a run of another kind of system trained, on what, and how to load it."
-    t, m = run.config.to_dict(), run.summary
+    c, m = run.config, run.summary
     images = f"{'x'.join(map(str, shape))} images in [-1,1]"
     return f"""## The model
 
 | | |
 |---|---|
 | system | {SYSTEMS[run.config.system].title}, {m['parameters']:,} parameters; {images} |
-| data | {t['dataset']}, fingerprint {m['fingerprint']} |
-| training | {_training(t, m)} |
+| data | {c.dataset}, fingerprint {m['fingerprint']} |
+| training | {_training(c, m)} |
 | weights | {run.weights} |
 | made by | commit {m['commit']}, torch {m['torch']} |
 
@@ -285,17 +287,17 @@ system = Run("{run.path}").system()
 
 def _the_model(run: Run, shape: tuple[int, ...], classes: int, load: str) -> str:
     "What a run trained, how, on what, and how to load it."
-    t, m = run.config.to_dict(), run.summary
-    network = f"WRN-{t['depth']}-{t['width']}, {t['norm']} norm, {m['parameters']:,} parameters"
+    c, m = run.config, run.summary
+    network = f"WRN-{c.network.depth}-{c.network.width}, {c.network.norm} norm, {m['parameters']:,} parameters"
     images = f"{'x'.join(map(str, shape))} images in [-1,1] to {classes} logits"
     return f"""## The model
 
 | | |
 |---|---|
 | network | {network}; {images} |
-| data | {t['dataset']}, fingerprint {m['fingerprint']} |
-| objective | {_objective(t)} |
-| training | {_training(t, m)} |
+| data | {c.dataset}, fingerprint {m['fingerprint']} |
+| objective | {_objective(c)} |
+| training | {_training(c, m)} |
 | weights | {run.weights} |
 | made by | commit {m['commit']}, torch {m['torch']} |
 

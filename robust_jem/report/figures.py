@@ -262,9 +262,9 @@ def sample_sheets(
     "A sheet a sample set of a run: a row a class, or just as drawn where chains had no class."
     out, run = {}, Run(f.subject["run"])
     for name in run.sample_names():
-        x, y, summary = run.samples(name)
-        asked, classes = summary["config"], tuple(f.subject["classes"])
-        if not asked["conditional"] and asked["method"] == "energy":
+        x, y, _ = run.samples(name)
+        classes = tuple(f.subject["classes"])
+        if not run.drawn_with(name).labelled:
             y, classes = torch.arange(len(x)) // columns, ("",) * min(columns, len(x) // columns)
         caption = f"{name}: from scratch, {f.subject['dataset']}, not selected"
         out[name] = sheet(x, y, classes, f.title, columns, caption)

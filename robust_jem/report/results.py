@@ -16,13 +16,14 @@ from pathlib import Path
 
 import pandas as pd
 
-from ..core.config import Config
+from ..core.config import Config, folded, settings
 from ..core.errors import InputError
 from ..engine.runs import Run
-from ..systems.catalog import RUNTIME_FIELDS, SYSTEMS
+from ..systems.base import RUNTIME_FIELDS
+from ..systems.catalog import SYSTEMS
 
 # %% ../../nbs/report/01_results.ipynb #8d44e455
-@dataclass(frozen=True)
+@settings
 class ReportConfig(Config):
     "Which runs to report, and where to."
     runs: str = "runs/digits-cpu"            # folder with the run folders
@@ -97,7 +98,7 @@ def _settings(run: Run, training: bool) -> dict:
     out = {k: scores[part][v] for k, part, v in _MEASURED if part in scores}
     if training:
         free = RUNTIME_FIELDS | {"system", "seed", "precision"}
-        out |= {k: v for k, v in run.config.to_dict().items() if k not in free}
+        out |= {k: v for k, v in folded(run.config).items() if k not in free}
         out["precision"] = run.summary["precision"]                     # what "auto" came to
     return out
 

@@ -162,7 +162,7 @@ def paper_figures(
         run = groups[system][0]
         c, title = run.config, SYSTEMS[system].title
         x, y, _ = run.samples(method)
-        about = f"{c.dataset}, WRN-{c.depth}-{c.width}, seed {c.seed}; not selected"
+        about = f"{c.dataset}, WRN-{c.network.depth}-{c.network.width}, seed {c.seed}; not selected"
         caption = f"{method} samples from scratch, {about}"
         made.append((name, sheet(x, y, run.images().classes, f"Figure {i}: {title}", caption=caption), run))
         if method == "combined":

@@ -11,7 +11,6 @@ import csv
 import io
 import math
 import statistics
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,8 +27,8 @@ from robust_jem.report.results import (
     collect, drawn_as, find_runs, results_table,
 )
 from .run_figures import curves, paper_figures, robustness, save_png
-from ..systems.catalog import RUNTIME_FIELDS, SYSTEMS, TrainConfig, system_class
-from ..systems.hybrid import Hybrid
+from ..systems.base import RUNTIME_FIELDS, GenerateConfig, TrainConfig, differences
+from ..systems.catalog import SYSTEMS, load_sampling, system_class
 
 # %% ../../nbs/report/03_tables.ipynb #e9100d0c
 Groups = dict[str, list[Run]]                # runs by system, from `collect`
@@ -47,6 +46,10 @@ def _can(system: str, capability: str) -> bool:
     "Whether a system of the catalog is capable of something, as its class says."
     return capability in system_class(system).capabilities
 
+def _prior_of(runs: list[Run]) -> str:
+    "Where the chains of a system's runs start; empty without chains."
+    return system_class(runs[0].config.system).prior_named(runs[0].config)
+
 def wanted_rows(
     groups: Groups, # from `collect`
     published: tuple[Row, ...] = TABLE1, # whose numbers stand beside ours
@@ -61,7 +64,7 @@ def wanted_rows(
             rows.append(WantedRow(f"{SYSTEMS[s].title}, {said}", s, name))
     for s in (s for s in groups if s not in named):
         rows += [WantedRow(SYSTEMS[s].title, s, method) for method in SYSTEMS[s].methods or (None,)]
-    starting = [s for s in groups if _can(s, "start") and groups[s][0].config.prior == "gaussian"]
+    starting = [s for s in groups if _prior_of(groups[s]) == "gaussian"]
     reference = next(iter([*starting, *groups]))
     rows.append(WantedRow("held-out real images", reference, "held-out"))
     rows.append(WantedRow("bare prior samples", reference, "prior"))
@@ -115,7 +118,12 @@ def _row(results: pd.DataFrame, wanted: WantedRow, eps: list[str], paper_accurac
 
 def _radii(runs: list[Run]) -> list[str]:
     "Training's radius; 8/255 of the unit range and the paper's where all were measured there."
-    radius = next((r.config.eps for r in runs if r.config.adversarial_weight), runs[0].config.eps)
+    ours = [r for r in runs if system_class(r.config.system).radius(r.config) is not None]
+    if not ours:
+        return []
+    attacked = [r for r in ours if system_class(r.config.system).described(r.config).get("attacks")]
+    first = next(iter(attacked + ours))
+    radius = system_class(first.config.system).radius(first.config)
     curves = [r.scores()["classification"]["robust accuracy"] for r in runs if "classification" in r.scores()]
     measured = [e for e in {radius, 0.0627, 0.1} if e == radius or curves and all(f"{e:g}" in c for c in curves)]
     return [f"{e:g}" for e in sorted(measured)]
@@ -162,37 +170,19 @@ def table1(
     }
 
 # %% ../../nbs/report/03_tables.ipynb #e9100d0e
-def _by_system(groups: Groups, said_of: Callable[[TrainConfig], str]) -> str:
+def _by_system(groups: Groups, aspect: str) -> str:
     "What is said of the systems: once where all agree, else after their names; an empty text is left out."
     said: dict[str, list[str]] = {}
     for system, mine in groups.items():
-        said.setdefault(said_of(mine[0].config), []).append(SYSTEMS[system].title)
+        text = system_class(system).described(mine[0].config).get(aspect, "")
+        said.setdefault(text, []).append(SYSTEMS[system].title)
     if len(said) == 1:
         return next(iter(said))
     return "; ".join(f"{' and '.join(titles)}: {text}" for text, titles in said.items() if text)
 
-def _is_hybrid(c: TrainConfig) -> bool:
-    "Whether the settings of networks, attacks and averages are its own: other systems ignore them."
-    return issubclass(system_class(c.system), Hybrid)
-
-def _network(c: TrainConfig) -> str:
-    if not _is_hybrid(c):
-        return f"{c.epochs} epochs"
-    return f"network WRN-{c.depth}-{c.width}, {c.norm if c.norm != 'none' else 'no'} norm, {c.epochs} epochs"
-
-def _attacks(c: TrainConfig) -> str:
-    if not c.adversarial_weight or not _is_hybrid(c):
-        return ""
-    return f"attacks while training with ε = {c.eps:g} and {c.attack_steps} steps"
-
-def _average(c: TrainConfig) -> str:
-    if not _is_hybrid(c):
-        return ""
-    return f"weights averaged with decay {c.ema_decay:g}" if c.ema_decay else "last weights, not averaged"
-
 def _data_note(groups: Groups, runs: list[Run], quality: dict) -> str:
     c = runs[0].config
-    training = [f"preset {c.preset}", *[_by_system(groups, said) for said in (_network, _attacks, _average)]]
+    training = [f"preset {c.preset}", *[_by_system(groups, aspect) for aspect in ("network", "attacks", "weights")]]
     data = f"{c.dataset} (fingerprint {quality['fingerprint']}); reference: {quality['reference']}"
     seeds = sorted({r.config.seed for r in runs})
     several = any(name != drawn_as(name) for r in runs for name in r.scores())
@@ -220,7 +210,7 @@ def _products_note(runs: list[Run], quality: dict) -> str:
 
 def _prior_note(groups: Groups) -> list[str]:
     starting = {s: mine for s, mine in groups.items() if _can(s, "start")}
-    uniform = [SYSTEMS[s].title for s, mine in starting.items() if mine[0].config.prior == "uniform"]
+    uniform = [SYSTEMS[s].title for s, mine in starting.items() if _prior_of(mine) == "uniform"]
     if not starting:
         return []
     if len(uniform) == len(starting):
@@ -230,24 +220,12 @@ def _prior_note(groups: Groups) -> list[str]:
                 f"Chains of {' and '.join(uniform)} start from uniform noise instead."]
     return []
 
-def _drawn_with(c: TrainConfig, asked: dict, seeds: list[int]) -> str:
+def _drawn_with(c: TrainConfig, how: GenerateConfig, seeds: list[int]) -> str:
     "How a sample set was drawn, from its settings."
-    def statistics_of(kind: str) -> str:
-        return f", batch norm by {asked[f'{kind}_statistics']} statistics" if c.norm == "batch" else ""
     many = "s" if len(seeds) > 1 else ""
-    said = (f"{asked['num_samples']} samples in batches of {asked['batch_size']}, "
-            f"sampling seed{many} {', '.join(map(str, seeds))}")
-    if not _can(c.system, "start"):                          # drawn directly, by neither attack nor chain
-        return said
-    if asked["method"] != "energy":
-        said += f"; targeted PGD ε = {asked['eps']}, {asked['target_steps']} steps{statistics_of('attack')}"
-    if asked["method"] == "combined":
-        said += f"; contrast {asked['contrast']}"
-    if asked["method"] != "attack":
-        step = c.sampler_step_size if asked["sampler_step_size"] is None else asked["sampler_step_size"]
-        inner = f" outer × {asked['inner_steps']} inner" if c.sampler == "proximal" else ""
-        said += f"; {asked['outer_steps']}{inner} steps of {step:g}{statistics_of('sampler')}"
-    return said
+    numbers = f"{how.num_samples} samples in batches of {how.batch_size}, sampling seed{many} "
+    said = system_class(c.system).drawing_described(c, how)
+    return numbers + ", ".join(map(str, seeds)) + (f"; {said}" if said else "")
 
 def _sample_notes(system: str, mine: list[Run]) -> list[str]:
     "How each row of a system was drawn; an `InputError` where sets of one name were drawn differently."
@@ -255,15 +233,15 @@ def _sample_notes(system: str, mine: list[Run]) -> list[str]:
     for run in mine:
         for name, s in run.scores().items():
             if name not in NOT_DRAWN:
-                rows.setdefault(drawn_as(name), []).append(s["samples"])
+                rows.setdefault(drawn_as(name), []).append(load_sampling(s["samples"], system))
     notes = []
     for name, (first, *others) in sorted(rows.items()):
-        for s in others:
-            other = [k for k, v in s.items() if k not in RUNTIME_FIELDS | {"seed", "name"} and v != first[k]]
-            if other:
-                raise InputError(f"runs: sample sets called {name} of {title} differ in {other[0]} ({s[other[0]]} and "
-                                 f"{first[other[0]]}), so they can't share a row; name one otherwise")
-        seeds = sorted({s["seed"] for s in (first, *others)})
+        for how in others:
+            other = differences(first, how, RUNTIME_FIELDS | {"seed", "name"})
+            for field, (a, b) in other.items():
+                raise InputError(f"runs: sample sets called {name} of {title} differ in {field} ({b} and {a}), "
+                                 "so they can't share a row; name one otherwise")
+        seeds = sorted({how.seed for how in (first, *others)})
         notes.append(f"{title}, {name}: {_drawn_with(mine[0].config, first, seeds)}.")
     return notes
 

@@ -6,9 +6,8 @@
 __all__ = ['critic_hinge', 'Gan', 'GanConfig', 'GanSampling', 'ConditionalGanSampling', 'build_networks', 'Sngan',
            'ConditionalSngan']
 
-# %% ../../nbs/systems/05_gan.ipynb #80e88ff2
+# %% ../../nbs/systems/05_gan.ipynb #acf6434b
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -17,12 +16,11 @@ from torch.nn import functional as F
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from ..core.config import Config, option
+from ..core.config import Config, option, settings
 from ..core.images import Images, augment, to_unit
 from ..ebm.energy import untouched
 from ..networks.sngan import Critic, Generator, settled
-from .base import Batch, Runtime, Step, System
-from .catalog import GenerateConfig, TrainConfig
+from .base import Batch, GenerateConfig, Runtime, Step, System, TrainConfig
 
 # %% ../../nbs/systems/05_gan.ipynb #f15c2e3b
 def critic_hinge(
@@ -32,8 +30,8 @@ def critic_hinge(
     "E[1 - D(x)]₊ + E[1 + D(G(z))]₊ (Miyato et al. 2018, eq. 16)."
     return F.relu(1 - real).mean() + F.relu(1 + generated).mean()
 
-# %% ../../nbs/systems/05_gan.ipynb #7e76e911
-@dataclass(frozen=True)
+# %% ../../nbs/systems/05_gan.ipynb #bb0140d3
+@settings
 class Gan(Config):
     "Sizes of generator and critic, and how they take turns."
     latent: int = option(128, 1)  # numbers in z
@@ -43,18 +41,18 @@ class Gan(Config):
     beta1: float = option(0.0, 0, 0.999)  # of Adam: memory of the gradient
     beta2: float = option(0.9, 0, 0.9999)  # of Adam: memory of its square
 
-@dataclass(frozen=True)
+@settings
 class GanConfig(TrainConfig):
     "Everything that a GAN's training depends on."
     gan: Gan = Gan()  # sizes and turns
 
-@dataclass(frozen=True)
+@settings
 class GanSampling(GenerateConfig):
     "How a GAN is sampled: one pass of the generator."
     method: Literal["sample"] = "sample"  # there is one way
     conditional: bool = False  # its samples are of no asked class
 
-@dataclass(frozen=True)
+@settings
 class ConditionalGanSampling(GenerateConfig):
     "How a class-conditional GAN is sampled."
     method: Literal["sample"] = "sample"  # there is one way
@@ -73,7 +71,7 @@ def build_networks(
         generator = Generator(images.shape, gan.latent, gan.generator_width, num_classes)
         return generator, Critic(images.shape, gan.critic_width, num_classes)
 
-# %% ../../nbs/systems/05_gan.ipynb #3476341c
+# %% ../../nbs/systems/05_gan.ipynb #2f69cd69
 class Sngan(System):
     "A spectrally normalised GAN with the hinge loss."
     capabilities = frozenset({"sample"})
@@ -99,12 +97,14 @@ class Sngan(System):
 
     def _prepare_training(self):
         c = self.config
-        if c.ema_decay:
-            average = get_ema_multi_avg_fn(c.ema_decay)
+        if c.optimizer.ema_decay:
+            average = get_ema_multi_avg_fn(c.optimizer.ema_decay)
             self.average = AveragedModel(self.generator, multi_avg_fn=average, use_buffers=True)
         betas, fused = (c.gan.beta1, c.gan.beta2), self.runtime.device.type == "cuda"
         self._optimizers: dict[str, Optimizer] = {
-            name: torch.optim.Adam(network.parameters(), c.lr, betas, weight_decay=c.weight_decay, fused=fused)
+            name: torch.optim.Adam(
+                network.parameters(), c.optimizer.lr, betas, weight_decay=c.optimizer.weight_decay, fused=fused,
+            )
             for name, network in (("generator", self.generator), ("critic", self.critic))
         }
 
@@ -116,7 +116,7 @@ class Sngan(System):
     def update(self, batch: Batch, step: Step) -> dict[str, Tensor]:
         "A step of the critic, and, every `critic_steps`-th time, one of the generator."
         c, noise = self.config, step.generators["noise"]
-        x = augment(to_unit(batch.x), c.pad, c.flip, noise)
+        x = augment(to_unit(batch.x), c.augment.pad, c.augment.flip, noise)
         self.train()
         with torch.no_grad():
             generated, labels = self.generate(len(x), noise)

@@ -5,9 +5,8 @@
 # %% auto #0
 __all__ = ['latent_energy', 'latent_chain', 'Head', 'DdlsConfig', 'LatentChain', 'DdlsSampling', 'Ddls', 'build_head']
 
-# %% ../../nbs/systems/06_latent.ipynb #c5346fea
+# %% ../../nbs/systems/06_latent.ipynb #196e1e05
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -15,12 +14,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
 
-from ..core.config import Config, option
+from ..core.config import Config, option, settings
 from ..core.errors import InputError
 from ..core.images import Images, augment, to_unit
 from ..ebm.samplers import mala, sgld
-from .base import Batch, Runtime, Step, System
-from .catalog import GenerateConfig
+from .base import Batch, GenerateConfig, Runtime, Step, System
 from .gan import GanConfig, Sngan, build_networks
 
 # %% ../../nbs/systems/06_latent.ipynb #70759249
@@ -56,19 +54,19 @@ def latent_chain(
         return z, float(accepted.mean())
     return sgld(score, z, steps, step_size, generator=generator, on_step=on_step), 1.0
 
-# %% ../../nbs/systems/06_latent.ipynb #5ce2d948
-@dataclass(frozen=True)
+# %% ../../nbs/systems/06_latent.ipynb #5b4ef0b4
+@settings
 class Head(Config):
     "The calibration of a critic."
     width: int = option(128, 0)  # hidden units on the critic's activations; 0: logistic regression
     dropout: float = option(0.2, 0, 0.99)  # share of the activations that an update doesn't see
 
-@dataclass(frozen=True)
+@settings
 class DdlsConfig(GanConfig):
     "Everything that a calibration depends on; `gan` are the sizes of the source."
     head: Head = Head()  # of the critic
 
-@dataclass(frozen=True)
+@settings
 class LatentChain(Config):
     "Langevin dynamics in z (Che et al. 2020)."
     steps: int = option(1000, 0)  # length of each chain
@@ -76,14 +74,14 @@ class LatentChain(Config):
     adjusted: bool = False  # accept or reject each step: exact, whatever the step
     calibrated: bool = True  # led by the calibrated log ratio; no: by the critic's raw number
 
-@dataclass(frozen=True)
+@settings
 class DdlsSampling(GenerateConfig):
     "How DDLS is sampled."
     method: Literal["latent"] = "latent"  # there is one way
     conditional: bool = False  # its samples are of no asked class
     chain: LatentChain = LatentChain()  # in z
 
-# %% ../../nbs/systems/06_latent.ipynb #055f4b6f
+# %% ../../nbs/systems/06_latent.ipynb #f4d3689d
 class Ddls(System):
     "A finished SNGAN as an energy of its noise, its critic calibrated."
     capabilities = frozenset({"sample", "latent"})
@@ -106,8 +104,10 @@ class Ddls(System):
         self.critic.requires_grad_(False)
         self.eval()
         if rng is not None:
-            fused, parameters = runtime.device.type == "cuda", list(self.head.parameters())
-            self._optimizer = torch.optim.Adam(parameters, config.lr, weight_decay=config.weight_decay, fused=fused)
+            fused, how = runtime.device.type == "cuda", config.optimizer
+            self._optimizer = torch.optim.Adam(
+                self.head.parameters(), how.lr, weight_decay=how.weight_decay, fused=fused,
+            )
 
     # training
     def adopt(self, source: System):
@@ -132,7 +132,7 @@ class Ddls(System):
     def update(self, batch: Batch, step: Step) -> dict[str, Tensor]:
         "One step of logistic regression: real images against generated ones."
         c, noise = self.config, step.generators["noise"]
-        x = augment(to_unit(batch.x), c.pad, c.flip, noise)
+        x = augment(to_unit(batch.x), c.augment.pad, c.augment.flip, noise)
         with torch.no_grad():
             generated = self.generator(self._prior(len(x), noise))
             features = self.features(torch.cat([x, generated]))

@@ -9,69 +9,102 @@ __all__ = ['PRESETS']
 from typing import Any
 
 # %% ../../nbs/systems/02_presets.ipynb #9d38dcd0
-_DIGITS = dict(
-    depth=10, width=1, eps=0.2, attack_steps=5, sampler_step_size=0.04, track_sampled=False, buffer_size=1000,
-    pad=0, flip=False,
+_DIGITS_BUDGET = dict(
+    augment=dict(pad=0, flip=False), schedule=dict(kind="cosine", warmup_steps=50, epochs=16), threads=1,
 )
-_DIGITS_JEM = dict(sampler_step_size=0.2, lr=1e-3)
+_DIGITS = dict(
+    network=dict(depth=10, width=1),
+    objective=dict(track_sampled=False),
+    attack=dict(eps=0.2, steps=5),
+    chain=dict(step_size=0.04),
+    replay=dict(size=1000),
+)
+_DIGITS_WIDE_RESNET = dict(network=dict(width=2), augment=dict(noise=0.1), schedule=dict(epochs=15))
+_DIGITS_JEM = dict(chain=dict(step_size=0.2), optimizer=dict(lr=1e-3))
 _DIGITS_SCORES = dict(
     attack_eps=(0.1, 0.2, 0.3, 0.4), l2_eps=(0.5, 1.0, 1.5, 2.0), restarts=5, num_restarts=360,
     autoattack_eps=(0.2, 0.3), num_autoattack=120,
     strangers=("rotated", "interpolations", "uniform noise", "constant"), num_strangers=360, splits=1,
 )
+_CPU_BUDGET = dict(optimizer=dict(batch_size=128), schedule=dict(kind="cosine", warmup_steps=100, epochs=2))
 _CPU = dict(
-    depth=10, width=2, attack_steps=7, outer_steps=5, batch_size=128, epochs=2, schedule="cosine", warmup_steps=100,
-    track_sampled=False, buffer_size=2000,
+    network=dict(depth=10, width=2),
+    objective=dict(track_sampled=False),
+    attack=dict(steps=7),
+    chain=dict(outer_steps=5),
+    replay=dict(size=2000),
 )
 # For the minutes of gpu.py, which finds the updates that fit: ten epochs are two minutes of an H200. The rate is the
 # best of three short trainings (figures/h200/pilots.json); attacks by running statistics save 6 % of an update.
 _H100 = dict(
-    width=4, eps=0.0627, attack_steps=3, attack_statistics="running", outer_steps=5, batch_size=256, lr=0.2, epochs=10,
-    schedule="cosine", warmup_steps=250, track_sampled=False,
+    network=dict(width=4),
+    objective=dict(track_sampled=False),
+    attack=dict(eps=0.0627, steps=3, statistics="running"),
+    chain=dict(outer_steps=5),
+    optimizer=dict(batch_size=256, lr=0.2),
+    schedule=dict(kind="cosine", epochs=10, warmup_steps=250),
 )
 _CIFAR10_CPU = dict(
-    depth=10, width=2, lr=0.05, eps=0.0627, attack_steps=3, outer_steps=5, batch_size=64, epochs=8, schedule="cosine",
-    warmup_steps=400, eps_warmup=2500, track_sampled=False,
+    network=dict(depth=10, width=2),
+    objective=dict(track_sampled=False),
+    attack=dict(eps=0.0627, eps_warmup=2500, steps=3),
+    chain=dict(outer_steps=5),
+    optimizer=dict(lr=0.05, batch_size=64),
+    schedule=dict(kind="cosine", epochs=8, warmup_steps=400),
 )
-_ADAM = dict(lr=1e-4)                                                    # as in JEM
+_ADAM = dict(optimizer=dict(lr=1e-4))                                                    # as in JEM
 # The systems of other kinds: dataset -> stage -> family or system -> changes.
 _FLOW_PAPER: dict[str, dict] = {"train": {}, "generate": {}}
 _FLOW_DIGITS: dict[str, dict] = {"train": {}, "generate": {}}
-_GAN_RATES = dict(lr=2e-4, batch_size=64, schedule="linear", warmup_steps=0)
-_HEAD_RATES = dict(lr=1e-3, batch_size=64, schedule="cosine", warmup_steps=0)
+_GAN_SCHEDULE = dict(kind="linear", warmup_steps=0)
+_GAN_RATES = dict(lr=2e-4, batch_size=64)
+_HEAD_RATES = dict(lr=1e-3, batch_size=64)
 _GAN_PAPER: dict[str, dict] = {"train": {}, "generate": {}}            # the catalog's settings are the published ones
-_GAN_H100 = {"gan": _GAN_RATES | dict(updates=20_000), "latent": _HEAD_RATES | dict(updates=2000)}
+_GAN_H100 = {
+    "gan": dict(schedule=dict(updates=20_000)),
+    "latent": dict(schedule=dict(updates=2000)),
+}
 _GAN_NARROW = dict(generator_width=64, critic_width=64)
 _GAN_CPU = {
-    "gan": _GAN_RATES | dict(gan=_GAN_NARROW, updates=4000),
-    "latent": _HEAD_RATES | dict(gan=_GAN_NARROW, updates=500),
+    "gan": dict(gan=_GAN_NARROW, optimizer=_GAN_RATES, schedule=_GAN_SCHEDULE | dict(updates=4000)),
+    "latent": dict(gan=_GAN_NARROW, optimizer=_HEAD_RATES, schedule=dict(warmup_steps=0, updates=500)),
 }
 _SHORT_CHAINS = {"latent": dict(chain=dict(steps=100))}
 _GAN_SIZES = dict(latent=16, generator_width=32, critic_width=32, critic_steps=1)
 _GAN_DIGITS: dict[str, dict] = {
     "train": {
-        "gan": dict(gan=_GAN_SIZES, schedule="linear", warmup_steps=0, lr=2e-3, updates=2800, ema_decay=0.99),
-        "latent": dict(gan=_GAN_SIZES, warmup_steps=0, updates=400, weight_decay=1e-4),
+        "gan": dict(
+            gan=_GAN_SIZES, optimizer=dict(lr=2e-3, ema_decay=0.99), schedule=_GAN_SCHEDULE | dict(updates=2800),
+        ),
+        "latent": dict(
+            gan=_GAN_SIZES, optimizer=dict(weight_decay=1e-4), schedule=dict(warmup_steps=0, updates=400),
+        ),
     },
     "generate": {"latent": dict(chain=dict(steps=100, step_size=0.05))},
 }
-_SCORE_PAPER: dict[str, dict] = {"train": {}, "generate": {}}
-_SCORE_DIGITS: dict[str, dict] = {"train": {}, "generate": {}}
+_SCORE_PAPER: dict[str, dict] = {"train": {"score": dict(schedule=dict(updates=200_000))}, "generate": {}}
+_SCORE_DIGITS: dict[str, dict] = {
+    "train": {"score": dict(
+        score=dict(network="dense", channels=256, stages=3, scaled=True, sigma_max=5.0, sigma_min=0.1, levels=16),
+        optimizer=dict(lr=2e-3, ema_decay=0.998), schedule=dict(updates=5000), precision="float32",
+    )},
+    "generate": {"score": dict(level_steps=60, relative_step=0.2, denoise=True, precision="float32")},
+}
 PRESETS: dict[str, dict[str, dict[str, dict[str, Any]]]] = {
     "paper": {"*": {
         "train": _FLOW_PAPER["train"] | _GAN_PAPER["train"] | _SCORE_PAPER["train"],
         "generate": (
-            {"energy-unconditional": dict(outer_steps=300)}
+            {"energy-unconditional": dict(chain=dict(outer_steps=300))}
             | _FLOW_PAPER["generate"] | _GAN_PAPER["generate"] | _SCORE_PAPER["generate"]
         ),
     }},
     "h100": {"*": {
-        "train": {"*": _H100, "jem": _ADAM, "jem_factored": _ADAM, "igebm": _ADAM} | _GAN_H100,
+        "train": {"hybrid": _H100, "jem": _ADAM, "jem_factored": _ADAM, "igebm": _ADAM} | _GAN_H100,
         "generate": {"*": dict(num_samples=10_000, batch_size=500)},      # 50 steps: 18 seconds of an H200
         "evaluate": {"*": dict(num_restarts=1000, num_strangers=2000)},
     }},
     "cifar10-cpu": {"*": {
-        "train": {"*": _CIFAR10_CPU, "jem": _ADAM, "jem_factored": _ADAM, "igebm": _ADAM} | _GAN_CPU,
+        "train": {"hybrid": _CIFAR10_CPU, "jem": _ADAM, "jem_factored": _ADAM, "igebm": _ADAM} | _GAN_CPU,
         # with the paper's 50 steps, the default
         "generate": {"*": dict(num_samples=10_000, batch_size=250)} | _SHORT_CHAINS,
         "evaluate": {"*": dict(num_robust=1000, num_restarts=200, num_strangers=1000, num_autoattack=100)},
@@ -79,22 +112,25 @@ PRESETS: dict[str, dict[str, dict[str, dict[str, Any]]]] = {
     "cpu": {
         "digits": {
             "train": {
-                "*": dict(schedule="cosine", warmup_steps=50, epochs=16, threads=1),
+                "*": _DIGITS_BUDGET,
                 "hybrid": _DIGITS,
-                "wide_resnet": dict(width=2, input_noise=0.1, epochs=15),
+                "wide_resnet": _DIGITS_WIDE_RESNET,
                 "jem": _DIGITS_JEM,
                 "jem_factored": _DIGITS_JEM,
                 "igebm": _DIGITS_JEM,
             } | _FLOW_DIGITS["train"] | _GAN_DIGITS["train"] | _SCORE_DIGITS["train"],
             "generate": {
                 "*": dict(num_samples=360, batch_size=120),
-                "hybrid": dict(eps=0.2, contrast=0.9),
+                "hybrid": dict(attack=dict(eps=0.2), contrast=0.9),
             } | _FLOW_DIGITS["generate"] | _GAN_DIGITS["generate"] | _SCORE_DIGITS["generate"],
             "evaluate": {"*": _DIGITS_SCORES},
         },
         "*": {
-            "train": {"*": _CPU} | _GAN_CPU,
-            "generate": {"*": dict(num_samples=1000, batch_size=125, outer_steps=30)} | _SHORT_CHAINS,
+            "train": {"*": _CPU_BUDGET, "hybrid": _CPU} | _GAN_CPU,
+            "generate": (
+                {"*": dict(num_samples=1000, batch_size=125), "hybrid": dict(chain=dict(outer_steps=30))}
+                | _SHORT_CHAINS
+            ),
             "evaluate": {"*": dict(num_robust=1000)},
         },
     },
