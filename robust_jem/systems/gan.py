@@ -71,7 +71,7 @@ def build_networks(
         generator = Generator(images.shape, gan.latent, gan.generator_width, num_classes)
         return generator, Critic(images.shape, gan.critic_width, num_classes)
 
-# %% ../../nbs/systems/05_gan.ipynb #2f69cd69
+# %% ../../nbs/systems/05_gan.ipynb #4fc55bab
 class Sngan(System):
     "A spectrally normalised GAN with the hinge loss."
     capabilities = frozenset({"sample"})
@@ -161,6 +161,18 @@ class Sngan(System):
         if row.get("generated_std", 1.0) < 0.001:
             return "the generator has collapsed: all its images are alike"
         return None
+
+    @classmethod
+    def described(cls, config: GanConfig) -> dict[str, str]:
+        "Networks, length, averaging."
+        gan, decay = config.gan, config.optimizer.ema_decay
+        return {
+            "network": (
+                f"generator of {gan.generator_width} channels, critic of {gan.critic_width}, {gan.latent} numbers of "
+                f"noise, {config.schedule.updates:,} updates of the critic, {gan.critic_steps} for one of the generator"
+            ),
+            "weights": f"generator averaged with decay {decay:g}" if decay else "last weights, not averaged",
+        }
 
     def selection_score(self, row: dict[str, float]) -> float:
         "The later, the better: a GAN's losses don't say how good it is."

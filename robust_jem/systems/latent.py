@@ -81,7 +81,7 @@ class DdlsSampling(GenerateConfig):
     conditional: bool = False  # its samples are of no asked class
     chain: LatentChain = LatentChain()  # in z
 
-# %% ../../nbs/systems/06_latent.ipynb #f4d3689d
+# %% ../../nbs/systems/06_latent.ipynb #1f91e817
 class Ddls(System):
     "A finished SNGAN as an energy of its noise, its critic calibrated."
     capabilities = frozenset({"sample", "latent"})
@@ -151,6 +151,20 @@ class Ddls(System):
     def _prior(self, n: int, rng: torch.Generator) -> Tensor:
         return torch.randn(n, self.config.gan.latent, device=self.runtime.device, generator=rng)
 
+    @classmethod
+    def described(cls, config: DdlsConfig) -> dict[str, str]:
+        "The head, and how long it is trained."
+        head = f"a head of {config.head.width} units" if config.head.width else "a linear head"
+        return {"network": f"a finished SNGAN, {head} on its critic trained for {config.schedule.updates:,} updates"}
+
+    @classmethod
+    def drawing_described(cls, config: DdlsConfig, how: DdlsSampling) -> str:
+        "The chain."
+        c = how.chain
+        kind = "Metropolis-adjusted Langevin" if c.adjusted else "Langevin"
+        led = "calibrated log ratio" if c.calibrated else "critic's raw number"
+        return f"{c.steps} {kind} steps of {c.step_size:g} in the noise, led by the {led}"
+
     # the finished system
     def log_ratio(self,
         x: Tensor, # images [B,C,H,W] in [-1, 1]
@@ -194,6 +208,10 @@ class Ddls(System):
         )
         with torch.no_grad():
             return self.generator(z)
+
+    def drawing_advice(self, how: DdlsSampling) -> str:
+        "A shorter step."
+        return f"--chain.step-size below {how.chain.step_size:g}"
 
     def share_done(self, how: DdlsSampling, stage: str) -> float:
         "The share of the steps that are done at a stage."
