@@ -81,7 +81,7 @@ class DdlsSampling(GenerateConfig):
     conditional: bool = False  # its samples are of no asked class
     chain: LatentChain = LatentChain()  # in z
 
-# %% ../../nbs/systems/06_latent.ipynb #1f91e817
+# %% ../../nbs/systems/06_latent.ipynb #29d618cb
 class Ddls(System):
     "A finished SNGAN as an energy of its noise, its critic calibrated."
     capabilities = frozenset({"sample", "latent"})
@@ -211,7 +211,7 @@ class Ddls(System):
 
     def drawing_advice(self, how: DdlsSampling) -> str:
         "A shorter step."
-        return f"--chain.step-size below {how.chain.step_size:g}"
+        return f"--chain.step-size below {how.chain.step_size:g}, or "
 
     def share_done(self, how: DdlsSampling, stage: str) -> float:
         "The share of the steps that are done at a stage."
