@@ -415,4 +415,4 @@ def test_the_published_size_builds_learns_and_samples(system):
     hours = config.schedule.updates * an_update / 20e12 / 3600
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     size = f"{sum(p.numel() for p in model.parameters()):,} parameters, {an_update / 1e9:.0f} GFLOP an update"
-    print(f"{system}: {size}, {hours:.1f} hours at 20 TFLOP/s, {peak:.1f} GiB at most on this CPU")
+    print(f"{system}: {size}, {hours:.2f} hours at 20 TFLOP/s, {peak:.1f} GiB at most on this CPU")
