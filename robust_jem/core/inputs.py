@@ -160,6 +160,7 @@ def as_labels(
     what: str = "labels", # how the message calls them
     *,
     empty: bool = False, # whether there may be none
+    ranged: bool = True, # no: whoever learns K later looks at the range
 ) -> Tensor: # int64 [N]
     """Labels as a tensor.
 
@@ -179,7 +180,7 @@ def as_labels(
         above = "equal" if empty else "equal and above zero"
         raise InputError(f"{what}: {len(y)} for {n} images; both must be {above}")
     y = y.long()
-    if reads_values(y):
+    if ranged and reads_values(y):
         check_label_range(y, num_classes, what)
     return y
 
@@ -239,6 +240,7 @@ def _own_fault(e: Exception) -> bool:
 def naming_the_model(
     model, # that runs in this block
     x: Tensor, # what it is given
+    what: str = "model", # or "extractor"
 ):
     """What a model raises, as an `InputError` of one line that names it; the exception itself is its cause.
 
@@ -256,7 +258,7 @@ def naming_the_model(
         hint = ""
         if "nference tensor" in str(e):
             hint = "; its weights were made under torch.inference_mode(): make or load it outside"
-        raise InputError(f"model: {type(model).__name__} fails on {x.dtype} {tuple(x.shape)} "
+        raise InputError(f"{what}: {type(model).__name__} fails on {x.dtype} {tuple(x.shape)} "
                          f"({type(e).__name__}: {why}){hint}") from e
 
 def precision_of(

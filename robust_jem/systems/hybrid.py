@@ -259,7 +259,7 @@ def generate(
                          "HybridSampling or a method's name, and a Chain or none")
     if not hasattr(prior, "sample"):
         raise InputError(f"prior: {type(prior).__name__} is not accepted; accepted: what has sample(y, generator)")
-    y = as_labels(y, empty=True)
+    y = as_labels(y, empty=True, ranged=False)
     given = {"method": how} if isinstance(how, str) else how.to_dict()
     how = HybridSampling.from_dict(merged(given, unfolded(changes)))
     attack, chain = how.attack, how.chain.of(trained or Chain())
