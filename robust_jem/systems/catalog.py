@@ -93,7 +93,18 @@ SYSTEMS: dict[str, Entry] = {
 }
 _FLOWS: dict[str, Entry] = {}
 _GANS: dict[str, Entry] = {}
-_SCORES: dict[str, Entry] = {}
+_NCSN = dict(
+    augment=dict(pad=0),
+    optimizer=dict(kind="adam", lr=1e-3, weight_decay=0.0, batch_size=128),
+    schedule=dict(kind="constant", warmup_steps=0),
+)
+_SCORES: dict[str, Entry] = {
+    "ncsn": Entry("NCSN", "Song and Ermon 2019", _NCSN, ("annealed",), "robust_jem.systems.score:Ncsn"),
+    "ncsn_conditional": Entry(
+        "NCSN, class-conditional", "Song and Ermon 2019, with classes", _NCSN | dict(score=dict(conditional=True)),
+        ("annealed",), "robust_jem.systems.score:ConditionalNcsn",
+    ),
+}
 SYSTEMS |= _FLOWS | _GANS | _SCORES
 
 def register(

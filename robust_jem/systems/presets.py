@@ -58,8 +58,14 @@ _FLOW_PAPER: dict[str, dict] = {"train": {}, "generate": {}}
 _FLOW_DIGITS: dict[str, dict] = {"train": {}, "generate": {}}
 _GAN_PAPER: dict[str, dict] = {"train": {}, "generate": {}}
 _GAN_DIGITS: dict[str, dict] = {"train": {}, "generate": {}}
-_SCORE_PAPER: dict[str, dict] = {"train": {}, "generate": {}}
-_SCORE_DIGITS: dict[str, dict] = {"train": {}, "generate": {}}
+_SCORE_PAPER: dict[str, dict] = {"train": {"score": dict(schedule=dict(updates=200_000))}, "generate": {}}
+_SCORE_DIGITS: dict[str, dict] = {
+    "train": {"score": dict(
+        score=dict(network="dense", channels=256, stages=3, scaled=True, sigma_max=5.0, sigma_min=0.1, levels=16),
+        optimizer=dict(lr=2e-3, ema_decay=0.998), schedule=dict(updates=5000), precision="float32",
+    )},
+    "generate": {"score": dict(level_steps=60, relative_step=0.2, denoise=True, precision="float32")},
+}
 PRESETS: dict[str, dict[str, dict[str, dict[str, Any]]]] = {
     "paper": {"*": {
         "train": _FLOW_PAPER["train"] | _GAN_PAPER["train"] | _SCORE_PAPER["train"],
