@@ -6,6 +6,7 @@ inside. Which functions there are is read from the modules; what isn't in the ta
 
 import importlib
 import inspect
+import pkgutil
 import warnings
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -181,12 +182,15 @@ REASONS = {
     "hybrid.HotPaths": "an update's own parts, in a block of trusted_inputs",
     "hybrid.Hybrid": "a system, called by the loop; log_density is energy, sample is generate",
 }
+def modules_of(room):
+    "The names of a room's modules."
+    return tuple(m.name for m in pkgutil.iter_modules(importlib.import_module(f"robust_jem.{room}").__path__))
+
+
 MODULES = {
-    "ebm": ("energy", "attacks", "samplers", "priors", "replay", "objectives"),
-    "judge": (
-        "extractors", "sample_scores", "diversity", "calibration", "ood", "robustness", "evaluate", "suite",
-    ),
-    "networks": ("wide_resnet", "fused"),
+    "ebm": modules_of("ebm"),
+    "judge": modules_of("judge"),
+    "networks": ("wide_resnet", "fused"),       # the others are layers of systems, called by these
     "systems": ("hybrid",),
 }
 TAKEN = {"x", "x0", "y", "model", "x_clean", "inside"}

@@ -71,8 +71,8 @@ def _check_shape(x: Tensor, what: str):
         raise InputError(f"{what}: shape {tuple(x.shape)} has its channels last; expected [N,C,H,W]: x.permute(0, 3, "
                          "1, 2)")
 
-def _check_range(x: Tensor, what: str, bounds: tuple[float, float] | None, hint: str = "", beyond: float = 0.0):
-    "Pixels are finite, in the bounds or at most `beyond` outside, and on their scale."
+def _check_range(x: Tensor, what: str, bounds: tuple[float, float] | None, hint: str = "", beyond: float = 0.0, few=0):
+    "Pixels are finite, in the bounds or at most `beyond` outside, and on their scale, unless there are but a few."
     if not x.isfinite().all():
         raise InputError(f"{what}: some pixels aren't finite")
     if bounds is None:
@@ -83,7 +83,7 @@ def _check_range(x: Tensor, what: str, bounds: tuple[float, float] | None, hint:
     slack = beyond + 1e-4 * (bounds[1] - bounds[0])             # of rounding
     if low < bounds[0] - slack or high > bounds[1] + slack:
         raise InputError(f"{what}: floats in {low:.3g}..{high:.3g}; {asked}")
-    told = x.ndim == 4 and x.numel() >= 64                      # a few pixels may happen to be bright
+    told = x.ndim == 4 and x.numel() >= few
     if told and bounds[0] < 0 <= low and high > 0:
         raise InputError(f"{what}: floats in {low:.3g}..{high:.3g}, none below 0, as in images in 0..1 (then 2 * x - 1 "
                          f"is meant); {asked}")
@@ -137,7 +137,8 @@ def as_points(
     if not x.ndim:
         raise InputError(f"{what}: a single number; expected [N,…]")
     if x.numel() and reads_values(x):
-        _check_range(x, what, None if beyond and x.ndim != 4 else bounds, hint, beyond)
+        # so few pixels may happen to be bright
+        _check_range(x, what, None if beyond and x.ndim != 4 else bounds, hint, beyond, few=64)
     return x
 
 def signed_floats(
