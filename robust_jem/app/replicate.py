@@ -43,6 +43,7 @@ class ReplicateConfig(Config):
     chains: bool = False       # on digits, also study the chains of the first Robust JEM: by length, statistics, step
     extractor: str = ""        # see evaluate; empty: a classifier trained for it where data is digits, else inception
     extractor_precision: Literal["float32", "bfloat16"] = "float32"     # of its products
+    table: Literal["paper", "jem"] = "paper"    # whose published numbers stand beside ours: Table 1's, or JEM's
     runs: str = ""                           # folder of the run folders; empty: runs/<dataset>-<preset>
     figures: str = ""                        # folder of the results; empty: figures, in the folder of the run folders
     root: str = ""                           # folder of the data sets; empty: $ROBUST_JEM_DATA, else ./data
@@ -193,7 +194,8 @@ def plan(
         chains.append(_held_out(config))
     chains.sort(key=lambda c: -c[0].weight)        # the longest first, so that none is left over at the end
     figures = config.figures or str(runs / "figures")
-    report = Stage("report", dict(runs=str(runs), figures=figures), runs / "notebooks/report.ipynb", [])
+    reported = dict(runs=str(runs), figures=figures, table=config.table)
+    report = Stage("report", reported, runs / "notebooks/report.ipynb", [])
     return first, chains, report
 
 # %% ../../nbs/app/02_replicate.ipynb #16935aef

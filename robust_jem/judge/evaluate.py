@@ -46,7 +46,7 @@ NEEDS = {
     "prior": ("start",),
     "robustness": ("logits",),
     "calibration": ("logits",),
-    "detection": ("logits", "log_density"),
+    "detection": ("log_density",),
     "distal": ("logits", "log_density"),
     "landscape": ("logits", "log_density", "start"),
 }

@@ -6,6 +6,8 @@
 __all__ = ['SCORES', 'OOD_SETS', 'ood_scores', 'auroc', 'ood_images', 'detect_ood']
 
 # %% ../../nbs/judge/04_ood.ipynb #0eeb0720
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -43,11 +45,23 @@ def _batch_scores(model: nn.Module, x: Tensor) -> Tensor:
     logits, = seen
     return torch.stack([logits.logsumexp(1), logits.softmax(1).max(1).values, -gradient.flatten(1).norm(dim=1)])
 
+def _density_scores(model: nn.Module | None, x: Tensor, log_density: Callable) -> Tensor:
+    "The same of a model with a density of its own; without the confidence `[2,B]` where it doesn't classify."
+    x = x.detach().requires_grad_()
+    density = log_density(x)
+    gradient, = torch.autograd.grad(density.sum(), x)
+    scores = [density.detach().float().cpu()]
+    if model is not None:
+        with torch.no_grad():
+            scores.append(model(x).float().softmax(1).max(1).values.cpu())
+    return torch.stack([*scores, -gradient.flatten(1).norm(dim=1).cpu()])
+
 @taking_gradients
 def ood_scores(
-    model: nn.Module, # [B,C,H,W] in [-1,1] -> [B,K]; evaluated by running statistics, left as it was found
+    model: nn.Module | None, # [B,C,H,W] in [-1,1] -> [B,K]; evaluated by running statistics, left as it was found
     x: Tensor, # images [N,C,H,W]: uint8, or float in [-1,1]
     batch_size: int = 500,
+    log_density: Callable[[Tensor], Tensor] | None = None, # [B,C,H,W] -> [B]; none: the logits' energy says it
 ) -> dict[str, Tensor]: # by the names in SCORES: [N], on the CPU; higher is more familiar
     """Each image's scores.
 
@@ -58,12 +72,21 @@ def ood_scores(
     as_number(batch_size, "batch_size", 1, whole=True)
     if not len(x):
         raise InputError("images: there are none; expected at least one")
+    if model is None:                          # nothing but a density
+        names = [name for name in SCORES if name != "max p(y|x)"]
+        return dict(zip(names, _in_batches(partial(_density_scores, None, log_density=log_density), x, batch_size)))
     with evaluating(model):
-        network, device = in_own_precision(model), device_of(model, x)
-        def work(size):
-            batches = (signed_floats(part).to(device) for part in x.split(size))
-            return torch.cat([_batch_scores(network, batch).cpu() for batch in batches], 1)
-        return dict(zip(SCORES, at_a_size_that_fits(work, batch_size)))
+        scores_of = partial(_batch_scores, in_own_precision(model))
+        if log_density is not None:
+            scores_of = partial(_density_scores, model, log_density=log_density)
+        return dict(zip(SCORES, _in_batches(scores_of, x, batch_size, device_of(model, x))))
+
+def _in_batches(scores_of: Callable, x: Tensor, batch_size: int, device="cpu") -> Tensor:
+    "Scores `[scores,N]` of images."
+    def work(size):
+        batches = (signed_floats(part).to(device) for part in x.split(size))
+        return torch.cat([scores_of(x=batch).cpu() for batch in batches], 1)
+    return at_a_size_that_fits(work, batch_size)
 
 def auroc(
     inside: Tensor, # scores of the model's own data [N]
@@ -166,14 +189,16 @@ def _brought_to(other: Tensor, x: Tensor) -> Tensor:
     return other.float().mean(1, keepdim=True).round().to(torch.uint8)
 
 def detect_ood(
-    model: nn.Module, # [B,C,H,W] in [-1,1] -> [B,K]
+    model: nn.Module | None, # [B,C,H,W] in [-1,1] -> [B,K]
     inside: Tensor, # uint8 test images [N,C,H,W]
     sets: dict[str, Tensor], # other images by name, uint8
     batch_size: int = 500,
+    log_density: Callable[[Tensor], Tensor] | None = None, # as in `ood_scores`
 ) -> tuple[dict[str, dict[str, float]], dict[str, dict[str, Tensor]]]: # AUROC, and scores (of "test images" too)
     "How well each score separates the test images from each set of other images."
     if not isinstance(sets, dict):
         raise InputError(f"sets: {type(sets).__name__} is not accepted; accepted: a dictionary of images by name")
-    scores = {name: ood_scores(model, x, batch_size) for name, x in ({"test images": inside} | sets).items()}
+    groups = {"test images": inside} | sets
+    scores = {name: ood_scores(model, x, batch_size, log_density) for name, x in groups.items()}
     known = scores["test images"]
     return {name: {s: auroc(known[s], v) for s, v in scores[name].items()} for name in sets}, scores
