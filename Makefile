@@ -17,11 +17,15 @@ help: ## this list
 replicate: $(VENV)/.installed-run ## train, sample and score every system, one seed: runs/digits-cpu, four minutes at most
 	$(BIN)/robust-jem replicate --dataset $(DATASET) --preset $(PRESET)
 
-record: $(VENV)/.installed-run ## the committed record in figures/: three seeds, the full suite, the study of chains; half an hour
-	$(BIN)/robust-jem replicate --seeds 0 1 2 --suite full --chains --runs runs/record --figures figures
+record: $(VENV)/.installed-run ## the committed record in figures/: three seeds, the full suite, the study of chains; an hour
+	$(BIN)/robust-jem replicate --seeds 0 1 2 --suite full --chains --runs runs/record --figures figures \
+	  --systems robust_classifier jempp robust_jem glow residual_flow
 
-hybrids: $(VENV)/.installed-run ## JEM's own table: Wide-ResNet, JEM, its factored form and IGEBM on digits, figures/hybrids
-	$(BIN)/robust-jem replicate --systems wide_resnet jem jem_factored igebm --seeds 0 --suite table --runs runs/digits-hybrids --figures figures/hybrids
+# The rows of JEM's tables, then the flows, GANs and score models in their other forms. SEEDS="0 1 2" is the committed record.
+SEEDS ?= 0
+HYBRIDS := wide_resnet jem jem_factored igebm residual_flow_hybrid glow_hybrid sngan ddls ncsn glow residual_flow glow_conditional
+hybrids: $(VENV)/.installed-run ## JEM's tables and DDLS's mixture on digits, every row measured: figures/jem, figures/ddls
+	$(BIN)/robust-jem replicate --table jem --systems $(HYBRIDS) --seeds $(SEEDS) --suite claims --runs runs/digits-jem --figures figures/jem
 
 # Executed copies land in the record that `make docs` shows; results in figures/.
 benchmark: $(VENV)/.installed-run ## speed against the reference's arithmetic: figures/benchmark*, a quarter of an hour

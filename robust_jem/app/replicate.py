@@ -25,9 +25,10 @@ from ..core.errors import InputError
 from ..core.files import read_json
 from ..core.images import data_root, load_images
 from ..engine.runtime import OutOfTime, resolve_device
+from ..engine.train import with_source
 from ..judge.extractors import feature_extractor
 from ..systems.base import TrainConfig, differences
-from ..systems.catalog import Suite, configure, sample_plan, system_class
+from ..systems.catalog import SYSTEMS, Suite, configure, sample_plan, system_class
 
 # %% ../../nbs/app/02_replicate.ipynb #900c4c62
 @settings
@@ -84,6 +85,7 @@ class Stage:
     expected: list[tuple[Path, Config]]      # configuration files that the result holds
     weight: float = 1.0                      # rough share of the time
     waits: bool = False        # for the stages that others need: to be judged, a run needs the trained judge
+    after: Path | None = None  # the output of a stage that must be done before: the training of what it starts from
 
     @property
     def run(self) -> Path:
@@ -140,10 +142,20 @@ JUDGE_SEED = 1000                            # a seed of its own: the judge is n
 def _training(config: ReplicateConfig, system: str, seed: int, folder: Path, dataset: str = "") -> Stage:
     "The stage that trains a system."
     where = dict(dataset=dataset or config.dataset, preset=config.preset, root=config.root, device=config.device)
+    after = None
+    if SYSTEMS[system].source_system:
+        source = config.runs_folder / f"{SYSTEMS[system].source_system}-s{seed}"
+        where["source"], after = str(source), _executed_training(source)
     c = configure(TrainConfig, system, seed=seed, out=str(folder), **where)
+    if after and (source / "model.safetensors").exists():                # else it can't be finished either
+        c = with_source(c)
     weight = c.schedule.epochs * system_class(system).effort(c) / 40
     parameters = dict(system=system, seed=seed, out=str(folder), **where)
-    return Stage("train", parameters, folder / "notebooks/train.ipynb", [(folder / "config.json", c)], weight)
+    return Stage("train", parameters, _executed_training(folder), [(folder / "config.json", c)], weight, after=after)
+
+def _executed_training(folder: Path) -> Path:
+    "The executed copy of a run's training."
+    return folder / "notebooks/train.ipynb"
 
 def _generating(config: ReplicateConfig, system: str, folder: Path) -> Stage:
     "The stage that draws a run's sample sets."
@@ -180,7 +192,9 @@ def plan(
     if not extractor:
         extractor = f"classifier:{runs / 'extractor'}"
         first = [[_training(config, "wide_resnet", JUDGE_SEED, runs / "extractor")]]
+    sources = {SYSTEMS[system].source_system for system in config.systems} - {"", *config.systems}
     for seed in config.seeds:
+        chains += [[_training(config, source, seed, runs / f"{source}-s{seed}")] for source in sorted(sources)]
         for system in config.systems:
             folder = runs / f"{system}-s{seed}"
             chain = [_training(config, system, seed, folder), _generating(config, system, folder)]
@@ -264,9 +278,10 @@ def _run(first: list[list[Stage]], chains: list[list[Stage]], executor, env: dic
     running: dict[int, tuple[Stage, Future | SlurmJob]] = {}           # by chain
     while any(left):
         judged = not any(left[:len(first)])
+        undone = {stage.output for chain in left for stage in chain}
         for i, chain in enumerate(left):
             free = len(running) < executor.slots and i not in running
-            if chain and free and (judged or not chain[0].waits):
+            if chain and free and (judged or not chain[0].waits) and chain[0].after not in undone:
                 running[i] = chain[0], _submit(chain[0], env, executor)
         time.sleep(0.1)
         for i, (stage, future) in list(running.items()):

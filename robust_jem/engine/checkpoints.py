@@ -20,14 +20,19 @@ from ..core.files import read_tensors, write_tensors
 from ..core.images import Images
 from ..core.random import stream_seed
 from .runtime import Execution
-from ..systems.base import RUNTIME_FIELDS, Batch, Step, TrainConfig, differences
+from ..systems.base import RUNTIME_FIELDS, Batch, Step, System, TrainConfig, differences
 from ..systems.catalog import build_system
 
 # %% ../../nbs/engine/05_checkpoints.ipynb #555a2be6
 class TrainState:
     "A system in training, its generators, how far it is, and what it had to recover from."
 
-    def __init__(self, config: TrainConfig, images: Images, runtime: Execution):
+    def __init__(self,
+        config: TrainConfig,
+        images: Images,
+        runtime: Execution,
+        source: System | None = None, # a trained system that this one starts from; none: from scratch, or from a file
+    ):
         self.fingerprint, self.seed = images.fingerprint, config.seed
         self.world, self.device, self.precision = runtime.world, runtime.device, runtime.precision
         self.step = 0                                   # updates done
@@ -38,6 +43,8 @@ class TrainState:
         self.generators = {"noise": torch.Generator(runtime.device), "choices": torch.Generator()}
         self.reseed()
         self.system = build_system(config, images, runtime, self.generators["noise"])
+        if source is not None:
+            self.system.adopt(source)
         self.optimizers = self.system.optimizers()
         self.stepper = Step(self.optimizers, self.generators, runtime.world)
         self.snapshot = self.copy()
@@ -130,7 +137,7 @@ class TrainState:
 
     def _gathered(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         "The same, with all processes' parts of what each has a part of."
-        parts = {k for k in tensors if k.startswith("generator.") or self._is_shared_out(k)}
+        parts = {k for k in tensors if _is_generator(k) or self._is_shared_out(k)}
         return {k: self.world.gather(v) if k in parts else v for k, v in tensors.items()}
 
     def _is_shared_out(self, key: str) -> bool:
@@ -166,13 +173,13 @@ class TrainState:
 
     def _mine(self, key: str, v: Tensor, processes: int) -> Tensor:
         "This process's part of a tensor of a checkpoint."
-        if "generator." in key:
+        if _is_generator(key):
             return v[self.world.rank if processes == self.world.size else 0][None]
         return v.chunk(self.world.size)[self.world.rank] if self._is_shared_out(key) else v
 
     def _fit_generators(self, tensors: dict[str, Tensor]) -> bool:
         "Whether saved states fit these generators; a CPU's doesn't fit a GPU's."
-        saved = {k: v for k, v in tensors.items() if "generator." in k}
+        saved = {k: v for k, v in tensors.items() if _is_generator(k)}
         return all(v.shape[1:] == self.generators[k.split(".")[-1]].get_state().shape for k, v in saved.items())
 
     def _warn_of_changes(self, path: Path, meta: dict, fresh: bool):
@@ -278,6 +285,10 @@ def moment_shapes(
 
 def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+def _is_generator(key: str) -> bool:
+    "Whether a tensor is the state of a random generator; a GAN's network of that name isn't."
+    return key.startswith(("generator.", "snapshot.generator."))
 
 def _is_event(event) -> bool:
     return isinstance(event, dict) and type(event.get("back_to")) is int and type(event.get("step")) is int

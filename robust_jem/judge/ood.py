@@ -72,7 +72,7 @@ def ood_scores(
     as_number(batch_size, "batch_size", 1, whole=True)
     if not len(x):
         raise InputError("images: there are none; expected at least one")
-    if model is None:                          # nothing but a density
+    if model is None and log_density is not None:
         names = [name for name in SCORES if name != "max p(y|x)"]
         return dict(zip(names, _in_batches(partial(_density_scores, None, log_density=log_density), x, batch_size)))
     with evaluating(model):

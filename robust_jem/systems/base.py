@@ -56,7 +56,7 @@ class OptimizerConfig(Config):
 @settings
 class Schedule(Config):
     "How long a training is, and how the learning rate goes."
-    kind: Literal["step", "cosine", "constant"] = "step"  # of the learning rate
+    kind: Literal["step", "cosine", "linear", "constant"] = "step"  # of the learning rate
     epochs: int = option(150, 0)  # passes over the training set (JEM++)
     updates: int = option(0, 0)  # updates in all, in place of whole epochs; 0: as epochs says
     milestones: tuple[int, ...] = option((50, 100, 125), 0)  # epochs at which a step schedule decays (JEM++)
@@ -78,6 +78,8 @@ class TrainConfig(RuntimeConfig):
     preset: str = "paper"  # where unset fields come from: see PRESETS
     seed: int = option(0, 0, 2**63 - 1)  # of everything random: initialisation, order, noise, chains
     out: str = ""  # run folder; empty: runs/<dataset>-<preset>/<system>-s<seed>
+    source: str = ""  # finished run that the training starts from; empty: from scratch
+    source_weights: str = ""  # hash of that run's weights; empty: filled in when the training begins
     root: str = ""  # folder of the data sets; empty: $ROBUST_JEM_DATA, else ./data
     augment: Augment = Augment()  # what happens to real images
     optimizer: OptimizerConfig = OptimizerConfig()  # how weights go down the gradient
@@ -121,7 +123,8 @@ class GenerateConfig(RuntimeConfig):
 
 # Where and how fast: not what a run or a sample set is.
 RUNTIME_FIELDS = {
-    "out", "run", "root", "device", "threads", "compile", "max_minutes", "keep_checkpoints", "checkpoint_minutes",
+    "out", "run", "root", "source", "device", "threads", "compile", "max_minutes",
+    "keep_checkpoints", "checkpoint_minutes",
 }
 
 def differences(
@@ -209,7 +212,7 @@ class System(nn.Module):
     Everything that changes while training is a parameter, buffer, submodule or optimizer, so `state_dict()` is the
     checkpoint.
     """
-    capabilities: frozenset[str] = frozenset()      # of {"logits", "log_density", "normalised", "sample", "start"}
+    capabilities: frozenset[str] = frozenset()      # of the table above
     shown: tuple[str, ...] = ("loss",)              # metrics that stand beside the progress bar
     watched: dict[str, float] = {"gradient_norm": 5.0}      # metrics that mustn't jump, each with what is never a jump
     softened: tuple[str, ...] = ("optimizer.lr",)   # settings that `back_off` changes
@@ -225,6 +228,13 @@ class System(nn.Module):
         self.asked = self.config = config           # as asked for, and as it goes on after recoveries
 
     # training
+    def adopt(self, source: "System"):
+        """Begin with what another trained system has learnt.
+
+        Raises `InputError` where this kind doesn't start from another run, or not from one of that kind or size.
+        """
+        raise InputError(f"source: {self.config.system} does not start from another run; leave it empty")
+
     def optimizers(self) -> dict[str, Optimizer]:
         "The optimizers by name; the same ones at every call."
         raise NotImplementedError

@@ -65,6 +65,7 @@ class Entry:
     train: dict[str, Any]
     methods: tuple[str, ...] = ()
     kind: str | type[System] = "robust_jem.systems.hybrid:Hybrid"       # a subclass of `System`, or its place
+    source_system: str = ""             # the system whose finished run it starts from; empty: from scratch
 
     @property
     def family(self) -> str:
@@ -94,7 +95,23 @@ SYSTEMS: dict[str, Entry] = {
     "robust_jem": Entry("Robust JEM", "Korst and Asadulaev", dict(), ("energy", "combined")),
 }
 _FLOWS: dict[str, Entry] = {}
-_GANS: dict[str, Entry] = {}
+_GAN = dict(
+    augment=dict(pad=0, flip=False),
+    optimizer=dict(kind="adam", lr=2e-4, weight_decay=0.0),
+    schedule=dict(kind="linear", updates=500_000, warmup_steps=0),
+    precision="float32",                        # their networks run in nothing else
+)
+_DDLS = merged(_GAN, dict(optimizer=dict(lr=1e-3), schedule=dict(kind="cosine", updates=10_000)))  # of the head alone
+_GANS: dict[str, Entry] = {
+    "sngan": Entry("SNGAN", "Miyato et al. 2018", _GAN, ("sample",), "robust_jem.systems.gan:Sngan"),
+    "sngan_conditional": Entry(
+        "SNGAN, class-conditional", "Miyato and Koyama 2018", _GAN, ("sample",),
+        "robust_jem.systems.gan:ConditionalSngan",
+    ),
+    "ddls": Entry(
+        "DDLS", "Che et al. 2020", _DDLS, ("latent",), "robust_jem.systems.latent:Ddls", source_system="sngan",
+    ),
+}
 _NCSN = dict(
     augment=dict(pad=0),
     optimizer=dict(kind="adam", lr=1e-3, weight_decay=0.0, batch_size=128),

@@ -56,8 +56,32 @@ _ADAM = dict(optimizer=dict(lr=1e-4))                                           
 # The systems of other kinds: dataset -> stage -> family or system -> changes.
 _FLOW_PAPER: dict[str, dict] = {"train": {}, "generate": {}}
 _FLOW_DIGITS: dict[str, dict] = {"train": {}, "generate": {}}
-_GAN_PAPER: dict[str, dict] = {"train": {}, "generate": {}}
-_GAN_DIGITS: dict[str, dict] = {"train": {}, "generate": {}}
+_GAN_SCHEDULE = dict(kind="linear", warmup_steps=0)
+_GAN_RATES = dict(lr=2e-4, batch_size=64)
+_HEAD_RATES = dict(lr=1e-3, batch_size=64)
+_GAN_PAPER: dict[str, dict] = {"train": {}, "generate": {}}            # the catalog's settings are the published ones
+_GAN_H100 = {
+    "gan": dict(schedule=dict(updates=20_000)),
+    "latent": dict(schedule=dict(updates=2000)),
+}
+_GAN_NARROW = dict(generator_width=64, critic_width=64)
+_GAN_CPU = {
+    "gan": dict(gan=_GAN_NARROW, optimizer=_GAN_RATES, schedule=_GAN_SCHEDULE | dict(updates=4000)),
+    "latent": dict(gan=_GAN_NARROW, optimizer=_HEAD_RATES, schedule=dict(warmup_steps=0, updates=500)),
+}
+_SHORT_CHAINS = {"latent": dict(chain=dict(steps=100))}
+_GAN_SIZES = dict(latent=16, generator_width=32, critic_width=32, critic_steps=1)
+_GAN_DIGITS: dict[str, dict] = {
+    "train": {
+        "gan": dict(
+            gan=_GAN_SIZES, optimizer=dict(lr=2e-3, ema_decay=0.99), schedule=_GAN_SCHEDULE | dict(updates=2800),
+        ),
+        "latent": dict(
+            gan=_GAN_SIZES, optimizer=dict(weight_decay=1e-4), schedule=dict(warmup_steps=0, updates=400),
+        ),
+    },
+    "generate": {"latent": dict(chain=dict(steps=100, step_size=0.05))},
+}
 _SCORE_PAPER: dict[str, dict] = {"train": {"score": dict(schedule=dict(updates=200_000))}, "generate": {}}
 _SCORE_DIGITS: dict[str, dict] = {
     "train": {"score": dict(
@@ -75,13 +99,14 @@ PRESETS: dict[str, dict[str, dict[str, dict[str, Any]]]] = {
         ),
     }},
     "h100": {"*": {
-        "train": {"hybrid": _H100, "jem": _ADAM, "jem_factored": _ADAM, "igebm": _ADAM},
+        "train": {"hybrid": _H100, "jem": _ADAM, "jem_factored": _ADAM, "igebm": _ADAM} | _GAN_H100,
         "generate": {"*": dict(num_samples=10_000, batch_size=500)},      # 50 steps: 18 seconds of an H200
         "evaluate": {"*": dict(num_restarts=1000, num_strangers=2000)},
     }},
     "cifar10-cpu": {"*": {
-        "train": {"hybrid": _CIFAR10_CPU, "jem": _ADAM, "jem_factored": _ADAM, "igebm": _ADAM},
-        "generate": {"*": dict(num_samples=10_000, batch_size=250)},     # with the paper's 50 steps, the default
+        "train": {"hybrid": _CIFAR10_CPU, "jem": _ADAM, "jem_factored": _ADAM, "igebm": _ADAM} | _GAN_CPU,
+        # with the paper's 50 steps, the default
+        "generate": {"*": dict(num_samples=10_000, batch_size=250)} | _SHORT_CHAINS,
         "evaluate": {"*": dict(num_robust=1000, num_restarts=200, num_strangers=1000, num_autoattack=100)},
     }},
     "cpu": {
@@ -101,8 +126,11 @@ PRESETS: dict[str, dict[str, dict[str, dict[str, Any]]]] = {
             "evaluate": {"*": _DIGITS_SCORES},
         },
         "*": {
-            "train": {"*": _CPU_BUDGET, "hybrid": _CPU},
-            "generate": {"*": dict(num_samples=1000, batch_size=125), "hybrid": dict(chain=dict(outer_steps=30))},
+            "train": {"*": _CPU_BUDGET, "hybrid": _CPU} | _GAN_CPU,
+            "generate": (
+                {"*": dict(num_samples=1000, batch_size=125), "hybrid": dict(chain=dict(outer_steps=30))}
+                | _SHORT_CHAINS
+            ),
             "evaluate": {"*": dict(num_robust=1000)},
         },
     },
