@@ -24,7 +24,7 @@ from robust_jem.ebm.energy import (
 from robust_jem.ebm.objectives import Terms, classification_loss, hybrid_loss, likelihood_loss
 from robust_jem.ebm.priors import GaussianMixturePrior, UniformPrior
 from robust_jem.ebm.replay import ReplayBuffer
-from robust_jem.ebm.samplers import proximal_sgld, sgld
+from robust_jem.ebm.samplers import mala, proximal_sgld, sgld
 from robust_jem.judge.calibration import calibration
 from robust_jem.judge.diversity import class_frechet
 from robust_jem.judge.extractors import Extractor, extract, extract_once
@@ -89,6 +89,10 @@ def stored(x):
     return b.x
 
 
+def normal_law(x):
+    return -x.square().flatten(1).sum(1)
+
+
 def empty(x):
     return isinstance(x, torch.Tensor) and not x.numel()
 
@@ -123,6 +127,7 @@ TABLE = {
     "attacks.distal": ("mxy", lambda s: distal(s.model, s.x, s.y, 0.8, 3)[0]),
     "samplers.sgld": ("mxy", lambda s: sgld(score_of(s.model, s.y), s.x, 2, 0.1, noise_std=0)),
     "samplers.proximal_sgld": ("mxy", lambda s: proximal_sgld(score_of(s.model, s.y), s.x, 2, 5, 0.01)),
+    "samplers.mala": ("x", lambda s: mala(normal_law, s.x, 2, 0.01, generator=generator())[0]),
     "priors.GaussianMixturePrior.fit": ("xy", lambda s: GaussianMixturePrior.fit(s.x, s.y, K).mean),
     "priors.GaussianMixturePrior.sample": ("y", lambda s: PRIOR.sample(s.y, generator())),
     "priors.UniformPrior.sample": ("y", lambda s: UniformPrior((1, 4, 4), K).sample(s.y, generator())),
@@ -324,6 +329,7 @@ STORES = {
     "replay.ReplayBuffer.store": {"uint8": False, "numpy uint8": False, "0..1": None, "0..255": None, "NaN": None,
                                   "infinite": None},
     "replay.ReplayBuffer.fill": {"0..1": None, "0..255": None},
+    "samplers.mala": {"one image": None, "float64": None, "0..1": None, "0..255": None},     # of any law
     "attacks.attack_start": {"one image": None, "float64": None},            # any points; other random numbers
 }
 
