@@ -101,7 +101,7 @@ def test_accelerated_network_is_a_classifier_like_any_other(digits, precision):
 def test_network_without_a_stem_runs_under_a_policy():
     import torchvision
 
-    network, x = torchvision.models.resnet18(num_classes=10), torch.rand(4, 3, 32, 32)
+    network, x = torchvision.models.resnet18(num_classes=10), torch.rand(4, 3, 32, 32) * 2 - 1
     fast = choose_policy(CPU, "bfloat16").accelerate(network)
     assert fast(x).dtype == torch.float32 and proximal_sgld(score_of(fast), x, 1, 5, 0.1).shape == x.shape
 

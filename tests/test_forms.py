@@ -6,6 +6,7 @@ inside. Which functions there are is read from the modules; what isn't in the ta
 
 import importlib
 import inspect
+import pkgutil
 import warnings
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -23,7 +24,7 @@ from robust_jem.ebm.energy import (
 from robust_jem.ebm.objectives import Terms, classification_loss, hybrid_loss, likelihood_loss
 from robust_jem.ebm.priors import GaussianMixturePrior, UniformPrior
 from robust_jem.ebm.replay import ReplayBuffer
-from robust_jem.ebm.samplers import proximal_sgld, sgld
+from robust_jem.ebm.samplers import mala, proximal_sgld, sgld
 from robust_jem.judge.calibration import calibration
 from robust_jem.judge.diversity import class_frechet
 from robust_jem.judge.extractors import Extractor, extract, extract_once
@@ -88,6 +89,10 @@ def stored(x):
     return b.x
 
 
+def normal_law(x):
+    return -x.square().flatten(1).sum(1)
+
+
 def empty(x):
     return isinstance(x, torch.Tensor) and not x.numel()
 
@@ -122,6 +127,7 @@ TABLE = {
     "attacks.distal": ("mxy", lambda s: distal(s.model, s.x, s.y, 0.8, 3)[0]),
     "samplers.sgld": ("mxy", lambda s: sgld(score_of(s.model, s.y), s.x, 2, 0.1, noise_std=0)),
     "samplers.proximal_sgld": ("mxy", lambda s: proximal_sgld(score_of(s.model, s.y), s.x, 2, 5, 0.01)),
+    "samplers.mala": ("x", lambda s: mala(normal_law, s.x, 2, 0.01, generator=generator())[0]),
     "priors.GaussianMixturePrior.fit": ("xy", lambda s: GaussianMixturePrior.fit(s.x, s.y, K).mean),
     "priors.GaussianMixturePrior.sample": ("y", lambda s: PRIOR.sample(s.y, generator())),
     "priors.UniformPrior.sample": ("y", lambda s: UniformPrior((1, 4, 4), K).sample(s.y, generator())),
@@ -181,12 +187,15 @@ REASONS = {
     "hybrid.HotPaths": "an update's own parts, in a block of trusted_inputs",
     "hybrid.Hybrid": "a system, called by the loop; log_density is energy, sample is generate",
 }
+def modules_of(room):
+    "The names of a room's modules."
+    return tuple(m.name for m in pkgutil.iter_modules(importlib.import_module(f"robust_jem.{room}").__path__))
+
+
 MODULES = {
-    "ebm": ("energy", "attacks", "samplers", "priors", "replay", "objectives"),
-    "judge": (
-        "extractors", "sample_scores", "diversity", "calibration", "ood", "robustness", "evaluate", "suite",
-    ),
-    "networks": ("wide_resnet", "fused"),
+    "ebm": modules_of("ebm"),
+    "judge": modules_of("judge"),
+    "networks": ("wide_resnet", "fused"),       # the others are layers of systems, called by these
     "systems": ("hybrid",),
 }
 TAKEN = {"x", "x0", "y", "model", "x_clean", "inside"}
@@ -320,6 +329,7 @@ STORES = {
     "replay.ReplayBuffer.store": {"uint8": False, "numpy uint8": False, "0..1": None, "0..255": None, "NaN": None,
                                   "infinite": None},
     "replay.ReplayBuffer.fill": {"0..1": None, "0..255": None},
+    "samplers.mala": {"one image": None, "float64": None, "0..1": None, "0..255": None},     # of any law
     "attacks.attack_start": {"one image": None, "float64": None},            # any points; other random numbers
 }
 

@@ -101,7 +101,7 @@ class Images:
 
     def _check_split(self, where: str, x: Tensor, y: Tensor):
         if x.dtype != torch.uint8 or x.ndim != 4:
-            raise InputError(f"{where}: {x.dtype} {tuple(x.shape)}; expected uint8 images [N,C,H,W]")
+            raise InputError(f"{where}: expects uint8 images [N,C,H,W], got {x.dtype} {tuple(x.shape)}")
         if x.shape[-1] != x.shape[-2]:
             raise InputError(f"{where}: images must be square, got {x.shape[-2]}x{x.shape[-1]}")
         if y.ndim != 1 or y.is_floating_point() or y.dtype == torch.bool:

@@ -71,8 +71,8 @@ def _check_shape(x: Tensor, what: str):
         raise InputError(f"{what}: shape {tuple(x.shape)} has its channels last; expected [N,C,H,W]: x.permute(0, 3, "
                          "1, 2)")
 
-def _check_range(x: Tensor, what: str, bounds: tuple[float, float] | None, hint: str = "", beyond: float = 0.0):
-    "Pixels are finite, in the bounds or at most `beyond` outside, and on their scale."
+def _check_range(x: Tensor, what: str, bounds: tuple[float, float] | None, hint: str = "", beyond: float = 0.0, few=0):
+    "Pixels are finite, in the bounds or at most `beyond` outside, and on their scale, unless there are but a few."
     if not x.isfinite().all():
         raise InputError(f"{what}: some pixels aren't finite")
     if bounds is None:
@@ -83,7 +83,8 @@ def _check_range(x: Tensor, what: str, bounds: tuple[float, float] | None, hint:
     slack = beyond + 1e-4 * (bounds[1] - bounds[0])             # of rounding
     if low < bounds[0] - slack or high > bounds[1] + slack:
         raise InputError(f"{what}: floats in {low:.3g}..{high:.3g}; {asked}")
-    if x.ndim == 4 and bounds[0] < 0 <= low and high > 0:
+    told = x.ndim == 4 and x.numel() >= few
+    if told and bounds[0] < 0 <= low and high > 0:
         raise InputError(f"{what}: floats in {low:.3g}..{high:.3g}, none below 0, as in images in 0..1 (then 2 * x - 1 "
                          f"is meant); {asked}")
 
@@ -136,7 +137,8 @@ def as_points(
     if not x.ndim:
         raise InputError(f"{what}: a single number; expected [N,…]")
     if x.numel() and reads_values(x):
-        _check_range(x, what, None if beyond and x.ndim != 4 else bounds, hint, beyond)
+        # so few pixels may happen to be bright
+        _check_range(x, what, None if beyond and x.ndim != 4 else bounds, hint, beyond, few=64)
     return x
 
 def signed_floats(
@@ -159,6 +161,7 @@ def as_labels(
     what: str = "labels", # how the message calls them
     *,
     empty: bool = False, # whether there may be none
+    ranged: bool = True, # no: whoever learns K later looks at the range
 ) -> Tensor: # int64 [N]
     """Labels as a tensor.
 
@@ -178,7 +181,7 @@ def as_labels(
         above = "equal" if empty else "equal and above zero"
         raise InputError(f"{what}: {len(y)} for {n} images; both must be {above}")
     y = y.long()
-    if reads_values(y):
+    if ranged and reads_values(y):
         check_label_range(y, num_classes, what)
     return y
 
@@ -238,6 +241,7 @@ def _own_fault(e: Exception) -> bool:
 def naming_the_model(
     model, # that runs in this block
     x: Tensor, # what it is given
+    what: str = "model", # or "extractor"
 ):
     """What a model raises, as an `InputError` of one line that names it; the exception itself is its cause.
 
@@ -255,7 +259,7 @@ def naming_the_model(
         hint = ""
         if "nference tensor" in str(e):
             hint = "; its weights were made under torch.inference_mode(): make or load it outside"
-        raise InputError(f"model: {type(model).__name__} fails on {x.dtype} {tuple(x.shape)} "
+        raise InputError(f"{what}: {type(model).__name__} fails on {x.dtype} {tuple(x.shape)} "
                          f"({type(e).__name__}: {why}){hint}") from e
 
 def precision_of(

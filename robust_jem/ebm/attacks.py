@@ -81,7 +81,7 @@ def _check_norm(norm: str):
 def _images_and_labels(x, y, bounds) -> tuple[Tensor, Tensor]:
     "Images within the bounds, to float, and as many labels."
     x = as_points(x, bounds=bounds, hint="; or give the images' own `bounds`").detach()
-    return x, as_labels(y, len(x), empty=True).to(x.device)
+    return x, as_labels(y, len(x), empty=True, ranged=False).to(x.device)
 
 def attack_start(
     x0: Tensor, # the ball's centre [B,C,H,W]

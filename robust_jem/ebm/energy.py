@@ -108,7 +108,7 @@ def energy(
     one that gives (log-)probabilities.
     """
     x = as_points(x, beyond=_BEYOND)
-    y = None if y is None else as_labels(y, len(x), empty=True).to(x.device)
+    y = None if y is None else as_labels(y, len(x), empty=True, ranged=False).to(x.device)
     logits = logits_of(model, x)
     check_unnormalised(logits)
     return marginal_energy(logits) if y is None else joint_energy(logits, y)
@@ -221,7 +221,7 @@ class ClassifierScore:
     ):
         check_model(model)
         self.model, self.statistics = model, statistics
-        self.y = None if y is None else as_labels(y, empty=True)
+        self.y = None if y is None else as_labels(y, empty=True, ranged=False)
         self.blocks: list = []                               # those that are open: blocks may be nested
         self.checked = False                                 # images, labels and logits of the open block's first call
 

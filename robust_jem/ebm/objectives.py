@@ -28,7 +28,7 @@ def classification_loss(
     Raises `InputError` as `energy` does, and where there are no images. Log-probabilities are as good as logits here.
     """
     x = as_points(x, beyond=20)
-    y = as_labels(y, len(x)).to(x.device)
+    y = as_labels(y, len(x), ranged=False).to(x.device)
     logits = widened(logits_of(model, x))
     check_labels(y, logits.shape[-1])
     check_unnormalised(logits, joint=False)
@@ -85,7 +85,7 @@ def hybrid_loss(
     Raises `InputError` where a term's images are missing, or an energy penalty has no likelihood.
     """
     _check_terms(terms, clean=(x_clean,), adversarial=(x_adversarial,), likelihood=(x_real, x_sampled))
-    y = as_labels(y, empty=True)
+    y = as_labels(y, empty=True, ranged=False)
     loss, parts = torch.zeros((), device=y.device), {}
     for name, weight, x in (("clean", terms.clean, x_clean), ("adversarial", terms.adversarial, x_adversarial)):
         if weight:

@@ -23,7 +23,7 @@ def _count(n: int, generator, device) -> int:
 
 def _labels_to_draw(y, num_classes: int, generator, device) -> Tensor:
     "Labels `[B]`, of which there may be none."
-    y = as_labels(y, empty=True)
+    y = as_labels(y, empty=True, ranged=False)
     check_label_range(y.cpu(), num_classes)
     check_generator(generator, device)
     return y
@@ -56,7 +56,7 @@ class GaussianMixturePrior:
         jitter <= 0.
         """
         x = as_images(x)
-        y = as_labels(y, len(x)).to(x.device)
+        y = as_labels(y, len(x), ranged=False).to(x.device)
         counts = cls._class_counts(y, num_classes, jitter)
         x = to_unit(x) if x.dtype == torch.uint8 else x
         flat = x.flatten(1)

@@ -138,6 +138,9 @@ def mala(
         with torch.enable_grad():
             x = x.detach().requires_grad_()
             value = log_density(x)
+            if not isinstance(value, Tensor) or value.shape != (len(x),) or not value.requires_grad:
+                raise InputError(f"log_density: gives no values [{len(x)}] with a gradient; it must not run under "
+                                 "torch.no_grad(), nor detach")
             score, = torch.autograd.grad(value.sum(), x)
         return x.detach(), value.detach(), score
 

@@ -156,8 +156,10 @@ class SampleScorer:
         self.extractor = made.to(at.device)
         try:                                                    # what can't work fails before anything is measured
             self.scores = extract(self.extractor, images.test_x[:2], device=at.device)[1] is not None
-        except RuntimeError as e:
-            shape, why = "x".join(map(str, images.shape)), str(e).splitlines()[-1][:80]
+        except InputError as e:
+            if e.__cause__ is None:                             # it says by itself what is wrong
+                raise
+            shape, why = "x".join(map(str, images.shape)), (str(e.__cause__).splitlines() or [""])[-1][:80]
             raise InputError(f"extractor: {config.extractor} doesn't take {shape} images ({why})") from e
 
     def settings(self) -> dict:

@@ -272,7 +272,7 @@ def extract(
         features, probs = [], []
         for part in progress_bar(x.split(size), desc=progress, unit="batch", disable=not progress):
             part = grey_levels(part.to(device)).float()
-            with naming_the_model(extractor, part):
+            with naming_the_model(extractor, part, "extractor"):
                 with torch.autocast(part.device.type, getattr(torch, extractor.precision), enabled=rounded):
                     found = _checked_features(extractor(part), len(part))
                 p = extractor.probabilities(part) if probabilities else None

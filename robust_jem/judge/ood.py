@@ -47,9 +47,13 @@ def _batch_scores(model: nn.Module, x: Tensor) -> Tensor:
 
 def _density_scores(model: nn.Module | None, x: Tensor, log_density: Callable) -> Tensor:
     "The same of a model with a density of its own; without the confidence `[2,B]` where it doesn't classify."
-    x = x.detach().requires_grad_()
-    density = log_density(x)
-    gradient, = torch.autograd.grad(density.sum(), x)
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        density = log_density(x)
+        if not isinstance(density, Tensor) or density.shape != (len(x),) or not density.requires_grad:
+            raise InputError(f"log_density: gives no values [{len(x)}] with a gradient; it must not run under "
+                             "torch.no_grad(), nor detach")
+        gradient, = torch.autograd.grad(density.sum(), x)
     scores = [density.detach().float().cpu()]
     if model is not None:
         with torch.no_grad():

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 
 from ..core.errors import InputError
 from ..core.files import exclusive, tensors_hash
@@ -200,8 +201,11 @@ def check_classifier(
 ) -> Tensor: # its logits [2,K] of two test images
     """A model must take the data's images, and give finite logits of the right shape and their gradient; else an
     `InputError`."""
-    check_model(model)
+    if not isinstance(model, nn.Module):
+        check_model(model)
     x = to_unit(images.test_x[:2]).to(device_of(model, images.test_x))
+    if any(isinstance(p, UninitializedParameter) for p in model.parameters()):
+        _first_logits(model, x, images, name)                   # a lazy layer's weights come into being
     with outside_inference_mode(), evaluating(model):
         network = in_own_precision(model)
         logits = _first_logits(network, x, images, name)

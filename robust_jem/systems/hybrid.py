@@ -171,7 +171,7 @@ def run_chains(
 
     Raises `InputError` as the sampler does.
     """
-    if not isinstance(chain, Chain):
+    if not hasattr(chain, "outer_steps"):
         raise InputError(f"chain: {type(chain).__name__} is not accepted; accepted: Chain(outer_steps=10), say")
     score = score_of(model, y, chain.statistics)
     args = dict(
@@ -254,12 +254,12 @@ def generate(
     that fails or gives no gradient.
     """
     check_model(model)
-    if not isinstance(how, (str, HybridSampling)) or not isinstance(trained, (Chain, type(None))):
+    if not (isinstance(how, str) or hasattr(how, "to_dict")) or not (trained is None or hasattr(trained, "step_size")):
         raise InputError(f"how, trained: {type(how).__name__} and {type(trained).__name__} are not accepted; accepted: "
                          "HybridSampling or a method's name, and a Chain or none")
     if not hasattr(prior, "sample"):
         raise InputError(f"prior: {type(prior).__name__} is not accepted; accepted: what has sample(y, generator)")
-    y = as_labels(y, empty=True)
+    y = as_labels(y, empty=True, ranged=False)
     given = {"method": how} if isinstance(how, str) else how.to_dict()
     how = HybridSampling.from_dict(merged(given, unfolded(changes)))
     attack, chain = how.attack, how.chain.of(trained or Chain())
