@@ -573,6 +573,9 @@ def commands():
     for name, write in hostile.EXTRACTORS.items():
         found[f"extractor: {name}"] = lambda here, write=write: write(here / "net.pt"), evaluate_with("net.pt")
     no_settings = Path("runs/robust_jem/samples/energy/summary.json")
+    found |= models_from_elsewhere()
+    nowhere = ["evaluate", "--run", "runs/pets", "--root", "nowhere", "--device", "cpu"]
+    found["data that moved"] = data_that_moved, nowhere
     found["samples: no settings"] = lambda _: no_settings.write_text("{}"), evaluate_with("classifier:runs/judge")
     return found
 
@@ -773,7 +776,133 @@ def calls_of_inputs(t):
             partial(ood.ood_scores, m, (x + 1) / 2), partial(ood.ood_scores, m, x * nan),
             partial(ood.ood_scores, m, raw[0]), partial(ood.auroc, f, f), partial(diversity.nearest, raw, x),
             partial(diversity.nearest, x * nan, x)),
+    } | calls_of_forms(t, labels, pixels)
+
+
+class Odd(torch.nn.Module):
+    "A model whose answer is something else than logits, or comes without a gradient."
+
+    def __init__(self, model, answer):
+        super().__init__()
+        self.model, self.answer = model, answer
+
+    def forward(self, x):
+        return self.answer(self.model, x)
+
+
+def raises(model, x):
+    raise ValueError("only on\nSundays")
+
+
+def without_gradients(model, x):
+    with torch.no_grad():
+        return model(x)
+
+
+ANSWERS = {
+    "raises": raises, "no gradient": without_gradients, "tuple": lambda model, x: (model(x), x),
+    "one number": lambda model, x: model(x)[:, 0], "probabilities": lambda model, x: model(x).softmax(1),
+}
+
+
+def calls_of_forms(t, labels, pixels):
+    "The same, and models that aren't classifiers, of attacks, chains, energies and losses."
+    m, x, y = t.model, t.x, t.y
+    prior = t.prior
+
+    def with_all(model=m, x=x, y=y):
+        return (
+            partial(attacks.pgd, model, x, y, 0.1, 1), partial(attacks.distal, model, x, y, max_steps=1),
+            partial(energy.score, model, x, y),
+            lambda: samplers.sgld(energy.score_of(model, y), x, 1, 0.1),
+            lambda: samplers.proximal_sgld(energy.score_of(model, y), x, 1, 1, 0.1))
+
+    far_away = (t.raw.float(), (x + 1) / 2)
+    return {
+        "labels of attacks and chains": [call for wrong in labels for call in with_all(y=wrong)],
+        # a chain without bounds may begin anywhere near
+        "pixels of attacks and chains": [
+            call for wrong in pixels for call in with_all(x=wrong)
+            if not (isinstance(wrong, torch.Tensor) and 1 < wrong.abs().max() < 2)],
+        "models of attacks and chains": [
+            call for name in ANSWERS for call in with_all(model=Odd(m, ANSWERS[name]))],
+        "energies": [
+            *(partial(energy.energy, m, wrong, y) for wrong in (*far_away, x * t.nan, t.raw.int(), "digits")),
+            *(partial(energy.energy, m, x, wrong) for wrong in labels),
+            partial(energy.energy, torch.nn.Sequential(m, torch.nn.LogSoftmax(1)), x),
+            partial(energy.energy, len, x), partial(energy.score, len, x),
+            partial(energy.joint_energy, t.logits, "three")],
+        "losses": [
+            *(partial(objectives.classification_loss, m, x, wrong) for wrong in labels),
+            *(partial(objectives.classification_loss, m, wrong, y) for wrong in far_away),
+            partial(objectives.likelihood_loss, m, x, t.raw.float()),
+            partial(objectives.classification_loss, m, x[:0], [])],
+        "priors": [
+            *(partial(prior.sample, wrong) for wrong in labels),
+            *(partial(UniformPrior((1, 8, 8)).sample, wrong) for wrong in labels),
+            *(partial(GaussianMixturePrior.fit, wrong, y, 10) for wrong in pixels), partial(prior.sample, y, 0)],
+        "settings": [
+            partial(attacks.pgd, m, x, y, "0.1", 1), partial(attacks.pgd, m, x, y, 0.1, 1.5),
+            partial(attacks.pgd, m, x, y, 0.1, 1, generator=0), partial(attacks.pgd, m, x, y, 0.1, 1, bounds=(1, -1)),
+            partial(attacks.pgd, m, t.raw.float(), y, 8, 1), partial(attacks.pgd, m, 2 * x, y, 0.1, 1),
+            partial(samplers.proximal_sgld, energy.score_of(m), 2 * x, 1, 1, 0.1),
+            partial(samplers.sgld, lambda x: x.sum(1), x, 1, 0.1), partial(core_images.to_unit, t.raw.numpy()),
+            partial(core_images.to_uint8, t.raw), partial(core_images.add_noise, t.raw, 0.1)],
     }
+
+
+FACTORIES = {
+    "raises in its forward pass": "def forward(self, x): raise ValueError('only on Sundays')",
+    "runs under no_grad": "def forward(self, x):\n  with torch.no_grad(): return self.net(x)",
+    "runs under inference_mode": "def forward(self, x):\n  with torch.inference_mode(): return self.net(x)",
+    "detaches": "def forward(self, x): return self.net(x).detach()",
+    "gives a tuple": "def forward(self, x): return self.net(x), x",
+    "gives a dictionary": "def forward(self, x): return {'logits': self.net(x)}",
+    "gives nothing": "def forward(self, x): self.net(x)",
+    "gives one number": "def forward(self, x): return self.net(x)[:, 0]",
+    "gives other classes": "def forward(self, x): return self.net(x)[:, :7]",
+    "gives probabilities": "def forward(self, x): return self.net(x).softmax(1)",
+    "gives NaN": "def forward(self, x): return self.net(x) * float('nan')",
+    "takes three channels": "def forward(self, x): return self.net(x[:, [0, 1, 2]])",
+    "takes other arguments": "def forward(self, x, y): return self.net(x)",
+    "says nothing": "def forward(self, x): raise RuntimeError",
+}
+FACTORY = """import torch
+class Odd(torch.nn.Module):
+ def __init__(self):
+  super().__init__()
+  self.net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))
+ {}
+"""
+MAKERS = {
+    "is no module": "def Odd(): return 5", "raises": "def Odd(): raise RuntimeError('no weights')",
+    "wants an argument": "def Odd(weights): return weights", "isn't there": "x = 1", "doesn't parse": "def Odd(: pass",
+    "fails when it is imported": "1 / 0", "exits when it is imported": "import sys; sys.exit(3)",
+    "exits": "import sys\ndef Odd(): sys.exit(3)", "imports what isn't there": "import no_such_package",
+}
+
+
+def models_from_elsewhere():
+    "Command lines that judge a model which can't be judged."
+    found = {}
+    sources = {name: FACTORY.format(code.replace("\n", "\n ")) for name, code in FACTORIES.items()} | MAKERS
+    for i, (name, source) in enumerate(sources.items()):
+        def write(here, module=f"odd_{os.getpid()}_{i}", source=source):
+            (here / f"{module}.py").write_text(source)
+        argv = ["evaluate", "--model", f"odd_{os.getpid()}_{i}:Odd", "--model-data", "digits", "--suite", "calibration",
+                "--out", "judged", "--device", "cpu"]
+        found[f"model that {name}"] = write, argv
+    return found
+
+
+SMALL = dict(optimizer__batch_size=2, augment__pad=0, schedule__epochs=1, threads=1, device="cpu", precision="float32")
+
+
+def data_that_moved(here):
+    "A run on an image tree that lies elsewhere now."
+    config = configure(TrainConfig, "wide_resnet", dataset="pets", root="data", out="runs/pets", **SMALL)
+    train(config, progress=False)
+    (here / "data").rename(here / "elsewhere")
 
 
 def calls_of_runs(t):
@@ -802,7 +931,9 @@ def calls_of_runs(t):
             partial(jem.generate, t.far), partial(jem.energy, t.x, t.far), partial(RobustJEM.from_run, "nowhere"),
             partial(RobustJEM.from_pretrained, "no/such/folder"), partial(RobustJEM.from_pretrained, path),
             partial(other.save_pretrained, "new"), partial(jem.save_pretrained, path / "config.json"),
-            partial(jem.classify, t.raw), partial(jem.classify, three_channels), partial(jem.energy, t.raw)),
+            partial(jem.classify, t.raw.float()), partial(jem.classify, three_channels),
+            partial(jem.energy, (t.x + 1) / 2), partial(jem.energy, t.x, t.y[:, None]),
+            partial(jem.classify, t.x * t.nan)),
         "run": (
             partial(Run, "nowhere"), partial(Run, path / "config.json"), partial(Run, "a\0b"),
             lambda: Run(path).samples("gan"), lambda: Run(path).strip(".."),
@@ -891,7 +1022,10 @@ def unaffected():
     back = Path.cwd()
     # a replication that isn't refused fails here, not in ten minutes
     never = mock.Mock(side_effect=AssertionError("a notebook was started"))
-    with mock.patch.dict(os.environ, environment(), clear=True), mock.patch.object(replicate, "notebook_path", never):
+    # imported modules leave no files behind
+    bytecode = mock.patch.object(sys, "dont_write_bytecode", True)
+    notebooks = mock.patch.object(replicate, "notebook_path", never)
+    with mock.patch.dict(os.environ, environment(), clear=True), notebooks, bytecode:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             try:

@@ -38,7 +38,8 @@ def test_all_goes_on_with_what_is_missing_and_its_results_load(here, image_tree,
         folder = here / "runs" / f"{system}-s0"
         config, summary = (json.loads((folder / f"{name}.json").read_text()) for name in ("config", "summary"))
         rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        assert config["schedule"]["updates"] == summary["updates"] == rows[-1]["step"]      # the schedule covers what was trained
+        # the schedule covers what was trained
+        assert config["schedule"]["updates"] == summary["updates"] == rows[-1]["step"]
         assert rows[-1]["lr"] < 0.2 * config["optimizer"]["lr"]
 
     archive = here / "back.tar"

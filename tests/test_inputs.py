@@ -1,6 +1,8 @@
 """What a new user hands over: other types, shapes and ranges, other code under the same name, models in odd states."""
 
 import json
+import shutil
+import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -14,16 +16,32 @@ from torch import nn
 
 from robust_jem.core.errors import InputError
 from robust_jem.core.files import read_json, tensors_hash, write_json
-from robust_jem.core.images import load_images, to_unit
+from robust_jem.core.images import Images, add_noise, augment, load_images, to_uint8, to_unit
 from robust_jem.core.inputs import evaluating
+from robust_jem.ebm.attacks import pgd
+from robust_jem.ebm.energy import conditional_density, detect, joint_energy, marginal_energy
+from robust_jem.ebm.objectives import Terms, hybrid_loss
+from robust_jem.ebm.priors import GaussianMixturePrior, UniformPrior
+from robust_jem.ebm.replay import ReplayBuffer
+from robust_jem.ebm.samplers import sgld
+from robust_jem.engine.pretrained import RobustJEM
 from robust_jem.engine.runs import Run
+from robust_jem.engine.train import train
 from robust_jem.judge.calibration import calibration
 from robust_jem.judge.diversity import class_frechet, nearest
+from robust_jem.judge.evaluate import draw_test_images
 from robust_jem.judge.extractors import Extractor, extract, extract_once, feature_extractor
 from robust_jem.judge.ood import detect_ood, ood_images, ood_scores
-from robust_jem.judge.robustness import accuracy, autoattack_accuracy, robust_accuracy, zero_gradients
-from robust_jem.judge.sample_scores import inception_score, quality, reference_statistics
-from robust_jem.judge.suite import check_classifier, masking_verdict
+from robust_jem.judge.robustness import (
+    UnitInterval, accuracy, autoattack_accuracy, eps_at_accuracy, robust_accuracy, zero_gradients,
+)
+from robust_jem.judge.sample_scores import (
+    frechet_distance, inception_score, moments, quality, reference_statistics,
+)
+from robust_jem.judge.suite import check_classifier, import_model, masking_verdict
+from robust_jem.networks.wide_resnet import WideResNet
+from robust_jem.systems.catalog import TrainConfig, configure
+from robust_jem.systems.hybrid import generate, run_chains
 
 N = 40
 
@@ -577,3 +595,275 @@ def test_unusable_models_are_one_line(forward, says, here, cli, monkeypatch):
         "evaluate", "--model", "odd:Odd", "--model-data", "digits", "--suite", "calibration", "--out", "judged"
     )
     assert done.code == 2 and says in done.err and len(done.err.strip().splitlines()) == 1, done.err
+
+
+# F. The world around
+
+
+def small_run(root="", system="wide_resnet", **changes):
+    "A run on an image tree."
+    config = configure(
+        TrainConfig, system, dataset="pets", root=root, out="runs/pets", schedule__epochs=1,
+        schedule__warmup_steps=0, optimizer__batch_size=4, augment__pad=0, threads=1, device="cpu", precision="float32",
+        **changes,
+    )
+    return Run(train(config, progress=False))
+
+
+def with_other_pixels(tree):
+    file = next(tree.rglob("*.png"))
+    Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(file)
+
+
+def test_data_that_moved_is_found_where_it_is_now(here, image_tree, monkeypatch):
+    image_tree()
+    run = small_run("data")
+    before = run.images().fingerprint
+    assert run.data_place == Path("data")
+    Path("data").rename("elsewhere")
+    with pytest.raises(InputError, match="--root") as error:
+        Run(run.path).images()
+    assert "ROBUST_JEM_DATA" in str(error.value) and "looked in data" in str(error.value)
+    with pytest.raises(InputError, match="looked in nowhere, data"):
+        Run(run.path).images("nowhere")
+    assert Run(run.path).images("elsewhere").fingerprint == before
+    moved = Run(run.path, "elsewhere")
+    assert moved.images().fingerprint == before and moved.data_place == Path("elsewhere")
+    assert moved.system()(to_unit(moved.images().test_x)).shape == (2, 2)
+    monkeypatch.setenv("ROBUST_JEM_DATA", "elsewhere")
+    assert Run(run.path).images().fingerprint == before
+    monkeypatch.delenv("ROBUST_JEM_DATA")
+    Path("elsewhere").rename("data")
+    assert Run(run.path).images("elsewhere").fingerprint == before             # not there: where it was
+
+
+def test_the_fingerprint_decides_between_places(here, image_tree, monkeypatch):
+    "Other images under the same name are used only where there are no right ones."
+    image_tree()
+    run = small_run("data")
+    before = run.images().fingerprint
+    shutil.copytree("data", "right")
+    with_other_pixels(Path("data/pets"))
+    assert Run(run.path).images().fingerprint != before
+    assert Run(run.path).images("right").fingerprint == before
+    assert Run(run.path, "data").images().fingerprint != before
+    monkeypatch.setenv("ROBUST_JEM_DATA", "right")
+    found = Run(run.path)
+    assert found.images().fingerprint == before and found.data_place == Path("right")
+
+
+def test_samples_are_drawn_with_data_that_moved(here, image_tree, cli):
+    image_tree()
+    hybrid = dict(system="jempp", chain__outer_steps=1, replay__size=4)
+    run = small_run("data", **hybrid)
+    Path("data").rename("elsewhere")
+    argv = ["generate", run.path, "--num-samples", 2, "--batch-size", 2, "--chain.outer-steps", 1, "--device", "cpu"]
+    refused = cli(*argv)
+    assert refused.code == 2 and "--root" in refused.err
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)                     # as if these were other images
+        done = cli(*argv, "--root", "elsewhere")
+    assert done.code == 0 and Run(run.path).samples("energy")[0].shape == (2, 3, 8, 8), done.err
+    assert not Path("data").exists()
+
+
+def test_evaluation_finds_data_that_moved(here, image_tree, cli):
+    image_tree()
+    run = small_run("data")
+    Path("data").rename("elsewhere")
+    argv = ["evaluate", run.path, "--num-robust", 2, "--attack-steps", 1, "--attack-eps", 0.1, "--extractor", "pool.pt"]
+    torch.jit.script(nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())).save("pool.pt")
+    argv += ["--splits", 1, "--device", "cpu"]
+    refused = cli(*argv)
+    assert refused.code == 2 and "--root" in refused.err
+    done = cli(*argv, "--root", "elsewhere")
+    assert done.code == 0 and "accuracy" in done.out, done.err
+    assert Path("elsewhere/.cache").is_dir() and not Path("data").exists()
+
+
+def test_a_console_without_some_characters(evaluated, command):
+    "A Windows code page has no ε or →; what it lacks is replaced."
+    env, folder = command.env | {"PYTHONIOENCODING": "cp1252"}, evaluated.parent.parent
+    argv = [*command.argv, "report", "--runs", str(evaluated.parent)]
+    with open("report.txt", "wb") as out:
+        done = subprocess.run(argv, env=env, stdout=out, stderr=subprocess.PIPE, timeout=120, cwd=folder)
+    printed = Path("report.txt").read_bytes().decode("cp1252")
+    assert done.returncode == 0 and b"UnicodeEncodeError" not in done.stderr, done.stderr
+    assert "PGD accuracy, ? = 0.2 %" in printed and "Robust JEM" in printed
+    env["PYTHONIOENCODING"] = "ascii"
+    done = subprocess.run(argv, env=env, capture_output=True, timeout=120, cwd=folder)
+    assert done.returncode == 0 and done.stdout.isascii()
+
+
+# E. Messages
+
+
+def test_a_message_never_says_that_it_wants_what_it_got(digits):
+    for wrong in (digits.test_x.numpy(), to_unit(digits.test_x), digits.test_x.long(), [1, 2], None):
+        with pytest.raises(InputError) as error:
+            to_unit(wrong)
+        said, _, wanted = str(error.value).partition("; expected ")
+        kind = "NumPy" if isinstance(wrong, np.ndarray) else "torch.uint8"
+        assert wanted and (kind in said) == isinstance(wrong, np.ndarray)
+    with pytest.raises(InputError, match="grey levels already"):
+        to_uint8(digits.test_x)
+
+
+def test_outside_of_bounds_names_them(linear, digits):
+    x8, y = digits.test_x[:N], digits.test_y[:N]
+    for x, how in ((x8.float(), {}), (1.1 * to_unit(x8), {}), (x8 / 255, {}), (to_unit(x8), {"bounds": (0, 1)}),
+                   (x8.float(), {"bounds": (0, 1)}), (x8, {"bounds": (0, 255)})):
+        with pytest.raises(InputError, match="bounds"):
+            pgd(linear, x, y, 8, 3, **how)
+    for bounds in ((1, -1), (0, float("nan")), 1, (0, 1, 2), "signed"):
+        with pytest.raises(InputError, match="^bounds: "):
+            pgd(linear, to_unit(x8), y, 8, 3, bounds=bounds)
+    scaled = UnitInterval(linear)
+    a = pgd(linear, to_unit(x8), y, 0.2, 3, random_start=False)
+    b = pgd(scaled, x8 / 255, y, 0.1, 3, random_start=False, bounds=(0, 1))
+    assert torch.allclose(a, 2 * b - 1, atol=1e-5)                  # the same attack on the other scale
+
+
+@pytest.mark.parametrize("name, value", [
+    ("eps", "0.1"), ("eps", None), ("eps", float("inf")), ("eps", [0.1]), ("eps", True), ("steps", 2.5), ("steps", "3"),
+    ("step_size", float("nan")), ("step_size", "none"), ("generator", 0), ("norm", None), ("norm", "Linf"),
+])
+def test_settings_of_another_type_are_one_line(name, value, linear, digits):
+    how = {"eps": 0.1, "steps": 2, name: value}
+    with pytest.raises(InputError, match=f"^{name}: "):
+        pgd(linear, to_unit(digits.test_x[:N]), digits.test_y[:N], **how)
+
+
+def test_a_score_of_another_shape_is_not_broadcast():
+    with pytest.raises(InputError, match="score: gives"):
+        sgld(lambda x: x.sum(1, keepdim=True), torch.zeros(3, 2), 2, 0.1)
+
+
+# Others of these kinds
+
+
+def test_a_radius_beyond_the_whole_range_is_called_out(linear, digits):
+    "8 for 8/255, say."
+    x, y = digits.test_x[:4], digits.test_y[:4]
+    for measure in (robust_accuracy, autoattack_accuracy):
+        with pytest.warns(UserWarning, match="16/255"):
+            measure(linear, x, y, 8)
+
+
+@pytest.mark.parametrize("curve", [{"0": 95, "0.1": 40}, {"0": "a"}, {"zero": 0.5}, [0.9, 0.5], {"0": None}])
+def test_curves_that_are_none(curve):
+    with pytest.raises(InputError):
+        eps_at_accuracy(curve, 0.5)
+
+
+def test_features_kept_without_probabilities_are_not_taken_for_all(digits, tmp_path):
+    class Both(Pixels):
+        key = "both"
+
+        def probabilities(self, x):
+            return self(x).softmax(1)
+
+    x = digits.test_x[:N]
+    assert extract_once(Both(), x, tmp_path, 500, "cpu", "", False)[1] is None
+    for _ in range(2):
+        features, probabilities = extract_once(Both(), x, tmp_path)
+        assert torch.equal(probabilities, extract(Both(), x)[1]) and torch.equal(features, extract(Both(), x)[0])
+
+
+def test_attacks_leave_no_gradients_in_the_weights(digits):
+    "The standard AutoAttack's do."
+    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    x, y = digits.test_x[:4], net(to_unit(digits.test_x[:4])).argmax(1)
+    autoattack_accuracy(net, x, y, 0.5)
+    assert all(p.grad is None for p in net.parameters())
+
+
+def test_a_pretrained_folder_is_sampled(runs, cli):
+    "As the run is that it was saved from."
+    RobustJEM.from_run("runs/robust_jem").save_pretrained("pretrained")
+    how = ["--num-samples", 10, "--batch-size", 10, "--chain.outer-steps", 1, "--name", "new", "--device", "cpu"]
+    for folder in ("runs/robust_jem", "pretrained"):
+        done = cli("generate", folder, *how)
+        assert done.code == 0, done.err
+    assert torch.equal(Run("pretrained").samples("new")[0], Run("runs/robust_jem").samples("new")[0])
+
+
+def test_samples_to_keep_are_grey_levels(runs):
+    run = Run("runs/robust_jem")
+    x, y, summary = run.samples("energy")
+    for wrong in (to_unit(x), x[0]):
+        with pytest.raises(InputError, match="uint8"):
+            run.save_samples("mine", dict(x=wrong, y=y), summary)
+    with pytest.raises(InputError, match="label"):
+        run.save_samples("mine", dict(x=x, y=y[:, None]), summary)
+    assert run.sample_names() == ["energy"]
+
+
+ODD_CALLS = {
+    "an extractor that is none": lambda d, m: feature_extractor(None),
+    "weights that aren't there": lambda d, m: accuracy(m.to("meta"), d.test_x[:4], d.test_y[:4]),
+    "a loader in place of images": lambda d, m: accuracy(m, torch.utils.data.DataLoader([0]), d.test_y[:4]),
+    "a pair in place of images": lambda d, m: accuracy(m, (d.test_x[:4], d.test_y[:4]), d.test_y[:4]),
+    "a batch size of a half": lambda d, m: accuracy(m, d.test_x[:4], d.test_y[:4], 0.5),
+    "a batch size in words": lambda d, m: extract(Pixels(), d.test_x[:4], "500"),
+    "a function for an extractor": lambda d, m: extract(lambda x: x, d.test_x[:4]),
+    "restarts by half": lambda d, m: robust_accuracy(m, d.test_x[:4], d.test_y[:4], 0.1, restarts=1.5),
+    "sets in a list": lambda d, m: detect_ood(m, d.test_x[:4], [d.test_x[:4]]),
+    "one feature": lambda d, m: moments(torch.zeros(1, 3)),
+    "features of NaN": lambda d, m: moments(torch.full((4, 3), float("nan"))),
+    "deviations for covariances": lambda d, m: frechet_distance(np.zeros(3), np.ones(3), np.zeros(3), np.ones(3)),
+    "classes in words": lambda d, m: class_frechet(torch.zeros(4, 2), [0] * 4, torch.zeros(4, 2), [0] * 4, "ten"),
+    "other features": lambda d, m: class_frechet(torch.zeros(4, 2), [0] * 4, torch.zeros(4, 3), [0] * 4, 2),
+    "bins by half": lambda d, m: calibration(torch.randn(4, 3), [0, 1, 2, 0], 1.5),
+    "a threshold of NaN": lambda d, m: detect(torch.zeros(2, 3), float("nan")),
+    "a negative temperature": lambda d, m: conditional_density(torch.zeros(2, 3), -1),
+    "a negative weight": lambda d, m: hybrid_loss(m, Terms(clean=-1.0), d.test_y[:4], x_clean=d.test_x[:4]),
+    "logits in words": lambda d, m: marginal_energy("logits"),
+    "whole logits": lambda d, m: joint_energy(torch.zeros(2, 3).long(), [0, 1]),
+    "no prior": lambda d, m: generate(m, None, [0, 1]),
+    "a chain that is none": lambda d, m: run_chains(m, to_unit(d.test_x[:4]), {"outer_steps": 2}),
+    "a method by number": lambda d, m: generate(m, UniformPrior((1, 8, 8)), [0, 1], 5),
+    "a prior of another shape": lambda d, m: GaussianMixturePrior(
+        torch.zeros(2, 4), torch.zeros(2, 4, 4), torch.ones(2), (1, 3, 3)),
+    "few classes": lambda d, m: GaussianMixturePrior.fit(d.train_x, d.train_y, 0),
+    "a buffer of a half": lambda d, m: ReplayBuffer(0.5, UniformPrior((1, 8, 8))),
+    "an image for interpolations": lambda d, m: ood_images("interpolations", d.test_x[:1], 3),
+    "fewer than no strangers": lambda d, m: ood_images("rotated", d.test_x, -3),
+    "labels as floats in a data set": lambda d, m: Images(
+        "mine", d.train_x, d.train_y.float(), d.test_x, d.test_y, d.classes),
+    "labels in a column in a data set": lambda d, m: Images(
+        "mine", d.train_x, d.train_y[:, None], d.test_x, d.test_y, d.classes),
+    "weights that don't exist yet": lambda d, m: accuracy(
+        nn.Sequential(nn.Flatten(), nn.LazyLinear(10)), d.test_x[:4], d.test_y[:4]),
+    "a masked array": lambda d, m: accuracy(m, np.ma.array(d.test_x[:4].numpy(), mask=True), d.test_y[:4]),
+    "nested images": lambda d, m: pgd(m, torch.nested.nested_tensor([*to_unit(d.test_x[:2])]), [0, 1], 0.1, 2),
+    "no score": lambda d, m: sgld(None, to_unit(d.test_x[:2]), 2, 0.1),
+    "a model for a score": lambda d, m: sgld(m, to_unit(d.test_x[:2]), 2, 0.1),
+    "fewer than no labels": lambda d, m: UniformPrior((1, 8, 8)).sample_labels(-1),
+    "a slot that isn't there": lambda d, m: ReplayBuffer(4, UniformPrior((1, 8, 8))).store(
+        [9], torch.zeros(1, 1, 8, 8)),
+    "terms in a dictionary": lambda d, m: hybrid_loss(m, {"clean": 1}, d.test_y[:4], x_clean=d.test_x[:4]),
+    "a sampler by name": lambda d, m: generate(m, UniformPrior((1, 8, 8)), [0, 1], trained="sgld"),
+    "a model by number": lambda d, m: import_model(5, d),
+    "a root by number": lambda d, m: load_images("digits", 5),
+    "a draw of a half": lambda d, m: draw_test_images(d, 0.5),
+    "a draw of fewer than none": lambda d, m: draw_test_images(d, -1),
+    "noise on grey levels": lambda d, m: add_noise(d.test_x, 0.1),
+    "one image to augment": lambda d, m: augment(d.test_x[0]),
+    "a network given grey levels": lambda d, m: WideResNet(10, 1, in_channels=1)(d.test_x[:2]),
+    "a network given other channels": lambda d, m: WideResNet(10, 1)(to_unit(d.test_x[:2])),
+}
+
+
+@pytest.mark.parametrize("what", ODD_CALLS)
+def test_odd_calls_are_one_line(what, digits):
+    with pytest.raises(InputError) as error:
+        ODD_CALLS[what](digits, nn.Sequential(nn.Flatten(), nn.Linear(64, 10)))
+    assert "\n" not in str(error.value) and len(str(error.value)) < 400
+
+
+def test_a_pipe_that_closes(evaluated, command):
+    "`robust-jem report | head -1`: no traceback."
+    shell = f'"{sys.executable}" -m robust_jem.app.cli report --runs "{evaluated.parent}" | head -c 10'
+    done = subprocess.run(shell, shell=True, env=command.env, capture_output=True, text=True, timeout=120)
+    assert "Traceback" not in done.stderr and "Exception ignored" not in done.stderr, done.stderr

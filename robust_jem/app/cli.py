@@ -301,6 +301,13 @@ def _ended(e: BaseException, command: str) -> int:
         return _say(e, 1)
     raise e
 
+def _print_anything():
+    "A console or file that lacks a character, a Windows code page's say, gets a replacement instead of an error."
+    for stream in (sys.stdout, sys.stderr):
+        if getattr(stream, "errors", "") == "strict":
+            with contextlib.suppress(AttributeError, ValueError):       # not a file of Python's own
+                stream.reconfigure(errors="replace")
+
 def _terminated(number, frame):
     raise Interrupted(number)
 
@@ -313,6 +320,7 @@ def main(
     130 interrupted, 143 terminated.
     """
     argv = sys.argv[1:] if argv is None else argv
+    _print_anything()
     if not argv or argv[0] in ("-h", "--help"):
         print(_usage())
         return 0 if argv else 2

@@ -43,6 +43,7 @@ class ReplicateConfig(Config):
     chains: bool = False       # on digits, also study the chains of the first Robust JEM: by length, statistics, step
     extractor: str = ""        # see evaluate; empty: a classifier trained for it where data is digits, else inception
     extractor_precision: Literal["float32", "bfloat16"] = "float32"     # of its products
+    table: Literal["paper", "jem"] = "paper"    # whose published numbers stand beside ours: Table 1's, or JEM's
     runs: str = ""                           # folder of the run folders; empty: runs/<dataset>-<preset>
     figures: str = ""                        # folder of the results; empty: figures, in the folder of the run folders
     root: str = ""                           # folder of the data sets; empty: $ROBUST_JEM_DATA, else ./data
@@ -103,7 +104,7 @@ class Stage:
         if self.notebook != "train":
             return 0.0
         with contextlib.suppress(OSError, ValueError, IndexError, KeyError):
-            last = (self.run / "metrics.jsonl").read_text().splitlines()[-1]
+            last = (self.run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1]
             return min(1.0, json.loads(last)["epoch"] / self.expected[0][1].schedule.epochs)
         return 0.0
 
@@ -193,7 +194,8 @@ def plan(
         chains.append(_held_out(config))
     chains.sort(key=lambda c: -c[0].weight)        # the longest first, so that none is left over at the end
     figures = config.figures or str(runs / "figures")
-    report = Stage("report", dict(runs=str(runs), figures=figures), runs / "notebooks/report.ipynb", [])
+    reported = dict(runs=str(runs), figures=figures, table=config.table)
+    report = Stage("report", reported, runs / "notebooks/report.ipynb", [])
     return first, chains, report
 
 # %% ../../nbs/app/02_replicate.ipynb #16935aef
@@ -324,7 +326,7 @@ def replicate(
             executor.interrupt()
             raise
         progress.show([])
-    print((figures / "table1.md").read_text().split("\n\n")[0])
+    print((figures / "table1.md").read_text(encoding="utf-8").split("\n\n")[0])
     print(f"\nResults in {figures}/: table1.md, .csv, .json, results.csv, found.md, figure1–3.png, curves.png, "
           f"robustness.png, chain.png; executed notebooks in {report.run}/*/notebooks/")
     print(f"{time.perf_counter() - began:.0f} s")

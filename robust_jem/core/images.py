@@ -36,18 +36,33 @@ def progress_bar(iterable=None, **kw) -> tqdm:
     return tqdm(iterable, mininterval=0.2 if sys.stderr.isatty() else 10, **kw)
 
 # %% ../../nbs/core/02_images.ipynb #aa7b5788
+def _check_tensor(what: str, x):
+    "Raise `InputError` unless this is a tensor."
+    if not isinstance(x, Tensor):
+        kind = "NumPy array" if type(x).__module__ == "numpy" else type(x).__name__
+        raise InputError(f"{what}: a {kind}; expected a tensor: torch.as_tensor(x)")
+
 def to_unit(
     x: Tensor, # uint8 images, any shape
 ) -> Tensor: # float32 in [-1, 1], same shape
     "Map grey levels 0..255 to [-1, 1]: `x / 127.5 - 1`."
+    _check_tensor("to_unit", x)
     if x.dtype != torch.uint8:
-        raise InputError(f"to_unit: expects uint8 images, got {x.dtype}")
+        hint = "; floats in -1..1 need no to_unit, those in 0..1 are 2 * x - 1" if x.is_floating_point() else ""
+        raise InputError(f"to_unit: {x.dtype}; expected uint8 grey levels 0..255{hint}")
     return x.float().div_(127.5).sub_(1)
 
 def to_uint8(
     x: Tensor, # float images; values outside [-1, 1] are clamped
 ) -> Tensor: # uint8, same shape
-    "Map [-1, 1] to the nearest grey level 0..255: the inverse of `to_unit`."
+    """Map [-1, 1] to the nearest grey level 0..255: the inverse of `to_unit`.
+
+    Raises `InputError` for anything but floats: grey levels would come out white.
+    """
+    _check_tensor("to_uint8", x)
+    if not x.is_floating_point():
+        hint = "; these are grey levels already" if x.dtype == torch.uint8 else ""
+        raise InputError(f"to_uint8: {x.dtype}; expected floats in -1..1{hint}")
     return x.detach().float().add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
 
 # %% ../../nbs/core/02_images.ipynb #da675e05
@@ -86,9 +101,11 @@ class Images:
 
     def _check_split(self, where: str, x: Tensor, y: Tensor):
         if x.dtype != torch.uint8 or x.ndim != 4:
-            raise InputError(f"{where}: expects uint8 images [N,C,H,W], got {x.dtype} {tuple(x.shape)}")
+            raise InputError(f"{where}: {x.dtype} {tuple(x.shape)}; expected uint8 images [N,C,H,W]")
         if x.shape[-1] != x.shape[-2]:
             raise InputError(f"{where}: images must be square, got {x.shape[-2]}x{x.shape[-1]}")
+        if y.ndim != 1 or y.is_floating_point() or y.dtype == torch.bool:
+            raise InputError(f"{where}: labels {y.dtype} {tuple(y.shape)}; expected one whole number an image [N]")
         if len(x) != len(y) or not len(x):
             raise InputError(f"{where}: {len(x)} images and {len(y)} labels; both must be equal and above zero")
         if y.min() < 0 or y.max() >= self.num_classes:
@@ -274,7 +291,9 @@ DATASETS = ("digits", "cifar10", "cifar100", "svhn")
 def data_root(
     root: str | Path | None = None, # none: $ROBUST_JEM_DATA, else ./data
 ) -> Path:
-    "Where data sets and caches live."
+    "Where data sets and caches live. Raises `InputError` for what is no path."
+    if root is not None and not isinstance(root, (str, Path)):
+        raise InputError(f"root: {root!r} is not accepted; accepted: the path of a folder")
     return Path(root or os.environ.get("ROBUST_JEM_DATA") or "data")
 
 def _some_classes(images: Images, name: str) -> Images:
@@ -332,6 +351,8 @@ def augment(
     generator: torch.Generator | None = None, # on the images' device
 ) -> Tensor: # [B,C,H,W]
     "Random crop after reflection padding, and random horizontal flip, one draw an image (JEM++: pad 4, flip)."
+    if not isinstance(x, Tensor) or x.ndim != 4:
+        raise InputError(f"images: {tuple(getattr(x, 'shape', ()))}; expected a tensor [B,C,H,W]")
     b, _, h, w = x.shape
     if not 0 <= pad < min(h, w):
         raise InputError(f"pad: {pad} is outside 0..{min(h, w) - 1} for {h}x{w} images")
@@ -352,6 +373,8 @@ def add_noise(
     generator: torch.Generator | None = None, # on the images' device
 ) -> Tensor: # [B,C,H,W]
     "Add Gaussian noise; the result isn't clamped, as in JEM's public code."
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        raise InputError(f"images: {getattr(x, 'dtype', type(x).__name__)}; expected floats, see to_unit")
     if std == 0:
         return x
     return torch.randn(x.shape, device=x.device, dtype=x.dtype, generator=generator).mul_(std).add_(x)
@@ -373,8 +396,8 @@ class Batches:
         rank: int = 0, # of several processes, this one: it gets every `size`-th image of each batch
         size: int = 1, # how many processes there are
     ):
-        if len(x) != len(y):
-            raise InputError(f"labels: {len(y)} for {len(x)} images")
+        if len(x) != len(y) or y.ndim != 1 or y.is_floating_point():
+            raise InputError(f"labels: {y.dtype} {tuple(y.shape)} for {len(x)} images; expected one whole number each")
         if not 1 <= batch_size <= len(x):
             raise InputError(f"batch_size: {batch_size} is outside 1..{len(x)}, the number of training images")
         self.x, self.y = x.to(device), y.to(device)

@@ -6,12 +6,17 @@
 __all__ = ['BALLS', 'Linf', 'L2', 'attack_start', 'climb', 'pgd', 'distal']
 
 # %% ../../nbs/ebm/02_attacks.ipynb #edab3dc6
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core.errors import InputError
-from .energy import check_labels, input_gradient, untouched
+from ..core.inputs import as_labels, as_number, as_points, check_generator
+from robust_jem.ebm.energy import (
+    check_labels, check_unnormalised, differentiable, input_gradient, taking_gradients, untouched, widened,
+)
 
 # %% ../../nbs/ebm/02_attacks.ipynb #114d9a6f
 def _per_image(x: Tensor, v: Tensor) -> Tensor:
@@ -20,7 +25,7 @@ def _per_image(x: Tensor, v: Tensor) -> Tensor:
 
 def _l2(x: Tensor) -> Tensor:
     "The Euclidean length of each image, shaped to divide them."
-    return _per_image(x, x.flatten(1).norm(dim=1))
+    return _per_image(x, x.flatten(1).norm(dim=1) if x.numel() else x.new_zeros(len(x)))
 
 class Linf:
     "Every pixel may move by at most eps."
@@ -60,7 +65,7 @@ class L2:
         "A draw that is uniform in the ball's volume: P(radius ≤ t eps) = t^D."
         direction = L2.ascent(torch.randn(x.shape, device=x.device, dtype=x.dtype, generator=generator))
         uniform = torch.rand(len(x), device=x.device, dtype=x.dtype, generator=generator)
-        radius = uniform ** (1 / x[0].numel())
+        radius = uniform ** (1 / max(math.prod(x.shape[1:]), 1))
         return direction * _per_image(x, radius) * eps
 
 BALLS = {"linf": Linf, "l2": L2}
@@ -70,8 +75,13 @@ def _clip(x: Tensor, bounds: tuple[float, float] | None) -> Tensor:
     return x if bounds is None else x.clamp(*bounds)
 
 def _check_norm(norm: str):
-    if norm not in BALLS:
+    if not isinstance(norm, str) or norm not in BALLS:
         raise InputError(f"norm: {norm!r} is unknown; accepted: {', '.join(BALLS)}")
+
+def _images_and_labels(x, y, bounds) -> tuple[Tensor, Tensor]:
+    "Images within the bounds, to float, and as many labels."
+    x = as_points(x, bounds=bounds, hint="; or give the images' own `bounds`").detach()
+    return x, as_labels(y, len(x), empty=True).to(x.device)
 
 def attack_start(
     x0: Tensor, # the ball's centre [B,C,H,W]
@@ -80,9 +90,16 @@ def attack_start(
     bounds: tuple[float, float] | None = (-1, 1), # range of the images
     generator: torch.Generator | None = None, # on the images' device
 ) -> Tensor: # [B,C,H,W]
-    "A uniform draw from the ball around `x0`, moved into the bounds."
+    """A uniform draw from the ball around `x0`, moved into the bounds.
+
+    Raises `InputError` for images outside the bounds, an unknown norm, or a generator that isn't one.
+    """
+    _check_norm(norm)
+    x0 = as_points(x0, bounds=bounds, hint="; or give the images' own `bounds`")
+    check_generator(generator, x0.device)
     return _clip(x0 + BALLS[norm].draw(x0, eps, generator), bounds)
 
+@taking_gradients
 def climb(
     model: nn.Module, # any module [B,C,H,W] -> [B,K]; left as it was found
     x0: Tensor, # the ball's centre [B,C,H,W]
@@ -95,20 +112,43 @@ def climb(
     *,
     bounds: tuple[float, float] | None = (-1, 1), # range of the images
 ) -> Tensor: # [B,C,H,W]
-    "The steps of projected gradient descent; `pgd` checks its arguments and chooses the start."
-    ball = BALLS[norm]
-    def loss(logits):
-        check_labels(y, logits.shape[-1])
-        return F.cross_entropy(logits, y.long(), reduction="sum")
+    """The steps of projected gradient descent; `pgd` checks the lengths and chooses the start.
+
+    Raises `InputError` for images outside the bounds, labels outside 0..K-1, and a model that fails, has no gradient
+    or gives probabilities.
+    """
+    _check_norm(norm)
+    ball, loss = BALLS[norm], _AttackLoss(y)
+    x0, loss.y = _images_and_labels(x0, y, bounds)
+    if adv.shape != x0.shape:
+        raise InputError(f"adv: shape {tuple(adv.shape)} for images {tuple(x0.shape)}; both must be equal")
     with untouched(model):
         for _ in range(steps):
             g = input_gradient(model, adv, loss)
             adv = _clip(x0 + ball.project(adv + step * ball.ascent(g) - x0, eps), bounds)
     return adv
 
+class _AttackLoss:
+    "The cross-entropy of an attack's labels; the first logits are looked at."
+
+    def __init__(self, y: Tensor):
+        self.y, self.checked = y, False
+
+    def check(self, logits: Tensor):
+        "Once: labels within the classes, and logits that are none of what comes after them."
+        if not self.checked:
+            check_labels(self.y, logits.shape[-1])
+            check_unnormalised(logits, joint=False)
+            self.checked = True
+
+    def __call__(self, logits: Tensor) -> Tensor: # [B]
+        self.check(logits)
+        return F.cross_entropy(widened(logits), differentiable(self.y), reduction="none")
+
+@taking_gradients
 def pgd(
     model: nn.Module, # any module [B,C,H,W] -> [B,K]; left as it was found
-    x: Tensor, # start images [B,C,H,W]; moved into `bounds`
+    x: Tensor, # start images [B,C,H,W] within `bounds`: floats, or uint8 where the bounds are -1..1
     y: Tensor, # labels [B]: to get away from, or to reach when `targeted`
     eps: float, # radius of the ball on the [-1,1] scale (paper: 0.1 for training, 0.5 for generation)
     steps: int, # gradient steps (paper: 15)
@@ -122,26 +162,25 @@ def pgd(
 ) -> Tensor: # [B,C,H,W], within the ball and the bounds
     """Projected gradient descent on the cross-entropy (Madry et al. 2018; the paper's eq. 2).
 
-    A pixel whose gradient isn't a number becomes NaN. Raises `InputError` for eps < 0, steps < 0, step_size <= 0,
-    an unknown norm, labels outside 0..K-1, or x and y of different lengths.
+    A pixel whose gradient isn't a number becomes NaN. Raises `InputError` for images outside `bounds`, or on another
+    scale; eps < 0, steps < 0, step_size <= 0; an unknown norm; labels outside 0..K-1, or another number of them; and a
+    model that fails, has no gradient or gives probabilities.
     """
     _check_norm(norm)
-    if not eps >= 0:
-        raise InputError(f"eps: {eps} is below 0, or no number")
-    if steps < 0:
-        raise InputError(f"steps: {steps} is below 0")
-    if step_size is not None and not step_size > 0:
-        raise InputError(f"step_size: {step_size} must be above 0")
-    if len(x) != len(y):
-        raise InputError(f"labels: {len(y)} for {len(x)} images")
+    eps, steps = as_number(eps, "eps"), as_number(steps, "steps", whole=True)
+    if step_size is not None:
+        step_size = as_number(step_size, "step_size", above=True)
     step = 2.5 * eps / max(steps, 1) if step_size is None else step_size
-    x0 = _clip(x.detach(), bounds)
-    if eps == 0:
+    x, y = _images_and_labels(x, y, bounds)
+    check_generator(generator, x.device)
+    x0 = _clip(x, bounds)
+    if eps == 0 or not x0.numel():
         return x0.clone()
     start = attack_start(x0, eps, norm, bounds, generator) if random_start else x0.clone()
     return climb(model, x0, start, y, eps, -step if targeted else step, steps, norm, bounds=bounds)
 
 # %% ../../nbs/ebm/02_attacks.ipynb #7aefcb7c
+@taking_gradients
 def distal(
     model: nn.Module, # any module [B,C,H,W] -> [B,K], in evaluation mode; left as it was found
     x: Tensor, # where to start [B,C,H,W], noise say
@@ -155,32 +194,31 @@ def distal(
     """Climb log p(y|x) from x until the model is sure; no ball (Grathwohl et al. 2020, Figure 6).
 
     Raises `InputError` for confidence outside 0..1, max_steps < 0, step_size <= 0, an unknown norm,
-    or labels outside 0..K-1.
+    labels outside 0..K-1, and images or a model that `pgd` wouldn't take.
     """
     _check_norm(norm)
-    if not 0 <= confidence <= 1:
+    if as_number(confidence, "confidence") > 1:
         raise InputError(f"confidence: {confidence} is outside 0..1")
-    if max_steps < 0 or not step_size > 0:
-        raise InputError(f"max_steps, step_size: {max_steps} and {step_size}; accepted: at least 0, and above 0")
-    if len(x) != len(y):
-        raise InputError(f"labels: {len(y)} for {len(x)} images")
-    x = _clip(x.detach(), bounds)
+    max_steps, step_size = as_number(max_steps, "max_steps", whole=True), as_number(step_size, "step_size", above=True)
+    x, y = _images_and_labels(x, y, bounds)
+    x, loss = _clip(x, bounds), _AttackLoss(y)
     taken = torch.zeros(len(x), dtype=torch.long, device=x.device)
+    if not x.numel():
+        return x, x.new_zeros(len(x)), taken
     with untouched(model):
         for i in range(max_steps + 1):
-            g, p = _confidence_gradient(model, x, y)
+            g, p = _confidence_gradient(model, x, loss)
             going = p < confidence
             if i == max_steps or not going.any():
                 return x, p, taken
             x = torch.where(_per_image(x, going), _clip(x + step_size * BALLS[norm].ascent(g), bounds), x)
             taken += going
 
-def _confidence_gradient(model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+def _confidence_gradient(model: nn.Module, x: Tensor, loss: _AttackLoss) -> tuple[Tensor, Tensor]:
     "∂ log p(y|x) / ∂x and p(y|x) `[B]`, from one pass."
     seen = []
     def log_p(logits):
-        check_labels(y, logits.shape[-1])
-        seen.append(-F.cross_entropy(logits, y.long(), reduction="none"))
+        seen.append(-loss(logits))
         return seen[0]
     g = input_gradient(model, x, log_p)
     return g, seen[0].detach().exp()

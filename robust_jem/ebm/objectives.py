@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core.errors import InputError
-from .energy import check_labels, energy, frozen_statistics, widened
+from ..core.inputs import as_labels, as_number, as_points, logits_of
+from .energy import check_labels, check_unnormalised, energy, frozen_statistics, widened
 
 # %% ../../nbs/ebm/05_objectives.ipynb #e933d65b
 def classification_loss(
@@ -22,12 +23,16 @@ def classification_loss(
     x: Tensor, # clean or adversarial images [B,C,H,W]
     y: Tensor, # labels [B]
 ) -> tuple[Tensor, Tensor]: # the loss, and the share of right answers
-    "Mean cross-entropy -log p(y | x), and the batch's accuracy."
-    logits = widened(model(x))
-    if len(y) != len(x):
-        raise InputError(f"labels: {len(y)} for {len(x)} images")
+    """Mean cross-entropy -log p(y | x), and the batch's accuracy.
+
+    Raises `InputError` as `energy` does, and where there are no images. Log-probabilities are as good as logits here.
+    """
+    x = as_points(x, beyond=20)
+    y = as_labels(y, len(x)).to(x.device)
+    logits = widened(logits_of(model, x))
     check_labels(y, logits.shape[-1])
-    return F.cross_entropy(logits, y.long()), (logits.detach().argmax(1) == y).float().mean()
+    check_unnormalised(logits, joint=False)
+    return F.cross_entropy(logits, y), (logits.detach().argmax(1) == y).float().mean()
 
 def likelihood_loss(
     model: nn.Module, # [B,C,H,W] -> [B,K]
@@ -40,10 +45,14 @@ def likelihood_loss(
     """`mean E(x_real) - mean E(x_sampled)`: its gradient is that of the mean negative log likelihood.
 
     Real and sampled images go through the network in separate passes, as in JEM++, so that batch norm
-    normalises each by its own statistics. Raises `InputError` where only one kind of label is given.
+    normalises each by its own statistics. Raises `InputError` where only one kind of label is given, or no images, and
+    as `energy` does.
     """
     if (y_real is None) != (y_sampled is None):
         raise InputError("likelihood_loss: give both y_real and y_sampled (class-conditional) or neither (marginal)")
+    x_real, x_sampled = (as_points(x, beyond=20) for x in (x_real, x_sampled))
+    if not len(x_real) or not len(x_sampled):
+        raise InputError(f"images: {len(x_real)} real and {len(x_sampled)} sampled ones; both must be above zero")
     real = energy(model, x_real, y_real)
     with nullcontext() if track_sampled else frozen_statistics(model):
         sampled = energy(model, x_sampled.detach(), y_sampled)
@@ -76,6 +85,7 @@ def hybrid_loss(
     Raises `InputError` where a term's images are missing, or an energy penalty has no likelihood.
     """
     _check_terms(terms, clean=(x_clean,), adversarial=(x_adversarial,), likelihood=(x_real, x_sampled))
+    y = as_labels(y, empty=True)
     loss, parts = torch.zeros((), device=y.device), {}
     for name, weight, x in (("clean", terms.clean, x_clean), ("adversarial", terms.adversarial, x_adversarial)):
         if weight:
@@ -93,7 +103,11 @@ def hybrid_loss(
     return loss, {"loss": loss.detach()} | parts
 
 def _check_terms(terms: Terms, **images: tuple[Tensor | None, ...]):
-    "Each term that counts has its images."
+    "Each term that counts has its images; none counts below zero."
+    if not isinstance(terms, Terms):
+        raise InputError(f"terms: {type(terms).__name__} is not accepted; accepted: Terms(clean=1.0), say")
+    for name in ("clean", "adversarial", "likelihood", "energy_penalty"):
+        as_number(getattr(terms, name), f"terms.{name}")
     for name, needed in images.items():
         weight = getattr(terms, name)
         if weight and any(x is None for x in needed):

@@ -6,12 +6,28 @@
 __all__ = ['GaussianMixturePrior', 'UniformPrior']
 
 # %% ../../nbs/ebm/01_priors.ipynb #e655ff6b
+import math
+
 import torch
 from torch import Tensor
 
 from ..core.errors import InputError
+from ..core.inputs import as_images, as_labels, as_number, check_generator, check_label_range
+from ..core.images import to_unit
 
 # %% ../../nbs/ebm/01_priors.ipynb #21dcc289
+def _count(n: int, generator, device) -> int:
+    "How many labels are asked for."
+    check_generator(generator, device)
+    return as_number(n, "n", whole=True)
+
+def _labels_to_draw(y, num_classes: int, generator, device) -> Tensor:
+    "Labels `[B]`, of which there may be none."
+    y = as_labels(y, empty=True)
+    check_label_range(y.cpu(), num_classes)
+    check_generator(generator, device)
+    return y
+
 class GaussianMixturePrior:
     "Class-conditional Gaussians with full covariance (JEM++): `sample(y)` draws images `[B,C,H,W]` clipped to [-1,1]."
 
@@ -22,19 +38,27 @@ class GaussianMixturePrior:
         shape: tuple[int, int, int], # (C, H, W)
     ):
         self.mean, self.factor, self.weights, self.shape = mean, factor, weights, tuple(shape)
+        k, dim = len(mean), math.prod(self.shape)
+        if mean.shape != (k, dim) or factor.shape != (k, dim, dim) or weights.shape != (k,):
+            raise InputError(f"prior: mean {tuple(mean.shape)}, factor {tuple(factor.shape)} and weights "
+                             f"{tuple(weights.shape)}; expected [K,D], [K,D,D] and [K], with D = {dim}")
 
     @classmethod
     def fit(cls,
-        x: Tensor, # training images [N,C,H,W] in [-1,1]
+        x: Tensor, # training images [N,C,H,W]: uint8, or float in [-1,1]
         y: Tensor, # labels [N]
         num_classes: int, # K
         jitter: float = 1e-4, # added to the covariances' diagonals (JEM++: 1e-4)
     ) -> "GaussianMixturePrior":
         """Fit mean and covariance (with N-1) of each class, in float64.
 
-        Raises `InputError` for labels outside 0..K-1, a class with fewer than two images, or jitter <= 0.
+        Raises `InputError` for images on another scale, labels outside 0..K-1, a class with fewer than two images, or
+        jitter <= 0.
         """
-        counts = cls._class_counts(x, y, num_classes, jitter)
+        x = as_images(x)
+        y = as_labels(y, len(x)).to(x.device)
+        counts = cls._class_counts(y, num_classes, jitter)
+        x = to_unit(x) if x.dtype == torch.uint8 else x
         flat = x.flatten(1)
         eye = torch.eye(flat.shape[1], dtype=torch.float64, device=x.device)
         mean = torch.empty(num_classes, flat.shape[1], device=x.device)
@@ -42,23 +66,17 @@ class GaussianMixturePrior:
         for k in range(num_classes):
             members = flat[y == k].double()
             mean[k] = members.mean(0)
-            if not mean[k].isfinite().all():
-                raise InputError(f"class {k}: some pixels aren't finite")
             centred = members - members.mean(0)
             covariance = centred.T @ centred / (len(centred) - 1)
             factor[k] = torch.linalg.cholesky(covariance + jitter * eye)
         return cls(mean, factor, counts.double() / len(y), x.shape[1:])
 
     @staticmethod
-    def _class_counts(x: Tensor, y: Tensor, num_classes: int, jitter: float) -> Tensor:
+    def _class_counts(y: Tensor, num_classes: int, jitter: float) -> Tensor:
         "Images a class `[K]`, once `fit`'s arguments are found to be usable."
-        if len(x) != len(y) or not len(y) or y.is_floating_point():
-            raise InputError(f"labels: {len(y)} of {y.dtype} for {len(x)} images; "
-                             "expected one whole number each, at least one")
-        if not jitter > 0:
-            raise InputError(f"jitter: {jitter} must be above 0, or covariances may be singular")
-        if y.min() < 0 or y.max() >= num_classes:
-            raise InputError(f"labels: {int(y.min())}..{int(y.max())} are outside 0..{num_classes - 1}")
+        as_number(jitter, "jitter", above=True)                 # covariances may be singular
+        as_number(num_classes, "num_classes", 1, whole=True)
+        check_label_range(y, num_classes)
         counts = torch.bincount(y, minlength=num_classes)
         if counts.min() < 2:
             few = int(counts.argmin())
@@ -74,6 +92,8 @@ class GaussianMixturePrior:
 
     def sample_labels(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         "Draw `n` labels `[n]` with the training set's class frequencies."
+        if not _count(n, generator, self.weights.device):
+            return torch.zeros(0, dtype=torch.long, device=self.weights.device)
         return torch.multinomial(self.weights, n, replacement=True, generator=generator)
 
     def sample(self,
@@ -82,11 +102,8 @@ class GaussianMixturePrior:
     ) -> Tensor: # [B,C,H,W] in [-1,1]
         "Draw x ~ N(mean_y, covariance_y), clipped to [-1, 1]: all images of a class in one product."
         device, (num_classes, dim) = self.mean.device, self.mean.shape
+        y = _labels_to_draw(y, num_classes, generator, device)
         labels = y.cpu()
-        if y.ndim != 1 or y.is_floating_point():
-            raise InputError(f"labels: {y.dtype} {tuple(y.shape)}; expected whole numbers [B]")
-        if len(y) and (labels.min() < 0 or labels.max() >= num_classes):
-            raise InputError(f"labels: {int(labels.min())}..{int(labels.max())} are outside 0..{num_classes - 1}")
         order = labels.argsort(stable=True).to(device, non_blocking=True)
         z = torch.randn(len(y), dim, device=device, generator=generator).to(self.factor.dtype)[order]
         x = torch.empty(len(y), dim, device=device)
@@ -124,8 +141,10 @@ class UniformPrior:
 
     def sample_labels(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         "Draw `n` labels, all classes alike."
+        _count(n, generator, self.device)
         return torch.randint(self.num_classes, (n,), device=self.device, generator=generator)
 
     def sample(self, y: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        "Draw x ~ U(-1, 1), `[B,C,H,W]`."
+        "Draw x ~ U(-1, 1), `[B,C,H,W]`. Raises `InputError` for labels outside 0..K-1."
+        y = _labels_to_draw(y, self.num_classes, generator, self.device)
         return torch.rand(len(y), *self.shape, device=self.device, generator=generator).mul_(2).sub_(1)

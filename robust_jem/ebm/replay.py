@@ -6,10 +6,15 @@
 __all__ = ['ReplayBuffer']
 
 # %% ../../nbs/ebm/04_replay.ipynb #d6ea8b1a
+import math
+
 import torch
 from torch import Tensor
 
 from ..core.errors import InputError
+from robust_jem.core.inputs import (
+    as_labels, as_number, as_points, as_tensor, check_generator, check_label_range, reads_values,
+)
 
 # %% ../../nbs/ebm/04_replay.ipynb #d348be1a
 class ReplayBuffer:
@@ -21,9 +26,8 @@ class ReplayBuffer:
         reinit_prob: float = 0.05, # ρ
         generator: torch.Generator | None = None, # on the prior's device
     ):
-        if capacity < 1:
-            raise InputError(f"buffer_size: {capacity} is below 1")
-        if not 0 <= reinit_prob <= 1:
+        capacity = as_number(capacity, "buffer_size", 1, whole=True)
+        if as_number(reinit_prob, "reinit_prob") > 1:
             raise InputError(f"reinit_prob: {reinit_prob} is outside 0..1")
         self.prior, self.reinit_prob = prior, reinit_prob
         y = prior.sample_labels(capacity, generator)
@@ -35,7 +39,9 @@ class ReplayBuffer:
         x: Tensor, # [capacity,C,H,W]
         y: Tensor, # [capacity]
     ):
-        "Put other chains in place of all, as read from a checkpoint."
+        "Put other chains in place of all, as read from a checkpoint; `InputError` where they don't belong together."
+        x = as_points(x, "chains", None)
+        y = as_labels(y, len(x))
         self.x, self.y = x, y.to(x.device)
         self.labels = y.cpu()        # a copy that the host reads without waiting for a GPU
 
@@ -51,6 +57,10 @@ class ReplayBuffer:
 
         With `choices` given, a GPU is never waited for. Raises `InputError` unless 1 <= n <= capacity.
         """
+        as_number(n, "batch_size", -math.inf, whole=True)
+        if generator is not None and not isinstance(generator, torch.Generator):
+            check_generator(generator)
+        check_generator(choices)
         if not 1 <= n <= len(self):
             raise InputError(f"batch_size: {n} chains asked of a buffer of {len(self)}")
         if choices is None:
@@ -68,8 +78,21 @@ class ReplayBuffer:
         index: Tensor, # slots [n], as `draw` gave them
         x: Tensor, # the chains' ends [n,C,H,W]
     ):
-        "Put the chains' ends back into their slots."
+        "Put the chains' ends back into their slots. Raises `InputError` for another shape, or grey levels."
+        x, index = as_tensor(x, "chains"), self._slots(index)
+        if not x.is_floating_point() or x.shape != (len(index), *self.x.shape[1:]):
+            raise InputError(f"chains: {x.dtype} {tuple(x.shape)} for {len(index)} slots; expected floats "
+                             f"{(len(index), *self.x.shape[1:])}")
         self.x[index] = x.detach().to(self.x.dtype)
+
+    def _slots(self, index) -> Tensor:
+        "Slots as `draw` gives them. Their range is looked at only where they come from elsewhere."
+        index = as_tensor(index, "slots")
+        if index.ndim != 1 or index.is_floating_point() or index.dtype == torch.bool:
+            raise InputError(f"slots: {index.dtype} {tuple(index.shape)}; expected whole numbers [n]")
+        if index.numel() and reads_values(index):
+            check_label_range(index, len(self), "slots")
+        return index.to(self.x.device)
 
 def _on_cpu(generator: torch.Generator | None) -> torch.Generator | None:
     "A generator itself where it lives on the CPU, else one on the CPU that it seeds."

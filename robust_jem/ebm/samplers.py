@@ -13,12 +13,29 @@ import torch
 from torch import Tensor
 
 from ..core.errors import InputError
+from ..core.inputs import as_number, as_points, check_generator
+from .energy import taking_gradients
 
 # %% ../../nbs/ebm/03_samplers.ipynb #f539326e
-def _check_chain(**values):
-    for name, value in values.items():
-        if not 0 <= value < float("inf"):
-            raise InputError(f"{name}: {value} is below 0, or not finite")
+def _starts(score, x, bounds, generator, on_step) -> Tensor:
+    "Where chains start: any points within the bounds."
+    if not callable(score):
+        raise InputError(f"score: {type(score).__name__} is not accepted; accepted: a function of states, such as "
+                         "score_of(model)")
+    if on_step is not None and not callable(on_step):
+        raise InputError(f"on_step: {type(on_step).__name__} is not accepted; accepted: a function of step and states")
+    x = as_points(x, "starts", bounds, hint="; or give the chain's own `bounds`").detach()
+    check_generator(generator, x.device)
+    return x
+
+def _scored(score: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    "The score, which must be of the states' shape: any other would be broadcast."
+    g = score(x)
+    if not isinstance(g, Tensor) or g.shape != x.shape:
+        got = tuple(g.shape) if isinstance(g, Tensor) else type(g).__name__
+        raise InputError(f"score: gives {got} for states {tuple(x.shape)}; expected their shape (score_of(model) makes "
+                         "one of a classifier)")
+    return g.detach()
 
 def _chain_block(score: Callable[[Tensor], Tensor]) -> AbstractContextManager:
     "What a chain runs in: the score's own block where it has one, so that it prepares its model once."
@@ -27,6 +44,7 @@ def _chain_block(score: Callable[[Tensor], Tensor]) -> AbstractContextManager:
 def _add_noise(x: Tensor, noise_std: float, generator: torch.Generator | None) -> Tensor:
     return x + noise_std * torch.randn(x.shape, device=x.device, dtype=x.dtype, generator=generator)
 
+@taking_gradients
 def sgld(
     score: Callable[[Tensor], Tensor], # ∂ log p/∂x of a batch of any shape; `score_of` makes one from a classifier
     x: Tensor, # the chains' starts [B,…], images [B,C,H,W] say
@@ -34,21 +52,20 @@ def sgld(
     step_size: float, # α of the paper's eq. 1
     *,
     noise_std: float | None = None, # none: √α, Langevin dynamics proper (JEM: 0.01)
-    bounds: tuple[float, float] | None = None, # clamp every state to this range
+    bounds: tuple[float, float] | None = None, # clamp every state to this range, where the starts must lie
     generator: torch.Generator | None = None, # on the chains' device
     on_step: Callable[[int, Tensor], None] | None = None, # called with (step, x) after each step
 ) -> Tensor: # the chains' ends, like x
     """`x + step_size/2 * score(x) + noise_std * N(0, I)`, `steps` times (the paper's eq. 1).
 
-    Raises `InputError` for negative steps, step size or noise.
+    Raises `InputError` for negative steps, step size or noise, and starts that aren't finite or outside the bounds.
     """
-    _check_chain(steps=steps, step_size=step_size, noise_std=noise_std or 0)
-    if noise_std is None:
-        noise_std = step_size ** 0.5
-    x = x.detach()
+    steps, step_size = as_number(steps, "steps", whole=True), as_number(step_size, "step_size")
+    noise_std = step_size ** 0.5 if noise_std is None else as_number(noise_std, "noise_std")
+    x = _starts(score, x, bounds, generator, on_step)
     with _chain_block(score):
         for i in range(steps):
-            x = x + step_size / 2 * score(x).detach()
+            x = x + step_size / 2 * _scored(score, x)
             if noise_std:
                 x = _add_noise(x, noise_std, generator)
             if bounds is not None:
@@ -58,6 +75,7 @@ def sgld(
     return x
 
 # %% ../../nbs/ebm/03_samplers.ipynb #f2cccd18
+@taking_gradients
 def proximal_sgld(
     score: Callable[[Tensor], Tensor], # ∂ log p/∂x of a batch of any shape; `score_of` makes one from a classifier
     x: Tensor, # the chains' starts [B,…], images [B,C,H,W] say
@@ -67,21 +85,23 @@ def proximal_sgld(
     *,
     clip: float = 1.0, # each pixel's score is clipped to ±clip (JEM++: 1)
     noise_std: float = 0.0, # added after each outer step (JEM++: none)
-    bounds: tuple[float, float] | None = (-1, 1), # clamp every state; none: the chain may leave the range
+    bounds: tuple[float, float] | None = (-1, 1), # clamp every state; starts must lie there; none: it may go anywhere
     generator: torch.Generator | None = None, # on the chains' device
     on_step: Callable[[int, Tensor], None] | None = None, # called with (step, x) after each outer step
 ) -> Tensor: # the chains' ends, like x
     """JEM++'s proximal SGLD, its inner loop in closed form.
 
-    Raises `InputError` for negative steps, step size or noise, or clip <= 0.
+    Raises `InputError` for negative steps, step size or noise, clip <= 0, and starts that aren't finite or outside the
+    bounds.
     """
-    _check_chain(outer_steps=outer_steps, inner_steps=inner_steps, step_size=step_size, noise_std=noise_std)
-    if not clip > 0:
-        raise InputError(f"clip: {clip} must be above 0")
-    x = x.detach()
+    outer_steps = as_number(outer_steps, "outer_steps", whole=True)
+    inner_steps = as_number(inner_steps, "inner_steps", whole=True)
+    step_size, noise_std = as_number(step_size, "step_size"), as_number(noise_std, "noise_std")
+    clip = as_number(clip, "clip", above=True)
+    x = _starts(score, x, bounds, generator, on_step)
     with _chain_block(score):
         for i in range(outer_steps if inner_steps else 0):
-            step = score(x).detach().clamp(-clip, clip) * step_size
+            step = _scored(score, x).clamp(-clip, clip) * step_size
             if bounds is None:
                 x = x + inner_steps * step
             else:

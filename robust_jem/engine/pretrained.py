@@ -8,6 +8,7 @@ __all__ = ['RobustJEM']
 # %% ../../nbs/engine/09_pretrained.ipynb #5e711ccc
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from ..core.errors import InputError
 from ..core.files import read_json, read_tensors, write_tensors, write_json
 from ..core.images import load_images
+from ..core.inputs import as_points
 from ..ebm.energy import energy, predict
 from ..ebm.priors import GaussianMixturePrior
 from .runs import Run
@@ -53,11 +55,16 @@ class RobustJEM:
         return self._prior
 
     @classmethod
-    def from_run(cls, path: str | Path, device="cpu") -> "RobustJEM":
+    def from_run(cls,
+        path: str | Path, # the run's folder
+        device="cpu",
+        root: str | Path | None = None, # where its data set lies now; none: see `Run.images`
+    ) -> "RobustJEM":
         "From a run folder; the prior is fitted again to the run's data set."
-        run = Run(path)
+        run = Run(path, root)
         images = run.images()
-        return cls(run.model(device), None, run.config, images.classes, images.shape)
+        config = replace(run.config, root=str(run.data_place))
+        return cls(run.model(device), None, config, images.classes, images.shape)
 
     @classmethod
     def from_pretrained(cls, path_or_hub_id: str | Path, device="cpu") -> "RobustJEM":
@@ -102,15 +109,16 @@ class RobustJEM:
         write_json(folder / "config.json", {"train": train, "classes": list(self.classes), "shape": list(self.shape)})
 
     def _logits(self, x: Tensor) -> Tensor:
-        if not x.is_floating_point() or x.shape[1:] != self.shape:
+        x = as_points(x, beyond=20)                             # samples of "combined" may lie outside of [-1, 1]
+        if x.shape[1:] != self.shape:
             expected = f"(B, {', '.join(map(str, self.shape))})"
-            raise InputError(f"images: {x.dtype} {tuple(x.shape)}; "
-                             f"expected floats in [-1, 1] of shape {expected}, see `to_unit`")
-        return self.model(x)
+            raise InputError(f"images: shape {tuple(x.shape)}; expected {expected}")
+        parameter = next(self.model.parameters())
+        return self.model(x.to(parameter.device, parameter.dtype))
 
     @torch.no_grad()
     def classify(self, x: Tensor) -> Tensor:
-        "Labels `[B]` of images `[B,C,H,W]` in [-1, 1]."
+        "Labels `[B]` of images `[B,C,H,W]`: uint8, or float in [-1, 1]."
         return predict(self._logits(x))
 
     @torch.no_grad()

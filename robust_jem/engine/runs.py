@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from ..core.errors import InputError
 from ..core.files import source_version, read_json, read_tensors, write_json, write_tensors
-from ..core.images import Images, load_images
+from ..core.images import Images, data_root, load_images
+from ..core.inputs import as_labels
 from .runtime import Execution, Policy, as_written
 from ..systems.base import GenerateConfig, System, TrainConfig, differences
 from ..systems.catalog import build_system, load_config, load_sampling
@@ -44,19 +45,24 @@ def provenance(device: torch.device, policy: Policy | None = None) -> dict:
 
 # %% ../../nbs/engine/03_runs.ipynb #65f64212
 class Run:
-    """A run folder.
+    """A run folder, or one that `RobustJEM.save_pretrained` wrote: that is a trained run without a history.
 
     `Run(path)` opens one; `Run.create(config)` makes it, or reopens it when it holds the same configuration.
     """
 
-    def __init__(self, path: str | Path):
+    def __init__(self,
+        path: str | Path, # the folder
+        root: str | Path | None = None, # where its data set may lie now, see `images`
+    ):
         if not isinstance(path, (str, Path)):
             raise InputError(f"run: {path!r} is not accepted; accepted: the path of a run folder")
-        self.path = Path(path)
+        self.path, self.root, self._place = Path(path), root or None, None
         if not os.path.isfile(self.path / "config.json"):
             raise InputError(f"run: {str(path)!r} is no run folder (it has no config.json); "
                              "accepted: a folder that `robust-jem train` made")
-        self.config = load_config(read_json(self.path / "config.json"))
+        values = read_json(self.path / "config.json")
+        self.pretrained = isinstance(values.get("train"), dict) and "classes" in values      # by save_pretrained
+        self.config = load_config(values["train"] if self.pretrained else values)
 
     @classmethod
     def create(cls, config: TrainConfig) -> "Run":
@@ -97,8 +103,9 @@ class Run:
 
     @property
     def summary(self) -> dict:
-        "Time, speed, provenance."
-        return read_json(self.path / "summary.json")
+        "Time, speed, provenance; nothing of a pretrained model."
+        file = self.path / "summary.json"
+        return {} if self.pretrained and not file.exists() else read_json(file)
 
     def checkpoints(self) -> list[Path]:
         "The checkpoints, newest first; besides them, `checkpoints/best.safetensors`."
@@ -117,9 +124,60 @@ class Run:
                     rows.append(row)
         return rows
 
-    def images(self) -> Images:
-        "The data set that it is trained on."
-        return load_images(self.config.dataset, self.config.root or None)
+    def images(self,
+        root: str | Path | None = None, # where it may lie now; remembered
+    ) -> Images:
+        """The data set that it is trained on, wherever that lies now.
+
+        It is looked for in the root that is given (here, or to `Run`), the root of its training, `$ROBUST_JEM_DATA`
+        and `./data`: the first place whose images have the run's fingerprint counts, and where none has, the first
+        that has such a data set. Raises `InputError` where there is none, saying how to name the place.
+        """
+        if root and root != self.root:
+            self.root, self._place = root, None
+        if self._place is not None:
+            with suppress(InputError):              # it may have moved meanwhile
+                return load_images(self.config.dataset, self._place)
+        images, self._place = self._found_images()
+        return images
+
+    @property
+    def data_place(self) -> Path:
+        "The folder that `images` comes from; caches belong there too."
+        if self._place is None:
+            self.images()
+        return self._place
+
+    def _places(self) -> list[Path]:
+        "Where the data set may lie, the likeliest first."
+        given = [Path(root) for root in (self.root, self.config.root) if root]
+        return list(dict.fromkeys([*given, data_root(None), Path("data")]))
+
+    def _found_images(self) -> tuple[Images, Path]:
+        "The data set, and where it lies."
+        name = self.config.dataset
+        trained_on, others = self._fingerprint(), []
+        for place in self._places():
+            if (place / name.partition("@")[0]).is_dir():
+                images = load_images(name, place)
+                if trained_on in (None, images.fingerprint):
+                    return images, place
+                others.append((images, place))
+        if others:
+            return others[0]                    # who uses them says that they are other images
+        place = next((p for p in self._places() if p.is_dir()), self._places()[0])
+        try:
+            return load_images(name, place), place              # part of a library, or to be downloaded
+        except InputError as e:
+            looked = ", ".join(str(p) for p in self._places())
+            raise InputError(f"{e}; looked in {looked}: where the data set lies now can be said by --root FOLDER, "
+                             "Run(path, root) or $ROBUST_JEM_DATA") from e
+
+    def _fingerprint(self) -> str | None:
+        "That of the images that it was trained on; none before it is finished."
+        with suppress(InputError):
+            return self.summary.get("fingerprint")
+        return None
 
     # the trained system
     def system(self,
@@ -160,7 +218,14 @@ class Run:
         return sorted(p.parent.name for p in (self.path / "samples").glob("*/summary.json"))
 
     def save_samples(self, name: str, tensors: dict[str, Tensor], summary: dict):
-        "Store uint8 images `x`, labels `y` and, optionally, a `strip` of chains at the stages that the summary names."
+        """Store uint8 images `x`, labels `y` and, optionally, a `strip` of chains at the stages that the summary names.
+
+        Raises `InputError` for other images or labels: floats would be read as grey levels.
+        """
+        x, y = tensors["x"], tensors["y"]
+        if x.dtype != torch.uint8 or x.ndim != 4:
+            raise InputError(f"samples: {x.dtype} {tuple(x.shape)}; expected uint8 images [N,C,H,W], see to_uint8")
+        as_labels(y, len(x))
         write_tensors(self.path / "samples" / name / "images.safetensors", tensors)
         write_json(self.path / "samples" / name / "summary.json", summary)       # last: it marks the set as finished
 

@@ -37,7 +37,7 @@ def generate_samples(
     where it stopped, and is the same on any number of processes. Raises `InputError`, and `OutOfTime` when max_minutes
     are over.
     """
-    run = Run(config.run).finished()
+    run = Run(config.run, config.root).finished()
     folder = run.path / "samples" / config.label
     if (folder / "summary.json").exists() and _is_same_set(folder, config, run):
         return folder

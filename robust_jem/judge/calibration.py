@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from ..core.errors import InputError
-from ..core.inputs import as_features, as_labels
+from ..core.inputs import as_features, as_labels, as_number
 
 # %% ../../nbs/judge/03_calibration.ipynb #7b14bd6b
 def _checked_predictions(logits: Tensor, y: Tensor, bins: int) -> tuple[Tensor, Tensor]:
-    logits = as_features(logits, "calibration: logits")
+    logits = as_features(logits, "calibration: logits").detach()
     if logits.shape[1] < 2:
         raise InputError(f"calibration: logits {tuple(logits.shape)}; expected [N,K] of at least two classes")
     y = as_labels(y, len(logits), logits.shape[1])
@@ -22,8 +22,7 @@ def _checked_predictions(logits: Tensor, y: Tensor, bins: int) -> tuple[Tensor, 
         raise InputError("calibration: some logits aren't finite; the model is broken, or wasn't trained to the end")
     if (logits >= 0).all() and ((logits.sum(1) - 1).abs() < 1e-3).all():
         raise InputError("calibration: these are probabilities; expected logits, such as their logarithms")
-    if bins < 1:
-        raise InputError(f"bins: {bins} is below 1")
+    as_number(bins, "bins", 1, whole=True)
     return logits, y
 
 def calibration(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..core.errors import InputError
-from ..core.inputs import as_features, as_labels
+from ..core.inputs import as_features, as_labels, as_number, as_tensor
 from .sample_scores import frechet_distance, moments
 
 # %% ../../nbs/judge/02_diversity.ipynb #cdaa67fb
@@ -23,6 +23,7 @@ def _checked_features(name: str, samples: Tensor, real: Tensor, k: int) -> tuple
                          "one extractor")
     if not (samples.isfinite().all() and real.isfinite().all()):
         raise InputError(f"{name}: some features aren't finite; use another extractor")
+    as_number(k, "k", 1, whole=True)
     if not 1 <= k < min(len(samples), len(real)):
         raise InputError(f"{name}: k {k} is outside 1..{min(len(samples), len(real)) - 1}; "
                          f"there are {len(samples)} samples and {len(real)} real images")
@@ -77,6 +78,10 @@ def class_frechet(
     With fewer images of a class than dimensions it is biased upwards; a warning says so.
     """
     samples, real = (as_features(f, "class_frechet: features") for f in (samples, real))
+    as_number(num_classes, "num_classes", 1, whole=True)
+    if samples.shape[1] != real.shape[1]:
+        raise InputError(f"class_frechet: features {tuple(samples.shape)} and {tuple(real.shape)}; both must be [N,D] "
+                         "of one extractor")
     y, y_real = as_labels(y, len(samples), num_classes), as_labels(y_real, len(real), num_classes)
     counts = torch.stack([torch.bincount(labels.cpu(), minlength=num_classes) for labels in (y, y_real)]).amin(0)
     if (counts < samples.shape[1]).any():
@@ -90,6 +95,12 @@ def class_frechet(
     return distances
 
 # %% ../../nbs/judge/02_diversity.ipynb #468caf89
+def _as_points(values) -> Tensor:
+    points = as_tensor(values, "nearest")
+    if points.ndim < 2:
+        raise InputError(f"nearest: shape {tuple(points.shape)}; expected features [N,D] or images [N,C,H,W]")
+    return points
+
 def nearest(
     queries: Tensor, # features [N,D], or images [N,C,H,W]
     real: Tensor, # features [M,D] or images of the training set
@@ -99,7 +110,8 @@ def nearest(
 
     Raises `InputError` for other shapes or k, values that aren't finite, or uint8 images beside floats.
     """
-    queries, real = torch.as_tensor(queries), torch.as_tensor(real)
+    queries, real = (_as_points(v) for v in (queries, real))
+    as_number(k, "k", 1, whole=True)
     if queries.is_floating_point() != real.is_floating_point():
         raise InputError(f"nearest: {queries.dtype} among {real.dtype}; both must be of one kind and scale")
     a, b = queries.flatten(1).float(), real.flatten(1).float()

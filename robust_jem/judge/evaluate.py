@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..core.errors import InputError
 from ..core.files import exclusive, read_json, read_tensors, tensors_hash, write_json, write_tensors
 from ..core.images import Images, data_root, progress_bar, to_uint8
+from ..core.inputs import as_number
 from ..core.random import stream
 from ..engine.runs import Run, provenance
 from ..engine.runtime import Execution, OutOfTime, executing
@@ -31,8 +32,9 @@ from ..systems.catalog import EvaluateConfig
 def draw_test_images(images: Images, n: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     """`n` test images and their labels, drawn by the seed: trees are sorted by class.
 
-    A smaller draw is the beginning of a larger one.
+    A smaller draw is the beginning of a larger one. Raises `InputError` for n < 0.
     """
+    as_number(n, "n", whole=True)
     chosen = torch.randperm(len(images.test_x), generator=torch.Generator().manual_seed(seed))[:n]
     return images.test_x[chosen], images.test_y[chosen]
 
@@ -44,7 +46,7 @@ NEEDS = {
     "prior": ("start",),
     "robustness": ("logits",),
     "calibration": ("logits",),
-    "detection": ("logits", "log_density"),
+    "detection": ("log_density",),
     "distal": ("logits", "log_density"),
     "landscape": ("logits", "log_density", "start"),
 }
@@ -150,7 +152,8 @@ class SampleScorer:
     def __init__(self, config: EvaluateConfig, images: Images, at: Execution, progress: bool = True):
         self.config, self.images, self.at, self.progress = config, images, at, progress
         self.cache = data_root(config.root) / ".cache"
-        self.extractor = feature_extractor(config.extractor, self.cache, config.extractor_precision).to(at.device)
+        made = feature_extractor(config.extractor, self.cache, config.extractor_precision, config.root)
+        self.extractor = made.to(at.device)
         try:                                                    # what can't work fails before anything is measured
             self.scores = extract(self.extractor, images.test_x[:2], device=at.device)[1] is not None
         except RuntimeError as e:
@@ -215,7 +218,7 @@ def evaluate_run(
 
     Raises `InputError`, and `OutOfTime` when max_minutes are over.
     """
-    run = Run(config.run).finished()
+    run = Run(config.run, config.root).finished()
     with executing(config, config.threads or run.config.threads) as at:
         if at.world.size > 1:
             raise InputError("evaluate: runs in one process; start it without torchrun")
@@ -225,7 +228,7 @@ def evaluate_run(
 def _evaluate(config: EvaluateConfig, run: Run, at: Execution, progress: bool) -> dict[str, dict]:
     images, can = run.images(), capabilities_of(run)
     cache = ResultCache(run.path / "scores", at)
-    scorer = SampleScorer(replace(config, root=run.config.root), images, at, progress)
+    scorer = SampleScorer(replace(config, root=str(run.data_place)), images, at, progress)
     # damaged ones are found before anything is measured
     sets = {name: run.samples(name) for name in run.sample_names()}
     _check_sets(run, sets)

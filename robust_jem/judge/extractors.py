@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ..core.errors import InputError
 from ..core.files import read_tensors, tensors_hash, write_tensors
 from ..core.images import progress_bar
-from ..core.inputs import as_images, evaluating, grey_levels
+from ..core.inputs import as_images, as_number, evaluating, grey_levels, naming_the_model
 from ..engine.runs import Run
 from ..engine.runtime import at_a_size_that_fits
 
@@ -63,9 +63,9 @@ class Extractor(nn.Module):
 class ClassifierExtractor(Extractor):
     "Pooled activations and probabilities of a trained run."
 
-    def __init__(self, path: str):
+    def __init__(self, path: str, root: str | Path | None = None):
         super().__init__()
-        run = Run(path)
+        run = Run(path, root)
         self.model = run.model().requires_grad_(False)
         self.suffix = run.config.dataset
         self.key = run.weights
@@ -214,19 +214,24 @@ def feature_extractor(
     spec: str, # "inception", "path/to/script.pt", "classifier:RUN", "efficientnet-lite0"; or two: FEATURES+CLASSES
     folder: str | Path = "data/.cache", # where Inception's weights are kept
     precision: str = "float32", # of its products; bfloat16, twice as fast on some CPUs, has scores of its own
+    root: str | Path | None = None, # where a classifier's data set may lie now
 ) -> Extractor: # images 0..255 → features
     """The extractor that a configuration names.
 
     Raises `InputError` for a missing or unusable file, or weights that can't be fetched.
     """
+    if not isinstance(spec, (str, Path)):
+        raise InputError(f"extractor: {spec!r} is not accepted; accepted: inception, a TorchScript file, or "
+                         "classifier:RUN")
+    spec = str(spec)
     if spec == "inception":
         made = InceptionExtractor(folder)
     elif spec == "efficientnet-lite0":
         made = EffNetExtractor()
     elif spec.startswith("classifier:"):
-        made = ClassifierExtractor(spec.removeprefix("classifier:"))
+        made = ClassifierExtractor(spec.removeprefix("classifier:"), root)
     elif "+" in spec and not Path(spec).exists():
-        made = PairExtractor(*(feature_extractor(part, folder) for part in spec.split("+", 1)))
+        made = PairExtractor(*(feature_extractor(part, folder, root=root) for part in spec.split("+", 1)))
     else:
         made = ScriptExtractor(spec)
     made.precision = precision
@@ -258,15 +263,20 @@ def extract(
     x = as_images(x)
     if not len(x):
         raise InputError("images: there are none; expected at least one")
+    as_number(batch_size, "batch_size", 1, whole=True)
+    if not isinstance(extractor, Extractor):
+        raise InputError(f"extractor: {type(extractor).__name__} is not accepted; accepted: an Extractor, as "
+                         "feature_extractor makes them")
     rounded = extractor.precision != "float32"
     def work(size):
         features, probs = [], []
         for part in progress_bar(x.split(size), desc=progress, unit="batch", disable=not progress):
             part = grey_levels(part.to(device)).float()
-            with torch.autocast(part.device.type, getattr(torch, extractor.precision), enabled=rounded):
-                found = _checked_features(extractor(part), len(part))
+            with naming_the_model(extractor, part):
+                with torch.autocast(part.device.type, getattr(torch, extractor.precision), enabled=rounded):
+                    found = _checked_features(extractor(part), len(part))
+                p = extractor.probabilities(part) if probabilities else None
             features.append(found.flatten(1).float().cpu())
-            p = extractor.probabilities(part) if probabilities else None
             if p is not None:
                 probs.append(p.float().cpu())
         return torch.cat(features), torch.cat(probs) if probs else None
@@ -307,5 +317,8 @@ def extract_once(
     x = grey_levels(as_images(x))
     name = hashlib.sha256(str(tuple(x.shape)).encode() + x.cpu().numpy().tobytes()).hexdigest()[:16]
     file = Path(cache) / f"features-{name}-{extractor.key}.safetensors" if cache and extractor.key else None
+    without = len(args) > 3 and not args[3]
+    if file and without and not file.exists():
+        file = file.with_name(f"features-{name}-{extractor.key}-alone.safetensors")    # without any probabilities
     kept = through_file(file, measure)
     return kept["features"], kept.get("probabilities")

@@ -6,6 +6,8 @@
 __all__ = ['SCORES', 'OOD_SETS', 'ood_scores', 'auroc', 'ood_images', 'detect_ood']
 
 # %% ../../nbs/judge/04_ood.ipynb #0eeb0720
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +17,10 @@ from torch import Tensor, nn
 
 from ..core.errors import InputError
 from ..core.images import DATASETS, data_root, load_images
-from ..core.inputs import as_images, evaluating, grey_levels, signed_floats
-from ..ebm.energy import input_gradient, marginal_energy, untouched
+from robust_jem.core.inputs import (
+    as_images, as_number, as_tensor, check_generator, evaluating, grey_levels, signed_floats,
+)
+from ..ebm.energy import check_unnormalised, input_gradient, marginal_energy, taking_gradients, untouched
 from ..engine.runtime import at_a_size_that_fits
 from .robustness import device_of, in_own_precision
 
@@ -31,10 +35,9 @@ def _batch_scores(model: nn.Module, x: Tensor) -> Tensor:
     "The three scores of one batch `[3,B]`, from one forward and one backward pass."
     seen = []
     def log_density(logits):
-        if logits.ndim != 2 or len(logits) != len(x):
-            raise InputError(f"model: logits have shape {tuple(logits.shape)}, expected [{len(x)}, classes]")
         if not logits.isfinite().all():
             raise InputError("model: some logits aren't finite")
+        check_unnormalised(logits)
         seen.append(logits.detach().float())
         return -marginal_energy(logits)
     with untouched(model, "running"):
@@ -42,24 +45,48 @@ def _batch_scores(model: nn.Module, x: Tensor) -> Tensor:
     logits, = seen
     return torch.stack([logits.logsumexp(1), logits.softmax(1).max(1).values, -gradient.flatten(1).norm(dim=1)])
 
+def _density_scores(model: nn.Module | None, x: Tensor, log_density: Callable) -> Tensor:
+    "The same of a model with a density of its own; without the confidence `[2,B]` where it doesn't classify."
+    x = x.detach().requires_grad_()
+    density = log_density(x)
+    gradient, = torch.autograd.grad(density.sum(), x)
+    scores = [density.detach().float().cpu()]
+    if model is not None:
+        with torch.no_grad():
+            scores.append(model(x).float().softmax(1).max(1).values.cpu())
+    return torch.stack([*scores, -gradient.flatten(1).norm(dim=1).cpu()])
+
+@taking_gradients
 def ood_scores(
-    model: nn.Module, # [B,C,H,W] in [-1,1] -> [B,K]; evaluated by running statistics, left as it was found
+    model: nn.Module | None, # [B,C,H,W] in [-1,1] -> [B,K]; evaluated by running statistics, left as it was found
     x: Tensor, # images [N,C,H,W]: uint8, or float in [-1,1]
     batch_size: int = 500,
+    log_density: Callable[[Tensor], Tensor] | None = None, # [B,C,H,W] -> [B]; none: the logits' energy says it
 ) -> dict[str, Tensor]: # by the names in SCORES: [N], on the CPU; higher is more familiar
     """Each image's scores.
 
-    Raises `InputError` for images of another type or range, and for logits of another shape, or that aren't finite.
+    Raises `InputError` for images of another type or range, a model that fails, and logits of another shape, that
+    aren't finite, or that are (log-)probabilities: their log p(x) says nothing.
     """
     x = as_images(x)
-    if not len(x) or batch_size < 1:
-        raise InputError(f"images, batch_size: {len(x)} and {batch_size}; both must be above zero")
+    as_number(batch_size, "batch_size", 1, whole=True)
+    if not len(x):
+        raise InputError("images: there are none; expected at least one")
+    if model is None:                          # nothing but a density
+        names = [name for name in SCORES if name != "max p(y|x)"]
+        return dict(zip(names, _in_batches(partial(_density_scores, None, log_density=log_density), x, batch_size)))
     with evaluating(model):
-        network, device = in_own_precision(model), device_of(model, x)
-        def work(size):
-            batches = (signed_floats(part).to(device) for part in x.split(size))
-            return torch.cat([_batch_scores(network, batch).cpu() for batch in batches], 1)
-        return dict(zip(SCORES, at_a_size_that_fits(work, batch_size)))
+        scores_of = partial(_batch_scores, in_own_precision(model))
+        if log_density is not None:
+            scores_of = partial(_density_scores, model, log_density=log_density)
+        return dict(zip(SCORES, _in_batches(scores_of, x, batch_size, device_of(model, x))))
+
+def _in_batches(scores_of: Callable, x: Tensor, batch_size: int, device="cpu") -> Tensor:
+    "Scores `[scores,N]` of images."
+    def work(size):
+        batches = (signed_floats(part).to(device) for part in x.split(size))
+        return torch.cat([scores_of(x=batch).cpu() for batch in batches], 1)
+    return at_a_size_that_fits(work, batch_size)
 
 def auroc(
     inside: Tensor, # scores of the model's own data [N]
@@ -68,7 +95,7 @@ def auroc(
     """Area under the ROC curve, by torchmetrics: the chance that an image from inside scores above one from outside
     (ties count half)."""
     from torchmetrics.functional.classification import binary_auroc
-    inside, outside = (torch.as_tensor(v) for v in (inside, outside))
+    inside, outside = (as_tensor(v, "auroc: scores") for v in (inside, outside))
     if inside.ndim != 1 or outside.ndim != 1:
         raise InputError(f"auroc: scores {tuple(inside.shape)} and {tuple(outside.shape)}; expected [N] and [M]")
     scores = torch.cat([inside, outside]).double()
@@ -97,6 +124,13 @@ def ood_images(
     with a fixed upright). Raises `InputError` for an unknown name.
     """
     x = grey_levels(as_images(x))
+    as_number(n, "n", 1, whole=True)
+    check_generator(generator)
+    if not isinstance(name, (str, Path)):
+        raise InputError(f"name: {name!r} is not accepted; accepted: {', '.join(OOD_SETS)}, a data set or a folder")
+    name = str(name)
+    if len(x) < 2:
+        raise InputError(f"images: {len(x)}; interpolations need at least two")
     if name in OOD_SETS:
         return _made_from(x, name, n, generator)
     folder = _folder_of_images(name, root)
@@ -155,12 +189,16 @@ def _brought_to(other: Tensor, x: Tensor) -> Tensor:
     return other.float().mean(1, keepdim=True).round().to(torch.uint8)
 
 def detect_ood(
-    model: nn.Module, # [B,C,H,W] in [-1,1] -> [B,K]
+    model: nn.Module | None, # [B,C,H,W] in [-1,1] -> [B,K]
     inside: Tensor, # uint8 test images [N,C,H,W]
     sets: dict[str, Tensor], # other images by name, uint8
     batch_size: int = 500,
+    log_density: Callable[[Tensor], Tensor] | None = None, # as in `ood_scores`
 ) -> tuple[dict[str, dict[str, float]], dict[str, dict[str, Tensor]]]: # AUROC, and scores (of "test images" too)
     "How well each score separates the test images from each set of other images."
-    scores = {name: ood_scores(model, x, batch_size) for name, x in ({"test images": inside} | sets).items()}
+    if not isinstance(sets, dict):
+        raise InputError(f"sets: {type(sets).__name__} is not accepted; accepted: a dictionary of images by name")
+    groups = {"test images": inside} | sets
+    scores = {name: ood_scores(model, x, batch_size, log_density) for name, x in groups.items()}
     known = scores["test images"]
     return {name: {s: auroc(known[s], v) for s, v in scores[name].items()} for name in sets}, scores

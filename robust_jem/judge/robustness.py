@@ -14,10 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core.errors import InputError
-from ..core.inputs import as_images, as_labels, check_label_range, evaluating, signed_floats
+from robust_jem.core.inputs import (
+    as_images, as_labels, as_number, check_label_range, check_logits, evaluating, naming_the_model, precision_of,
+    signed_floats, trusted_inputs,
+)
 from ..core.random import stream
 from ..ebm.attacks import pgd
-from ..ebm.energy import input_gradient, untouched
+from ..ebm.energy import check_unnormalised, input_gradient, outside_inference_mode, untouched
 from ..engine.runtime import at_a_size_that_fits
 
 # %% ../../nbs/judge/05_robustness.ipynb #9e1a3cb0
@@ -39,22 +42,20 @@ class OwnPrecision(nn.Module):
 
 def in_own_precision(model: nn.Module) -> nn.Module:
     "The model itself where it takes float32, else through `OwnPrecision`."
-    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    dtype = precision_of(model, torch.float32)
     return model if dtype == torch.float32 else OwnPrecision(model, dtype)
 
 def _labelled(x: Tensor, y: Tensor, batch_size: int) -> tuple[Tensor, Tensor]:
     "Images and labels that belong together."
     x = as_images(x)
-    if batch_size < 1:
-        raise InputError(f"batch_size: {batch_size} is below 1")
+    as_number(batch_size, "batch_size", 1, whole=True)
     return x, as_labels(y, len(x))
 
 @torch.no_grad()
 def _logits(model: nn.Module, x: Tensor, of: str = "") -> Tensor:
-    logits = model(x)
-    if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(x):
-        got = f"have shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else f"are {type(logits).__name__}"
-        raise InputError(f"model: logits{of} {got}, expected [{len(x)}, classes]")
+    with naming_the_model(model, x):
+        logits = model(x.clone())                               # a model may work in place, and these are the caller's
+    check_logits(logits, len(x))
     if not logits.isfinite().all():
         raise InputError(f"model: some logits{of} aren't finite, so that there is no accuracy; its weights are broken, "
                          "or its gradient isn't a number somewhere: try float32")
@@ -70,7 +71,7 @@ def accuracy(
     """Accuracy in evaluation mode.
 
     Raises `InputError` for images or labels of another type, shape or range, labels and images of different number,
-    and for logits of another shape than [B,K] or not finite.
+    for logits of another shape than [B,K] or not finite, and where the model fails: its own error is the cause.
     """
     x, y = _labelled(x, y, batch_size)
     with evaluating(model):
@@ -104,6 +105,7 @@ def _attack_batch(model: nn.Module, x: Tensor, y: Tensor, restarts: int, targete
     numbers."""
     logits = _logits(model, x)
     check_label_range(y, logits.shape[1])
+    check_unnormalised(logits, joint=False)
     standing = logits.argmax(1) == y
     attacked = standing.sum()
     blind = torch.zeros_like(attacked)
@@ -112,14 +114,25 @@ def _attack_batch(model: nn.Module, x: Tensor, y: Tensor, restarts: int, targete
         if not len(y):
             break
         goal = _goals(y, logits.shape[1], targeted, generator)
-        if i == 0:
-            blind = _zero_gradients(model, x, goal).sum()
-        standing = _logits(model, attack(x, goal), " of attacked images").argmax(1) == y
+        with trusted_inputs():                                  # they were looked at as a whole
+            if i == 0:
+                blind = _zero_gradients(model, x, goal).sum()
+            attacked_x = attack(x, goal)
+        standing = _logits(model, attacked_x, " of attacked images").argmax(1) == y
     return torch.stack([attacked, blind, standing.sum()])
+
+def _as_radius(eps, norm: str) -> float:
+    "A radius on the [-1,1] scale; a warning where it covers that whole scale, as 8 for 8/255 does."
+    eps = as_number(eps, "eps")
+    if norm == "linf" and eps > 2:
+        warnings.warn(f"eps: {eps:g} is more than the whole range -1..1, so that any image may become any other; "
+                      "8/255 of images in 0..1 is 16/255 here")
+    return eps
 
 def _attack_counts(model, x: Tensor, y: Tensor, eps, steps, norm, batch_size, seed, *, targeted, restarts) -> list[int]:
     "`_attack_batch`'s counts over all images."
-    with evaluating(model):
+    with outside_inference_mode(), evaluating(model):
+        x, y = (t.clone() if t.is_inference() else t for t in (x, y))
         network, device = in_own_precision(model), device_of(model, x)
         def work(size):
             generator = stream(seed, "attack", eps, device=device)
@@ -151,8 +164,8 @@ def robust_accuracy(
     gradients are zero, so that nothing pushes the image. Raises `InputError` as `accuracy` does, and for gradients that
     aren't numbers, which leave nothing to attack with.
     """
-    if restarts < 1:
-        raise InputError(f"restarts: {restarts} is below 1")
+    as_number(restarts, "restarts", 1, whole=True)
+    eps = _as_radius(eps, norm)
     x, y = _labelled(x, y, batch_size)
     attacked, blind, right = _attack_counts(model, x, y, eps, steps, norm, batch_size, seed,
                                             targeted=targeted, restarts=restarts)
@@ -222,16 +235,19 @@ def autoattack_accuracy(
     """
     if norm not in ("linf", "l2"):
         raise InputError(f"norm: {norm!r} is unknown; accepted: linf, l2")
-    if not eps >= 0:
-        raise InputError(f"eps: {eps} is below 0, or no number")
+    eps = _as_radius(eps, norm)
     x, y = _labelled(x, y, batch_size)
-    with evaluating(model):
+    with outside_inference_mode(), evaluating(model):
+        x, y = (t.clone() if t.is_inference() else t for t in (x, y))
         network, device = in_own_precision(model), device_of(model, x)
         unit, y = (signed_floats(x.to(device)) + 1) / 2, y.to(device)
-        classes = _logits(network, 2 * unit[:1] - 1).shape[1]
+        first = _logits(network, 2 * unit[:2] - 1)
+        check_unnormalised(first, joint=False)
+        classes = first.shape[1]
         if classes < 4:
             raise InputError(f"autoattack: {classes} classes; its targeted attacks need at least four")
         check_label_range(y, classes)
+        _zero_gradients(network, 2 * unit[:2] - 1, y[:2])         # a model without gradients is named here
         attacked = _autoattack(network, unit, y, eps, norm, batch_size, seed, classes)
         right = 0
         for a, b in zip(attacked.split(batch_size), y.split(batch_size)):
@@ -244,7 +260,7 @@ def _autoattack(model: nn.Module, unit: Tensor, y: Tensor, eps, norm, batch_size
     kind = {"linf": "Linf", "l2": "L2"}[norm]
     attack = AutoAttack(UnitInterval(model), norm=kind, eps=eps / 2, seed=seed, device=unit.device)
     attack.apgd_targeted.n_target_classes = attack.fab.n_target_classes = min(9, classes - 1)
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), untouched(model):              # its attacks would leave gradients in the weights
         return attack.run_standard_evaluation(unit, y, batch_size=batch_size)[0]
 
 def eps_at_accuracy(
@@ -252,7 +268,13 @@ def eps_at_accuracy(
     accuracy: float, # the level asked for
 ) -> float | None: # ε, or None where the curve doesn't cross the level
     "Where a robustness curve falls through a level, by linear interpolation."
-    points = sorted((float(e), a) for e, a in curve.items())
+    try:
+        points = sorted((float(e), as_number(a, "curve")) for e, a in curve.items())
+    except (AttributeError, TypeError, ValueError) as e:
+        raise InputError(f"curve: {str(curve)[:60]}; expected accuracies (0..1) by radius") from e
+    for value in (accuracy, *(a for _, a in points)):
+        if as_number(value, "accuracy") > 1:
+            raise InputError(f"accuracy: {value} is outside 0..1")
     for (e0, a0), (e1, a1) in zip(points, points[1:]):
         if a0 >= accuracy >= a1 and a0 > a1:
             return e0 + (a0 - accuracy) / (a0 - a1) * (e1 - e0)

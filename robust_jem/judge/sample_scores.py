@@ -17,13 +17,17 @@ from torch import Tensor
 
 from ..core.errors import InputError
 from ..core.images import Images
-from ..core.inputs import as_features
+from ..core.inputs import as_features, as_number
 from .extractors import Extractor, extract, extract_once, through_file
 
 # %% ../../nbs/judge/01_sample_scores.ipynb #77c0fb23
 def moments(features: Tensor) -> tuple[np.ndarray, np.ndarray]:
     "Mean `[D]` and covariance `[D,D]` of features `[N,D]`, in float64."
-    f = as_features(features, "moments: features").double().cpu().numpy()
+    f = as_features(features, "moments: features").detach().double().cpu().numpy()
+    if len(f) < 2:
+        raise InputError(f"moments: {len(f)} features; a covariance needs at least two")
+    if not np.isfinite(f).all():
+        raise InputError("moments: some features aren't finite")
     return f.mean(0), np.atleast_2d(np.cov(f, rowvar=False))
 
 def frechet_distance(
@@ -37,6 +41,10 @@ def frechet_distance(
     from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_statistics_to_metric
     one = {"mu": np.asarray(mu1, np.float64), "sigma": np.asarray(sigma1, np.float64)}
     other = {"mu": np.asarray(mu2, np.float64), "sigma": np.asarray(sigma2, np.float64)}
+    for g in (one, other):
+        if g["mu"].ndim != 1 or g["sigma"].shape != 2 * g["mu"].shape:
+            raise InputError(f"frechet_distance: mean {g['mu'].shape} and covariance {g['sigma'].shape}; expected [D] "
+                             "and [D,D], see `moments`")
     if one["mu"].shape != other["mu"].shape:
         raise InputError(f"frechet_distance: {one['mu'].shape} and {other['mu'].shape} features; both must come from "
                          "one extractor")
@@ -59,6 +67,8 @@ def kernel_distance(
     if f1.shape[1] != f2.shape[1]:
         raise InputError(f"kernel_distance: features {tuple(f1.shape)} and {tuple(f2.shape)}; both must be [N,D] of "
                          "one extractor")
+    as_number(subsets, "subsets", 1, whole=True)
+    as_number(subset_size, "subset_size", 2, whole=True)
     if min(len(f1), len(f2), subset_size) < 2 or subsets < 1:
         raise InputError(f"kernel_distance: {subsets} subsets of {subset_size} out of {len(f1)} and {len(f2)} images; "
                          "accepted: at least one subset, of at least two images")
@@ -76,6 +86,7 @@ def inception_score(
     "Inception Score (Salimans et al. 2016): between 1 and the number of classes."
     from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, KEY_METRIC_ISC_STD, isc_features_to_metric
     probs = as_features(probs, "inception_score: probabilities")
+    as_number(splits, "splits", 1, whole=True)
     if not 1 <= splits <= len(probs):
         raise InputError(f"splits: {splits} is outside 1..{len(probs)}, the number of images")
     if not (probs >= 0).all() or not probs.isfinite().all():

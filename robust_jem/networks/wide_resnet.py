@@ -72,8 +72,17 @@ class WideResNet(nn.Module):
             nn.Linear(c_in, num_classes))
 
     def forward(self, x: Tensor) -> Tensor:
+        self.check_input(x)
         return self.trunk(self.stem(x))
+
+    def check_input(self, x: Tensor):
+        "Raise `InputError` unless these are float images with the network's channels. (Values aren't looked at.)"
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            raise InputError(f"images: {getattr(x, 'dtype', type(x).__name__)}; expected floats in -1..1, see to_unit")
+        if x.ndim != 4 or x.shape[1] != self.stem.in_channels:
+            raise InputError(f"images: shape {tuple(x.shape)}; expected [B,{self.stem.in_channels},H,W]")
 
     def features(self, x: Tensor) -> Tensor:
         "Pooled activations `[B, 64*width]`: what the last, linear layer sees."
+        self.check_input(x)
         return self.trunk[:-1](self.stem(x))

@@ -82,7 +82,8 @@ def detection_table(all: list[SuiteResults]) -> str:
     for score in SCORES:
         for title, part in found:
             auroc = part["AUROC"]
-            rows.append([score, title, *[f"{auroc[s][score]:.2f}" if s in auroc else "–" for s in sets]])
+            found_here = [auroc.get(s, {}).get(score) for s in sets]
+            rows.append([score, title, *["–" if v is None else f"{v:.2f}" for v in found_here]])
     absent = {s: why for _, part in found for s, why in part["not measured"].items()}
     return grid_markdown(rows) + "".join(f"\n\n*{s}* isn't measured: {why}." for s, why in absent.items())
 

@@ -116,7 +116,7 @@ def robustness_curves(all: list[SuiteResults]) -> Figure:
     for ax, norm, name in zip(axes, ("linf", "l2"), ("L∞", "L2")):
         for f in all:
             found = list(f.curves(norm).values())
-            for i, part in enumerate(found[1:2] if several else found):
+            for i, part in enumerate(found[:2][-1:] if several else found):
                 colour, label = (f.colour, f.title) if several else (COLOURS[i], _attack(part))
                 _curve(ax, part, "os^"[i % 3], colour, label)
             if norm == "linf" and f in attacked:
@@ -157,8 +157,9 @@ def ood_score_histograms(f: SuiteResults) -> Figure:
     part, t = f.parts["detection"], f.tensors("detection")
     sets = list(part["AUROC"])
     size = (max(3.4, 1.45 * len(sets) + 0.5), 3.9)
-    fig, axes = _figure(len(SCORES), len(sets), figsize=size, squeeze=False)
-    for i, (row, score) in enumerate(zip(axes, SCORES)):
+    scores = [score for score in SCORES if f"test images|{score}" in t]
+    fig, axes = _figure(len(scores), len(sets), figsize=size, squeeze=False)
+    for i, (row, score) in enumerate(zip(axes, scores)):
         inside = t[f"test images|{score}"].numpy()
         for ax, name in zip(row, sets):
             other = t[f"{name}|{score}"].numpy()

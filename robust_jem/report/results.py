@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import pandas as pd
 
@@ -27,6 +28,7 @@ from ..systems.catalog import SYSTEMS
 class ReportConfig(Config):
     "Which runs to report, and where to."
     runs: str = "runs/digits-cpu"            # folder with the run folders
+    table: Literal["paper", "jem"] = "paper"    # whose published numbers stand beside ours: Table 1's, or JEM's
     figures: str = ""          # folder for tables and figures; empty: figures, in the folder of the run folders
 
     @property

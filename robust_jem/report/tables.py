@@ -21,7 +21,7 @@ from ..core.errors import InputError
 from ..core.files import read_json, write_bytes, write_json
 from ..engine.runs import Run
 from ..judge.robustness import MASKED, eps_at_accuracy
-from .published import HYBRIDS, TABLE1, Row
+from .published import PUBLISHED, TABLE1, Row
 from robust_jem.report.results import (
     ATTACKED, NOT_DRAWN, ONE_CLASS, OUTSIDE, SAMPLE_SCORES, FoundRun, ReportConfig,
     collect, drawn_as, find_runs, results_table,
@@ -432,6 +432,7 @@ def found_markdown(
     table: dict, # from `table1`
     groups: Groups, # that the table is of
     found: list[FoundRun], # from `find_runs`
+    published: tuple[Row, ...] = TABLE1, # as the table has
 ) -> str:
     "Every run folder with what it has, and every empty cell with its reason, as Markdown."
     runs = [["run", "system", "seed", "what it has", "in the table"]]
@@ -439,7 +440,7 @@ def found_markdown(
         c = f.run.config
         runs.append([f.run.path.name, c.system, str(c.seed), f.has, f"no: {f.missing}" if f.missing else "yes"])
     cells = [["row", "columns", "empty because"]]
-    cells += [[label, ", ".join(names), why] for label, why, names in empty_cells(table, groups, found)]
+    cells += [[label, ", ".join(names), why] for label, why, names in empty_cells(table, groups, found, published)]
     return "\n\n".join([
         "## Runs in this folder", grid_markdown(runs), "## Empty cells of Table 1", grid_markdown(cells),
         "Every number, of the runs outside the table too, is a row of `results.csv`.",
@@ -449,13 +450,13 @@ def found_markdown(
 def write_report(
     config: ReportConfig,
 ) -> dict: # the table
-    """Write results.csv, table1.{md,csv,json}, found.md, scores.md, cost.md, where JEM's other rows were trained
-    hybrids.{md,json}, figure1–3, curves, robustness (of systems that classify) and chain strip as PNG, each with its
-    provenance inside."""
+    """Write results.csv, table1.{md,csv,json}, found.md, scores.md, cost.md, figure1–3, curves, robustness (of systems
+    that classify) and chain strip as PNG, each with its provenance inside."""
     groups, found, out = collect(config.runs), find_runs(config.runs), config.folder
     classifies = any("classification" in run.scores() for mine in groups.values() for run in mine)
     try:                                           # all that can be wrong with scores shows before anything is written
-        table, drawn = table1(groups), {"curves": curves(groups)}
+        published = PUBLISHED[config.table]
+        table, drawn = table1(groups, published), {"curves": curves(groups)}
         if classifies:
             drawn["robustness"] = robustness(groups)
         results = results_table([*(r for mine in groups.values() for r in mine), *(f.run for f in found if f.missing)])
@@ -467,7 +468,7 @@ def write_report(
         "results.csv": results.to_csv(index=False, lineterminator="\n"),
         "table1.md": markdown(table),
         "table1.csv": as_csv(table),
-        "found.md": found_markdown(table, groups, found),
+        "found.md": found_markdown(table, groups, found, published),
         "scores.md": scores_markdown(table),
         "cost.md": cost_markdown(table),
     }
@@ -475,10 +476,6 @@ def write_report(
         write_bytes(out / name, text.encode())
     for name, fig, run in paper_figures(groups):
         save_png(fig, out / f"{name}.png", run)
-    if groups.keys() & {r.system for r in HYBRIDS} - {"wide_resnet"}:
-        other = table1(groups, HYBRIDS)
-        write_json(out / "hybrids.json", other)
-        write_bytes(out / "hybrids.md", markdown(other).encode())
     for name, fig in drawn.items():
         save_png(fig, out / f"{name}.png", next(iter(groups.values()))[0])
     return table

@@ -21,14 +21,16 @@ from .base import GenerateConfig, TrainConfig
 from .presets import PRESETS
 
 # %% ../../nbs/systems/03_catalog.ipynb #d2b1efc3
-Suite = Literal["table", "full", "robustness", "calibration", "detection", "distal", "landscape", "neighbours"]
+Suite = Literal[
+    "table", "claims", "full", "robustness", "calibration", "detection", "distal", "landscape", "neighbours",
+]
 STRANGERS = ("svhn", "cifar100", "interpolations", "uniform noise", "constant")
 
 @settings
 class EvaluateConfig(RuntimeConfig):
     "What is measured on a run and its samples, or on a classifier from elsewhere."
     run: str = ""  # the run folder
-    suite: Suite = "table"  # table: what Table 1 shows; full: everything; or one part of that
+    suite: Suite = "table"  # table: Table 1; claims: also what JEM's paper claims; full: all; or one part
     model: str = ""  # instead of a run: package.module:factory, called without arguments, gives a classifier
     model_data: str = "cifar10"  # the data set that this classifier is for
     model_inputs: Literal["signed", "unit"] = "signed"  # what it takes: images in [-1,1], or in [0,1] as RobustBench's

@@ -22,6 +22,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from ..core.config import Config, merged, option, settings, unfolded
 from ..core.errors import InputError
 from ..core.images import Images, add_noise, augment, to_unit
+from ..core.inputs import as_labels, check_model, trusted_inputs
 from ..ebm.attacks import attack_start, climb, pgd
 from ..ebm.energy import energy, score_of, untouched
 from ..ebm.objectives import Terms, hybrid_loss
@@ -147,7 +148,7 @@ def build_prior(config: HybridConfig, images: Images, device="cpu") -> GaussianM
     "Where a configuration's chains start; Gaussians are fitted to the training images."
     if config.replay.prior == "uniform":
         return UniformPrior(images.shape, images.num_classes, device)
-    return GaussianMixturePrior.fit(to_unit(images.train_x.to(device)), images.train_y.to(device), images.num_classes)
+    return GaussianMixturePrior.fit(images.train_x.to(device), images.train_y.to(device), images.num_classes)
 
 def build_optimizer(config: OptimizerConfig, parameters: list[nn.Parameter], runtime: Runtime) -> Optimizer:
     "SGD with momentum, or Adam; a recorded update reads the learning rate from a tensor."
@@ -166,7 +167,12 @@ def run_chains(
     generator: torch.Generator | None = None, # on the images' device
     on_step: Callable[[int, Tensor], None] | None = None, # called with (number, x) after each outer step
 ) -> Tensor: # ends [B,C,H,W]
-    "Run a chain with its sampler and its batch-norm statistics."
+    """Run a chain with its sampler and its batch-norm statistics.
+
+    Raises `InputError` as the sampler does.
+    """
+    if not isinstance(chain, Chain):
+        raise InputError(f"chain: {type(chain).__name__} is not accepted; accepted: Chain(outer_steps=10), say")
     score = score_of(model, y, chain.statistics)
     args = dict(
         step_size=chain.step_size,
@@ -244,8 +250,16 @@ def generate(
 ) -> Tensor: # images [B,C,H,W]; in [-1,1] except after "combined", which isn't clamped
     """Draw images of the wanted classes from scratch.
 
-    Raises `InputError` for an unknown method or settings out of range.
+    Raises `InputError` for an unknown method or settings out of range, labels that the prior doesn't have, and a model
+    that fails or gives no gradient.
     """
+    check_model(model)
+    if not isinstance(how, (str, HybridSampling)) or not isinstance(trained, (Chain, type(None))):
+        raise InputError(f"how, trained: {type(how).__name__} and {type(trained).__name__} are not accepted; accepted: "
+                         "HybridSampling or a method's name, and a Chain or none")
+    if not hasattr(prior, "sample"):
+        raise InputError(f"prior: {type(prior).__name__} is not accepted; accepted: what has sample(y, generator)")
+    y = as_labels(y, empty=True)
     given = {"method": how} if isinstance(how, str) else how.to_dict()
     how = HybridSampling.from_dict(merged(given, unfolded(changes)))
     attack, chain = how.attack, how.chain.of(trained or Chain())
@@ -258,15 +272,16 @@ def generate(
 
     device = next((t.device for t in model.parameters()), y.device)
     x, y = stage("prior", prior.sample(y, generator).to(device)), y.to(device)
-    if how.method in ("attack", "combined"):
-        with untouched(model, attack.statistics):
-            x = stage("attack", pgd(model, x, y, attack.eps, attack.steps, attack.step_size, targeted=True,
-                                    random_start=attack.random_start, generator=generator))
-    if how.method == "combined":
-        x, chain = stage("contrast", how.contrast * x), dataclasses.replace(chain, bounds=False)
-    if how.method in ("energy", "combined"):
-        x = run_chains(model, x, chain, y if conditional else None, generator,
-                       on_step=lambda i, x: stage(f"step {i + 1}", x))
+    with trusted_inputs():                      # a prior of bright images may draw a batch without a dark pixel
+        if how.method in ("attack", "combined"):
+            with untouched(model, attack.statistics):
+                x = stage("attack", pgd(model, x, y, attack.eps, attack.steps, attack.step_size, targeted=True,
+                                        random_start=attack.random_start, generator=generator))
+        if how.method == "combined":
+            x, chain = stage("contrast", how.contrast * x), dataclasses.replace(chain, bounds=False)
+        if how.method in ("energy", "combined"):
+            x = run_chains(model, x, chain, y if conditional else None, generator,
+                           on_step=lambda i, x: stage(f"step {i + 1}", x))
     return x
 
 # %% ../../nbs/systems/01_hybrid.ipynb #43a26e20
@@ -356,7 +371,8 @@ class Hybrid(System):
         self.fast.weights_changed()
         self._hot = None                        # what was recorded belongs to the settings of before
         if self.replay is not None:
-            self.replay.fill(self.replay_x, self.replay_y)
+            with trusted_inputs():
+                self.replay.fill(self.replay_x, self.replay_y)
 
     @property
     def fast(self) -> nn.Module:
@@ -383,6 +399,7 @@ class Hybrid(System):
             self._hot = HotPaths(self, step)
         return self._hot
 
+    @trusted_inputs(model=True)
     def update(self, batch: Batch, step: Step) -> dict[str, Tensor]:
         """One update of the network, and one visit to the replay buffer.
 
@@ -549,10 +566,12 @@ class Hybrid(System):
         return -energy(self.fast, x, y)
 
     # samples
+    @trusted_inputs(model=True)
     def start(self, y: Tensor, rng: torch.Generator) -> Tensor:
         "Draws of the prior `[B,C,H,W]`."
         return self.prior.sample(y, rng)
 
+    @trusted_inputs(model=True)
     def sample(self,
         y: Tensor, # labels [B] of the images to draw
         how: HybridSampling, # the method, and its settings
