@@ -66,7 +66,7 @@ OPTIONS = [
     ("generate --run runs/robust_jem --method gan", ["method", "gan", "attack", "energy", "combined"]),
     ("generate --run runs/robust_jem --num-samples 0", ["num_samples", "0", "1..∞"]),
     ("generate --run runs/robust_jem --contrast 0 --method combined", ["contrast", "0"]),
-    ("generate --run runs/robust_jem --contrast 1.5 --method combined", ["contrast", "1.5", "0..1"]),
+    ("generate --run runs/robust_jem --contrast 1.5 --method combined", ["contrast", "1.5", "..1"]),
     ("generate --run runs/robust_jem --attack.eps -1 --method attack", ["eps", "-1", "0..∞"]),
     ("generate --run runs/robust_jem --name ../elsewhere --num-samples 10", ["name", "../elsewhere"]),
     # scores/prior.json is the bare prior's
