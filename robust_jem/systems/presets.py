@@ -13,7 +13,19 @@ _DIGITS = dict(
     depth=10, width=1, eps=0.2, attack_steps=5, sampler_step_size=0.04, track_sampled=False, buffer_size=1000,
     pad=0, flip=False,
 )
-_DIGITS_JEM = dict(sampler_step_size=0.2, lr=1e-3)
+# Chains from uniform noise: clamped, moving far, with noise enough to spread. nbs/guide/why_jem_chains.ipynb has why.
+_DIGITS_JEM = dict(sampler_bounds=True, noise_std=0.05, reinit_prob=0.1, lr=1e-3, precision="float32")
+_FLAT = dict(sampler_step_size=4.0, outer_steps=20, lr=2e-3)                 # small energies, so long steps
+_DIGITS_JEM_ROWS = {
+    "jem": _DIGITS_JEM | dict(sampler_step_size=1.0, outer_steps=10, epochs=32),
+    "jem_factored": _DIGITS_JEM | _FLAT | dict(epochs=30, energy_penalty=0.002),
+    "igebm": _DIGITS_JEM | _FLAT | dict(epochs=20, energy_penalty=0.01),
+}
+_DIGITS_JEM_DRAWN = {
+    "jem": dict(precision="float32", outer_steps=50, noise_std=0.15),
+    "jem_factored": dict(precision="float32", outer_steps=150),
+    "igebm": dict(precision="float32", outer_steps=120, noise_std=0.03),
+}
 _DIGITS_SCORES = dict(
     attack_eps=(0.1, 0.2, 0.3, 0.4), l2_eps=(0.5, 1.0, 1.5, 2.0), restarts=5, num_restarts=360,
     autoattack_eps=(0.2, 0.3), num_autoattack=120,
@@ -65,14 +77,11 @@ PRESETS: dict[str, dict[str, dict[str, dict[str, Any]]]] = {
                 "*": dict(schedule="cosine", warmup_steps=50, epochs=16, threads=1),
                 "hybrid": _DIGITS,
                 "wide_resnet": dict(width=2, input_noise=0.1, epochs=15),
-                "jem": _DIGITS_JEM,
-                "jem_factored": _DIGITS_JEM,
-                "igebm": _DIGITS_JEM,
-            } | _FLOW_DIGITS["train"] | _GAN_DIGITS["train"] | _SCORE_DIGITS["train"],
+            } | _DIGITS_JEM_ROWS | _FLOW_DIGITS["train"] | _GAN_DIGITS["train"] | _SCORE_DIGITS["train"],
             "generate": {
                 "*": dict(num_samples=360, batch_size=120),
                 "hybrid": dict(eps=0.2, contrast=0.9),
-            } | _FLOW_DIGITS["generate"] | _GAN_DIGITS["generate"] | _SCORE_DIGITS["generate"],
+            } | _DIGITS_JEM_DRAWN | _FLOW_DIGITS["generate"] | _GAN_DIGITS["generate"] | _SCORE_DIGITS["generate"],
             "evaluate": {"*": _DIGITS_SCORES},
         },
         "*": {
