@@ -23,7 +23,7 @@ _DIGITS_JEM_ROWS = {
 }
 _DIGITS_JEM_DRAWN = {
     "jem": dict(precision="float32", outer_steps=50, noise_std=0.15),
-    "jem_factored": dict(precision="float32", outer_steps=150),
+    "jem_factored": dict(precision="float32", outer_steps=100),
     "igebm": dict(precision="float32", outer_steps=120, noise_std=0.03),
 }
 _DIGITS_SCORES = dict(
