@@ -15,10 +15,10 @@ from robust_jem.systems.catalog import GenerateConfig, TrainConfig, configure
 from robust_jem.systems.hybrid import generate
 
 ROWS = ("jem", "jem_factored", "igebm")
-UPDATES = 120  # 5 to 12 seconds a row
+UPDATES = 120  # of which the class-conditional rows' take twice as long
 
 
-@pytest.fixture(scope="module", params=ROWS)
+@pytest.fixture(scope="module", params=["jem", *(pytest.param(row, marks=pytest.mark.long) for row in ROWS[1:])])
 def run(request, made_once):
     "A training that is broken off early: its schedule is that of a whole one's beginning."
 
