@@ -20,7 +20,29 @@ _DIGITS = dict(
     replay=dict(size=1000),
 )
 _DIGITS_WIDE_RESNET = dict(network=dict(width=2), augment=dict(noise=0.1), schedule=dict(epochs=15))
-_DIGITS_JEM = dict(chain=dict(step_size=0.2), optimizer=dict(lr=1e-3))
+# Chains from uniform noise: clamped, moving far, with noise enough to spread. nbs/guide/why_jem_chains.ipynb has why.
+_DIGITS_JEM = dict(
+    chain=dict(step_size=1.0, outer_steps=10, bounds=True, noise_std=0.05),
+    replay=dict(reinit_prob=0.1),
+    optimizer=dict(lr=1e-3),
+    schedule=dict(epochs=32),
+    precision="float32",
+)
+# Small energies, so long steps.
+_DIGITS_CONDITIONAL = _DIGITS_JEM | dict(
+    chain=dict(step_size=4.0, outer_steps=20, bounds=True, noise_std=0.05),
+    optimizer=dict(lr=2e-3),
+)
+_DIGITS_JEM_ROWS = {
+    "jem": _DIGITS_JEM,
+    "jem_factored": _DIGITS_CONDITIONAL | dict(schedule=dict(epochs=30), objective=dict(energy_penalty=0.002)),
+    "igebm": _DIGITS_CONDITIONAL | dict(schedule=dict(epochs=20), objective=dict(energy_penalty=0.01)),
+}
+_DIGITS_JEM_DRAWN = {
+    "jem": dict(precision="float32", chain=dict(outer_steps=50, noise_std=0.15)),
+    "jem_factored": dict(precision="float32", chain=dict(outer_steps=100)),
+    "igebm": dict(precision="float32", chain=dict(outer_steps=120, noise_std=0.03)),
+}
 _DIGITS_SCORES = dict(
     attack_eps=(0.1, 0.2, 0.3, 0.4), l2_eps=(0.5, 1.0, 1.5, 2.0), restarts=5, num_restarts=360,
     autoattack_eps=(0.2, 0.3), num_autoattack=120,
@@ -115,14 +137,11 @@ PRESETS: dict[str, dict[str, dict[str, dict[str, Any]]]] = {
                 "*": _DIGITS_BUDGET,
                 "hybrid": _DIGITS,
                 "wide_resnet": _DIGITS_WIDE_RESNET,
-                "jem": _DIGITS_JEM,
-                "jem_factored": _DIGITS_JEM,
-                "igebm": _DIGITS_JEM,
-            } | _FLOW_DIGITS["train"] | _GAN_DIGITS["train"] | _SCORE_DIGITS["train"],
+            } | _DIGITS_JEM_ROWS | _FLOW_DIGITS["train"] | _GAN_DIGITS["train"] | _SCORE_DIGITS["train"],
             "generate": {
                 "*": dict(num_samples=360, batch_size=120),
                 "hybrid": dict(attack=dict(eps=0.2), contrast=0.9),
-            } | _FLOW_DIGITS["generate"] | _GAN_DIGITS["generate"] | _SCORE_DIGITS["generate"],
+            } | _DIGITS_JEM_DRAWN | _FLOW_DIGITS["generate"] | _GAN_DIGITS["generate"] | _SCORE_DIGITS["generate"],
             "evaluate": {"*": _DIGITS_SCORES},
         },
         "*": {
