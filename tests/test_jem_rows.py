@@ -24,7 +24,8 @@ def run(request, made_once):
 
     def make(folder):
         train(
-            configure(TrainConfig, request.param, schedule="constant", updates=UPDATES, device="cpu", out=str(folder)),
+            configure(TrainConfig, request.param, schedule=dict(kind="constant", updates=UPDATES), device="cpu",
+                      out=str(folder)),
             progress=False,
         )
 
@@ -36,12 +37,14 @@ def test_the_preset_changes_numbers_not_the_system(system):
     "Uniform starts, Langevin steps with noise, no normalisation; published settings stay those of the catalog."
     digits, paper = (configure(TrainConfig, system, d, p) for d, p in (("digits", "cpu"), ("cifar10", "paper")))
     for c in (digits, paper):
-        assert (c.prior, c.sampler, c.norm) == ("uniform", "sgld", "none") and c.noise_std > 0
-        assert c.clean_weight == (system == "jem") and not c.adversarial_weight and c.likelihood_weight == 1
-        assert c.conditional == (system != "jem")
-    assert (paper.optimizer, paper.lr, paper.noise_std, paper.sampler_step_size) == ("adam", 1e-4, 0.01, 2.0)
-    assert (paper.reinit_prob, paper.buffer_size, paper.sampler_bounds) == (0.05, 10_000, False)
-    assert (paper.outer_steps, paper.energy_penalty) == ((60, 1.0) if system == "igebm" else (20, 0.0))
+        assert (c.replay.prior, c.chain.sampler, c.network.norm) == ("uniform", "sgld", "none")
+        assert c.chain.noise_std > 0 and not c.objective.adversarial_weight and c.objective.likelihood_weight == 1
+        assert c.objective.clean_weight == (system == "jem") and c.objective.conditional == (system != "jem")
+    chain, replay, optimizer = paper.chain, paper.replay, paper.optimizer
+    assert (optimizer.kind, optimizer.lr, chain.noise_std, chain.step_size) == ("adam", 1e-4, 0.01, 2.0)
+    assert (replay.reinit_prob, replay.size, chain.bounds) == (0.05, 10_000, False)
+    longest = (60, 1.0) if system == "igebm" else (20, 0.0)
+    assert (chain.outer_steps, paper.objective.energy_penalty) == longest
 
 
 def test_it_trains_without_a_recovery(run):
@@ -64,18 +67,16 @@ def test_the_buffer_leaves_the_noise_within_bounds(run):
 def test_chains_from_noise_go_down_to_the_energy_of_images(run):
     c, model, images = run.config, run.model(), run.images()
     how = configure(GenerateConfig, c.system)
-    changes = {k: getattr(how, k) for k in ("noise_std", "sampler_step_size") if getattr(how, k) is not None}
     y = torch.arange(60) % 10
     generator = torch.Generator().manual_seed(0)
     states = {}
     generate(
-        model, run.prior(), y, "energy", sampler=dataclasses.replace(c, **changes), outer_steps=how.outer_steps,
-        generator=generator, on_stage=states.__setitem__,
+        model, run.prior(), y, how, trained=c.chain, generator=generator, on_stage=states.__setitem__,
     )
-    labels = y if c.conditional else None
+    labels = y if c.objective.conditional else None
     with torch.no_grad():
-        start, end = (energy(model, states[k], labels).mean() for k in ("prior", f"step {how.outer_steps}"))
-        real = energy(model, to_unit(images.train_x), images.train_y if c.conditional else None).mean()
+        start, end = (energy(model, states[k], labels).mean() for k in ("prior", f"step {how.chain.outer_steps}"))
+        real = energy(model, to_unit(images.train_x), images.train_y if c.objective.conditional else None).mean()
     assert end < start and end < real + 0.5 * (start - real)
 
 
