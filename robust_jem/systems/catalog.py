@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Statistics', 'Precision', 'Compile', 'Suite', 'RUNTIME_FIELDS', 'STRANGERS', 'SYSTEMS', 'TrainConfig',
-           'GenerateConfig', 'EvaluateConfig', 'Entry', 'register', 'system_class', 'config_class', 'load_config',
-           'merged', 'build_system', 'check_names', 'configure', 'sample_plan']
+           'GenerateConfig', 'EvaluateConfig', 'merged', 'Entry', 'register', 'system_class', 'config_class',
+           'load_config', 'build_system', 'check_names', 'configure', 'sample_plan']
 
 # %% ../../nbs/systems/03_catalog.ipynb #c108fc64
 import pkgutil
@@ -155,7 +155,7 @@ class GenerateConfig(Config):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.name in ("classification", "held-out", "prior", ".", "..") or "/" in self.name:
+        if self.name in ("classification", "density", "held-out", "prior", ".", "..") or "/" in self.name:
             raise InputError(f"name: {self.name!r} can't name a sample set; "
                              "accepted: a folder's name other than classification, held-out and prior")
 
@@ -201,6 +201,15 @@ class EvaluateConfig(Config):
     max_minutes: float = option(0.0, 0)  # stop after this time, keeping the finished parts; 0: no limit
 
 # %% ../../nbs/systems/03_catalog.ipynb #22790605
+def merged(*layers: dict) -> dict:
+    "Mappings in layers, each overriding the one before, also inside of values that are mappings."
+    result = {}
+    for layer in layers:
+        for name, value in layer.items():
+            inside = isinstance(value, dict) and isinstance(result.get(name), dict)
+            result[name] = merged(result[name], value) if inside else value
+    return result
+
 @dataclass(frozen=True)
 class Entry:
     "A trained row of the tables: what it changes in `TrainConfig`, how it is sampled, and the class that does it."
@@ -234,7 +243,27 @@ SYSTEMS: dict[str, Entry] = {
     "jempp": Entry("JEM++", "Yang and Ji 2021", dict(clean_weight=1.0, adversarial_weight=0.0), ("energy",)),
     "robust_jem": Entry("Robust JEM", "Korst and Asadulaev", dict(), ("energy", "combined")),
 }
-_FLOWS: dict[str, Entry] = {}
+_GLOW = dict(optimizer="adam", lr=1e-3, weight_decay=0.0, pad=0, flow=dict(kind="glow", factor_out=True))
+_RESIDUAL = dict(
+    optimizer="adam", lr=1e-3, weight_decay=0.0, pad=0, ema_decay=0.999, flow=dict(kind="residual", factor_out=False),
+)
+_HEAD = dict(flow=dict(head=256))
+_GLOW_PAPER, _RESIDUAL_PAPER = "Kingma and Dhariwal 2018", "Chen et al. 2019"
+
+
+def _flow(title: str, source: str, train: dict, kind: str = "FlowClassifier") -> Entry:
+    return Entry(title, source, train, ("sample",), f"robust_jem.systems.flow:{kind}")
+
+
+_FLOWS: dict[str, Entry] = {
+    "glow": _flow("Glow", _GLOW_PAPER, _GLOW, "FlowSystem"),
+    "glow_conditional": _flow(
+        "Class-conditional Glow", _GLOW_PAPER, merged(_GLOW, dict(flow=dict(conditional=True))), "ConditionalFlow",
+    ),
+    "residual_flow": _flow("Residual Flow", _RESIDUAL_PAPER, _RESIDUAL, "FlowSystem"),
+    "glow_hybrid": _flow("Glow, hybrid", _RESIDUAL_PAPER, merged(_GLOW, _HEAD)),
+    "residual_flow_hybrid": _flow("Residual Flow, hybrid", _RESIDUAL_PAPER, merged(_RESIDUAL, _HEAD)),
+}
 _GANS: dict[str, Entry] = {}
 _SCORES: dict[str, Entry] = {}
 SYSTEMS |= _FLOWS | _GANS | _SCORES
@@ -270,15 +299,6 @@ def load_config(
     system = values.get("system", "robust_jem")
     check_names(system=system, preset=values.get("preset", "paper"))
     return config_class(TrainConfig, system).from_dict(values)
-
-def merged(*layers: dict) -> dict:
-    "Mappings in layers, each overriding the one before, also inside of values that are mappings."
-    result = {}
-    for layer in layers:
-        for name, value in layer.items():
-            inside = isinstance(value, dict) and isinstance(result.get(name), dict)
-            result[name] = merged(result[name], value) if inside else value
-    return result
 
 def build_system(
     config: TrainConfig, # names the system
