@@ -32,8 +32,8 @@ from robust_jem.systems.flow import Flow, FlowSystem, MultiScale, ResidualBlock,
 
 FLOWS = ("glow", "glow_conditional", "residual_flow", "glow_hybrid", "residual_flow_hybrid")
 SMALL = {
-    "glow": dict(levels=2, blocks=2, hidden=16, logit=1e-6),
-    "residual": dict(levels=2, blocks=1, hidden=8, fc_blocks=2, fc_hidden=32, logit=1e-6, power_iterations=5),
+    "glow": dict(blocks=(2, 2), hidden=16, logit=1e-6),
+    "residual": dict(blocks=(1, 1), hidden=8, fc_blocks=2, fc_hidden=32, logit=1e-6, power_iterations=5),
 }
 
 
@@ -66,10 +66,10 @@ def flat(model, x):
 
 
 FORMS = {
-    "glow": Flow(levels=2, blocks=2, hidden=8),
-    "glow, logits": Flow(levels=1, blocks=3, hidden=8, logit=0.05),
-    "residual": Flow("residual", levels=2, blocks=2, hidden=8, factor_out=False, fc_blocks=2, fc_hidden=16),
-    "residual, factored out": Flow("residual", levels=2, blocks=1, hidden=8, factor_out=True, logit=1e-6),
+    "glow": Flow(blocks=(2, 2), hidden=8),
+    "glow, logits": Flow(blocks=(3,), hidden=8, logit=0.05),
+    "residual": Flow("residual", blocks=(2, 2), hidden=8, factor_out=False, fc_blocks=2, fc_hidden=16),
+    "residual, factored out": Flow("residual", blocks=(1, 1), hidden=8, factor_out=True, logit=1e-6),
 }
 
 
@@ -128,10 +128,10 @@ def trained_in_the_plane(layers, base, steps=150):
 def test_density_in_the_plane_integrates_to_one(kind):
     with global_random(torch.Generator().manual_seed(0)):
         if kind == "glow":          # a scale's blocks, without the squeeze, which needs 2×2 pixels
-            layers = glow_scale(2, Flow(blocks=6, hidden=32))[1:]
+            layers = glow_scale(2, 6, Flow(hidden=32))[1:]
             base = GlowBase((2, 1, 1))
         else:
-            flow = Flow("residual", levels=1, blocks=0, fc_blocks=6, fc_hidden=32, factor_out=False, power_iterations=20)
+            flow = Flow("residual", blocks=(0,), fc_blocks=6, fc_hidden=32, factor_out=False, power_iterations=20)
             model = MultiScale(flow, (1, 1, 2), 10)
             model.initialise(torch.rand(64, 1, 1, 2) - 0.5)
             layers, base = list(model.scales[0]), model.bases[0]
@@ -146,7 +146,7 @@ def test_density_in_the_plane_integrates_to_one(kind):
 
 @pytest.mark.parametrize("mode", ["training", "evaluation"])
 def test_the_estimate_of_the_log_determinant_is_unbiased(mode):
-    flow = Flow("residual", levels=1, blocks=0, fc_blocks=1, fc_hidden=4, factor_out=False, coefficient=0.9)
+    flow = Flow("residual", blocks=(0,), fc_blocks=1, fc_hidden=4, factor_out=False, coefficient=0.9)
     model, x = perturbed(flow, (1, 2, 2))
     block = next(m for m in model.scales[0] if isinstance(m, ResidualBlock))
     generator = torch.Generator().manual_seed(3)
@@ -323,8 +323,8 @@ def test_a_flow_that_diverges_is_taken_back(system, here, monkeypatch):
 @pytest.mark.parametrize(
     "argv, says",
     [
-        ("--flow.levels 9", "levels: 9 is outside 1..8"),
-        ("--flow.levels 4", "8x8 pixels"),
+        ("--flow.blocks 1 -1", "blocks: -1 is outside 0..1000"),
+        ("--flow.blocks 1 1 1 1", "8x8 pixels"),
         ("--flow.logit 0.5", "logit"),
         ("--flow.head 8", "glow doesn't classify"),
         ("--flow.conditional --flow.head 8", "two ways to classify"),

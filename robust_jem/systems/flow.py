@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['Flow', 'FlowConfig', 'FlowSampling', 'ConditionalSampling', 'global_random', 'exact_log_det', 'fixed_point',
-           'ResidualBlock', 'Pixels', 'glow_scale', 'residual_scale', 'Head', 'MultiScale', 'FlowSystem',
-           'FlowClassifier', 'ConditionalFlow']
+           'ResidualBlock', 'Pixels', 'Whitening', 'glow_scale', 'residual_scale', 'MixtureBase', 'Head', 'MultiScale',
+           'FlowSystem', 'FlowClassifier', 'ConditionalFlow']
 
-# %% ../../nbs/systems/04_flow.ipynb #1bdee1c6
+# %% ../../nbs/systems/04_flow.ipynb #8a71cf23
 import math
 import warnings
 from collections.abc import Callable
@@ -19,6 +19,7 @@ import normflows as nf
 import numpy as np
 import torch
 import torch.nn.functional as F
+from sklearn.mixture import GaussianMixture
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -30,18 +31,19 @@ from ..core.random import stream
 from .base import Batch, Runtime, Step, System
 from .catalog import GenerateConfig, TrainConfig
 
-# %% ../../nbs/systems/04_flow.ipynb #4863ffb7
+# %% ../../nbs/systems/04_flow.ipynb #ac36a2b7
 @dataclass(frozen=True)
 class Flow(Config):
     "What a flow is made of, and how it is fitted."
     kind: Literal["glow", "residual"] = "glow"  # affine couplings (Glow), or residual blocks (Residual Flow)
-    levels: int = option(3, 1, 8)  # scales; between them, 2×2 pixels become channels (both: 3)
-    blocks: int = option(32, 0, 1000)  # of each scale: K (Glow: 32, Residual Flow: 16)
+    blocks: tuple[int, ...] = option((32, 32, 32), 0, 1000)  # of each scale, the image's first (Residual Flow: 16 each)
     hidden: int = option(512, 1)  # channels inside a block (both: 512)
     factor_out: bool = True  # half of the channels are done after each scale (Glow; Residual Flow: not)
     fc_blocks: int = option(0, 0, 100)  # residual: fully connected blocks at the end (Residual Flow: 4)
     fc_hidden: int = option(128, 1)  # residual: units inside them (Residual Flow: 128)
     logit: float = option(0.0, 0, 0.49)  # α: pixels in (0,1) become logit(α + (1 - 2α) pixel) (Residual Flow: 0.05)
+    whiten: bool = False  # begins with a learned linear map of all pixels, at first ZCA whitening; for small images
+    components: int = option(0, 0, 1000)  # Gaussians of the last scale, and of each class; 0: one (as published)
     conditional: bool = False  # a Gaussian of each class: p(x|y), and p(y|x) by Bayes' rule (Glow, appendix D)
     head: int = option(0, 0)  # channels of the classifier's head at each scale; 0: none (Residual Flow: 256)
     weight: float | None = option(None, 0)  # with a head, λ in λ · bits + cross-entropy; none: 1/D
@@ -59,6 +61,8 @@ class FlowConfig(TrainConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        if not self.flow.blocks:
+            raise InputError("flow.blocks: is empty; accepted: the number of blocks of each scale, such as 32 32 32")
         if self.flow.head and self.flow.conditional:
             raise InputError(f"flow: head {self.flow.head} and conditional are two ways to classify; set one of them")
 
@@ -158,7 +162,7 @@ class ResidualBlock(nf.flows.Residual):
         x = self.invert(y)
         return x, -self.inverse(x)[1]
 
-# %% ../../nbs/systems/04_flow.ipynb #9a102596
+# %% ../../nbs/systems/04_flow.ipynb #18d60067
 class Pixels(nf.flows.Flow):
     """From [-1 - 1/255, 1 + 1/255], where dequantised images live, to (-1/2, 1/2), or with α to logits of [α, 1 - α].
 
@@ -190,14 +194,52 @@ class Pixels(nf.flows.Flow):
         unit, more = self.logit(z)
         return (2 * unit - 1) * self.HALF, log_det + more
 
+class Whitening(nf.flows.InvertibleAffine):
+    """A learned linear map of all pixels, z = W (x - μ), which begins as ZCA whitening of a batch of images.
+
+    So fitting begins at a Gaussian of full covariance instead of independent pixels, and neighbours stay neighbours.
+    """
+
+    def __init__(self,
+        shape: tuple[int, int, int], # (C, H, W) of the images
+        jitter: float = 1e-4, # added to the covariance's diagonal, as in the prior of chains
+    ):
+        super().__init__(math.prod(shape))
+        self.shape, self.jitter = shape, jitter
+        self.mean = nn.Parameter(torch.zeros(math.prod(shape)))
+
+    @torch.no_grad()
+    def initialise(self, x: Tensor):
+        "Whiten a batch `[N,C,H,W]`."
+        flat = x.flatten(1).double()
+        values, vectors = torch.linalg.eigh(flat.T.cov() + self.jitter * torch.eye(flat.shape[1], dtype=flat.dtype))
+        permutation, lower, upper = torch.linalg.lu(vectors @ torch.diag(values.rsqrt()) @ vectors.T)
+        self.mean.copy_(flat.mean(0))
+        self.P.copy_(permutation)
+        self.L.copy_(lower)
+        self.U.copy_(upper.triu(1))
+        self.sign_S.copy_(upper.diag().sign())
+        self.log_S.copy_(upper.diag().abs().log())
+
+    def inverse(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        "From the image's side; the log-determinant `[]`."
+        z, log_det = super().inverse(x.flatten(1) - self.mean)
+        return z.view(-1, *self.shape), log_det
+
+    def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        "From the noise's side; the log-determinant `[]`."
+        x, log_det = super().forward(z.flatten(1))
+        return (x + self.mean).view(-1, *self.shape), log_det
+
 def glow_scale(
     channels: int, # after the squeeze
+    blocks: int, # how many
     flow: Flow,
 ) -> list[nf.flows.Flow]:
     "One scale of Glow from the image's side: a squeeze of 2×2 pixels into channels, and the blocks."
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.lu is deprecated")            # normflows calls Tensor.lu
-        blocks = [nf.flows.GlowBlock(channels, flow.hidden, split_mode="channel") for _ in range(flow.blocks)]
+        blocks = [nf.flows.GlowBlock(channels, flow.hidden, split_mode="channel") for _ in range(blocks)]
     return [nf.flows.Squeeze(), *blocks]
 
 def _residual(g: nn.Module, norm: tuple[int, int, int], flow: Flow) -> list[nf.flows.Flow]:
@@ -205,6 +247,7 @@ def _residual(g: nn.Module, norm: tuple[int, int, int], flow: Flow) -> list[nf.f
 
 def residual_scale(
     shape: tuple[int, int, int], # (C, H, W)
+    blocks: int, # how many
     flow: Flow,
     first: bool, # begins with a normalisation
     last: bool, # has no squeeze, and fully connected blocks
@@ -217,7 +260,7 @@ def residual_scale(
         lipschitz_tolerance=1e-3,
     )
     layers = [nf.flows.ActNorm((channels, 1, 1))] if first else []
-    for _ in range(flow.blocks):
+    for _ in range(blocks):
         g = nf.nets.LipschitzCNN([channels, flow.hidden, flow.hidden, channels], [3, 1, 3], **lipschitz)
         layers += _residual(g, (channels, 1, 1), flow)
     if not last:
@@ -226,6 +269,59 @@ def residual_scale(
         mlp = nf.nets.LipschitzMLP([dim, flow.fc_hidden, flow.fc_hidden, dim], **lipschitz)
         layers += _residual(nn.Sequential(nn.Flatten(), mlp, nn.Unflatten(1, shape)), shape, flow)
     return layers
+
+class MixtureBase(nn.Module):
+    """Gaussians with diagonal covariances and learned weights, where published flows have one.
+
+    As in FlowGMM (Izmailov et al. 2020). Where images come in kinds, the flow must tear one Gaussian apart, and a small
+    flow tears it badly.
+    """
+
+    def __init__(self,
+        shape: tuple[int, int, int], # of the latent variables
+        components: int, # Gaussians, of each class where there are classes
+        num_classes: int | None = None, # K; none: p(z) alone
+    ):
+        super().__init__()
+        self.shape, self.temperature, self.class_cond = shape, 1.0, num_classes is not None
+        size = (num_classes or 1, components, math.prod(shape))
+        self.logits = nn.Parameter(torch.zeros(size[:2]))
+        self.loc = nn.Parameter(torch.zeros(size))
+        self.log_scale = nn.Parameter(torch.zeros(size))
+
+    @torch.no_grad()
+    def initialise(self,
+        z: Tensor, # latent variables [N,…]
+        y: Tensor, # labels [N]
+    ):
+        "Fit the Gaussians by expectation-maximisation."
+        flat = z.flatten(1).double()
+        for k in range(len(self.loc)):
+            mine = flat[y == k] if self.class_cond else flat
+            mixture = GaussianMixture(self.loc.shape[1], covariance_type="diag", reg_covar=0.01, random_state=0)
+            fitted = mixture.fit(mine.numpy())
+            self.logits[k] = torch.from_numpy(fitted.weights_).log()
+            self.loc[k] = torch.from_numpy(fitted.means_)
+            self.log_scale[k] = torch.from_numpy(fitted.covariances_).log() / 2
+
+    def _of(self, y: Tensor | None, n: int) -> Tensor:
+        "Which Gaussians each of `n` images has `[n]`."
+        return torch.zeros(n, dtype=torch.long, device=self.loc.device) if y is None else y
+
+    def log_prob(self, z: Tensor, y: Tensor | None = None) -> Tensor:
+        "log p(z), or log p(z|y), `[B]`."
+        mine = self._of(y, 1)
+        scaled = (z.flatten(1)[:, None] - self.loc[mine]) * (-self.log_scale[mine]).exp()
+        constant = self.log_scale[mine].sum(2) + 0.5 * math.log(2 * math.pi) * self.loc.shape[2]
+        return (self.logits[mine].log_softmax(1) - constant - 0.5 * scaled.square().sum(2)).logsumexp(1)
+
+    def forward(self, n: int, y: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        "Draw `n` latent variables, their noise times the temperature; and their log density `[n]`."
+        mine = self._of(y, n)
+        component = torch.multinomial(self.logits[mine].softmax(1), 1)[:, 0]
+        noise = self.temperature * torch.randn(n, self.loc.shape[2], device=self.loc.device)
+        z = self.loc[mine, component] + self.log_scale[mine, component].exp() * noise
+        return z.view(n, *self.shape), self.log_prob(z, y)
 
 class Head(nn.Module):
     "The published classifier: each scale's features → 3×3 conv → ActNorm → ReLU → mean, all of them → linear."
@@ -260,26 +356,31 @@ class MultiScale(nn.Module):
         super().__init__()
         self.factor_out, self.pixels = flow.factor_out, Pixels(flow.logit)
         c, h, w = shape
-        halvings = flow.levels if flow.kind == "glow" else flow.levels - 1
+        levels = len(flow.blocks)
+        halvings = levels if flow.kind == "glow" else levels - 1
         if h % 2**halvings or w % 2**halvings:
-            raise InputError(f"flow.levels: {flow.levels} levels halve an image {halvings} times, and {h}x{w} pixels "
-                             "don't divide; choose fewer")
+            raise InputError(f"flow.blocks: {levels} scales halve an image {halvings} times, and {h}x{w} pixels "
+                             "don't divide; give fewer")
         scales, features, latents = [], [], []
-        for i in range(flow.levels):
-            last = i == flow.levels - 1
+        for i, blocks in enumerate(flow.blocks):
+            last = i == levels - 1
             if flow.kind == "glow":
-                scales.append(glow_scale(4 * c, flow))
+                scales.append(glow_scale(4 * c, blocks, flow))
             else:
-                scales.append(residual_scale((c, h, w), flow, i == 0, last))
+                scales.append(residual_scale((c, h, w), blocks, flow, i == 0, last))
             if flow.kind == "glow" or not last:
                 c, h, w = 4 * c, h // 2, w // 2
             if flow.factor_out and not last:
                 c = c // 2
                 latents.append((c, h, w))
             features.append(c)
+        if flow.whiten:
+            scales[0].insert(0, Whitening(shape))
         self.scales = nn.ModuleList(map(nn.ModuleList, scales))
         classes = num_classes if flow.conditional else None
         self.bases = nn.ModuleList(nf.distributions.GlowBase(s, classes) for s in [*latents, (c, h, w)])
+        if flow.components:
+            self.bases[-1] = MixtureBase((c, h, w), flow.components, classes)
         self.head = Head(features, flow.head, num_classes) if flow.head else None
 
     def encode(self,
@@ -336,7 +437,7 @@ class MultiScale(nn.Module):
         for base in self.bases:
             base.temperature = temperature
             latents.append(base(n, y)[0] if base.class_cond else base(n)[0])
-            base.temperature = None
+            base.temperature = 1.0
         return latents
 
     def renormalise(self, iterations: int | None = None):
@@ -347,14 +448,19 @@ class MultiScale(nn.Module):
     @torch.no_grad()
     def initialise(self,
         x: Tensor, # images [N,C,H,W]
+        y: Tensor | None = None, # labels [N], for the Gaussians of the last scale; none: these are left alone
     ):
         "Set normalisations by a batch of images, and the sizes that Lipschitz layers know only from it."
-        _, features, _ = self.encode(x, density=False)
+        if isinstance(self.scales[0][0], Whitening):
+            self.scales[0][0].initialise(self.pixels.inverse(x)[0])
+        latents, features, _ = self.encode(x, density=False)
+        if isinstance(self.bases[-1], MixtureBase) and y is not None:
+            self.bases[-1].initialise(latents[-1], y)
         if self.head is not None:
             self.head(features)
         self.renormalise(50)
 
-# %% ../../nbs/systems/04_flow.ipynb #7478e47f
+# %% ../../nbs/systems/04_flow.ipynb #06fbee19
 class FlowSystem(System):
     "Glow or Residual Flow as a density model."
     capabilities = frozenset({"log_density", "normalised", "sample"})
@@ -372,11 +478,12 @@ class FlowSystem(System):
         self.images, self.runtime = images, runtime
         self._check()
         choices = stream(config.seed, "flow")
-        n = min(config.batch_size if rng is not None else 2, len(images.train_x))
+        many = config.flow.whiten or config.flow.components
+        n = (2048 if many else config.batch_size) if rng is not None else 2
         first = dequantise(images.train_x[:n], choices)
         with global_random(choices):
             self.flow = MultiScale(config.flow, images.shape, images.num_classes)
-            self.flow.initialise(first)
+            self.flow.initialise(first, None if rng is None else images.train_y[:n])
         self.flow.to(runtime.device)
         frequencies = torch.bincount(images.train_y, minlength=images.num_classes) / len(images.train_y)
         self.log_prior = frequencies.log().to(runtime.device)           # log p(y) [K]
@@ -485,7 +592,7 @@ class FlowSystem(System):
             on_stage("sample", x)
         return x
 
-# %% ../../nbs/systems/04_flow.ipynb #fbf012a4
+# %% ../../nbs/systems/04_flow.ipynb #a7127cf3
 class FlowClassifier(FlowSystem):
     "A flow that classifies: by the published head, or by Bayes' rule."
     capabilities = FlowSystem.capabilities | {"logits"}

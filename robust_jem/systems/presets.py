@@ -37,7 +37,7 @@ _ADAM = dict(lr=1e-4)                                                    # as in
 # The systems of other kinds: dataset -> stage -> family or system -> changes.
 # Flows on CIFAR-10: Glow's public code has these and no number of epochs; Residual Flow's has them all, and its hybrid
 # no logits but crops (rtqichen/residual-flows, train_img.py).
-_RESIDUAL_CIFAR = dict(blocks=16, fc_blocks=4, beta2=0.99)
+_RESIDUAL_CIFAR = dict(blocks=(16, 16, 16), fc_blocks=4, beta2=0.99)
 _FLOW_PAPER: dict[str, dict] = {
     "train": {
         "flow": dict(epochs=1000, batch_size=64, schedule="constant", warmup_steps=1000),
@@ -47,15 +47,15 @@ _FLOW_PAPER: dict[str, dict] = {
     },
     "generate": {},
 }
-_GLOW_DIGITS = dict(levels=2, blocks=8, hidden=64)
+_GLOW_DIGITS = dict(blocks=(8, 8), hidden=64)
 _FLOW_DIGITS: dict[str, dict] = {
     "train": {
         "flow": dict(flip=False, batch_size=64, epochs=60, flow=dict(logit=1e-6, power_iterations=2)),
         "glow": dict(flow=_GLOW_DIGITS),
         "glow_conditional": dict(flow=_GLOW_DIGITS),
         "glow_hybrid": dict(flow=_GLOW_DIGITS | dict(head=64)),
-        "residual_flow": dict(flow=dict(levels=1, blocks=0, fc_blocks=10)),
-        "residual_flow_hybrid": dict(flow=dict(levels=1, blocks=0, fc_blocks=10, head=64)),
+        "residual_flow": dict(flow=dict(blocks=(0,), fc_blocks=10)),
+        "residual_flow_hybrid": dict(flow=dict(blocks=(0,), fc_blocks=10, head=64)),
     },
     "generate": {},
 }
