@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Flow', 'FlowConfig', 'FlowSampling', 'ConditionalSampling', 'global_random', 'exact_log_det', 'fixed_point',
-           'ResidualBlock', 'Pixels', 'Whitening', 'glow_scale', 'residual_scale', 'MixtureBase', 'Head', 'MultiScale',
-           'FlowSystem', 'FlowClassifier', 'ConditionalFlow']
+           'ResidualBlock', 'Pixels', 'glow_scale', 'residual_scale', 'MixtureBase', 'Head', 'MultiScale', 'FlowSystem',
+           'FlowClassifier', 'ConditionalFlow']
 
 # %% ../../nbs/systems/04_flow.ipynb #8a71cf23
 import math
@@ -31,7 +31,7 @@ from ..core.random import stream
 from .base import Batch, Runtime, Step, System
 from .catalog import GenerateConfig, TrainConfig
 
-# %% ../../nbs/systems/04_flow.ipynb #ac36a2b7
+# %% ../../nbs/systems/04_flow.ipynb #ff30db13
 @dataclass(frozen=True)
 class Flow(Config):
     "What a flow is made of, and how it is fitted."
@@ -42,8 +42,7 @@ class Flow(Config):
     fc_blocks: int = option(0, 0, 100)  # residual: fully connected blocks at the end (Residual Flow: 4)
     fc_hidden: int = option(128, 1)  # residual: units inside them (Residual Flow: 128)
     logit: float = option(0.0, 0, 0.49)  # α: pixels in (0,1) become logit(α + (1 - 2α) pixel) (Residual Flow: 0.05)
-    whiten: bool = False  # begins with a learned linear map of all pixels, at first ZCA whitening; for small images
-    components: int = option(0, 0, 1000)  # Gaussians of the last scale, and of each class; 0: one (as published)
+    components: int = option(0, 0, 1000)  # Gaussians of each class at the last scale; 0: one in all (as published)
     conditional: bool = False  # a Gaussian of each class: p(x|y), and p(y|x) by Bayes' rule (Glow, appendix D)
     head: int = option(0, 0)  # channels of the classifier's head at each scale; 0: none (Residual Flow: 256)
     weight: float | None = option(None, 0)  # with a head, λ in λ · bits + cross-entropy; none: 1/D
@@ -162,7 +161,7 @@ class ResidualBlock(nf.flows.Residual):
         x = self.invert(y)
         return x, -self.inverse(x)[1]
 
-# %% ../../nbs/systems/04_flow.ipynb #18d60067
+# %% ../../nbs/systems/04_flow.ipynb #dc21bd7c
 class Pixels(nf.flows.Flow):
     """From [-1 - 1/255, 1 + 1/255], where dequantised images live, to (-1/2, 1/2), or with α to logits of [α, 1 - α].
 
@@ -193,43 +192,6 @@ class Pixels(nf.flows.Flow):
             return 2 * self.HALF * z, log_det
         unit, more = self.logit(z)
         return (2 * unit - 1) * self.HALF, log_det + more
-
-class Whitening(nf.flows.InvertibleAffine):
-    """A learned linear map of all pixels, z = W (x - μ), which begins as ZCA whitening of a batch of images.
-
-    So fitting begins at a Gaussian of full covariance instead of independent pixels, and neighbours stay neighbours.
-    """
-
-    def __init__(self,
-        shape: tuple[int, int, int], # (C, H, W) of the images
-        jitter: float = 1e-4, # added to the covariance's diagonal, as in the prior of chains
-    ):
-        super().__init__(math.prod(shape))
-        self.shape, self.jitter = shape, jitter
-        self.mean = nn.Parameter(torch.zeros(math.prod(shape)))
-
-    @torch.no_grad()
-    def initialise(self, x: Tensor):
-        "Whiten a batch `[N,C,H,W]`."
-        flat = x.flatten(1).double()
-        values, vectors = torch.linalg.eigh(flat.T.cov() + self.jitter * torch.eye(flat.shape[1], dtype=flat.dtype))
-        permutation, lower, upper = torch.linalg.lu(vectors @ torch.diag(values.rsqrt()) @ vectors.T)
-        self.mean.copy_(flat.mean(0))
-        self.P.copy_(permutation)
-        self.L.copy_(lower)
-        self.U.copy_(upper.triu(1))
-        self.sign_S.copy_(upper.diag().sign())
-        self.log_S.copy_(upper.diag().abs().log())
-
-    def inverse(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        "From the image's side; the log-determinant `[]`."
-        z, log_det = super().inverse(x.flatten(1) - self.mean)
-        return z.view(-1, *self.shape), log_det
-
-    def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        "From the noise's side; the log-determinant `[]`."
-        x, log_det = super().forward(z.flatten(1))
-        return (x + self.mean).view(-1, *self.shape), log_det
 
 def glow_scale(
     channels: int, # after the squeeze
@@ -271,56 +233,68 @@ def residual_scale(
     return layers
 
 class MixtureBase(nn.Module):
-    """Gaussians with diagonal covariances and learned weights, where published flows have one.
+    """Gaussians of each class, with full covariances, where published flows have one Gaussian: for small images.
 
-    As in FlowGMM (Izmailov et al. 2020). Where images come in kinds, the flow must tear one Gaussian apart, and a small
-    flow tears it badly.
+    They begin fitted to the classes' latent variables, as the prior of JEM++'s chains is to pixels: images that come in
+    kinds needn't be made one cloud by a small flow. `log_prob` is that of all Gaussians together, or of a class. A
+    Gaussian is held as the map that whitens it, W (z - μ) with a triangular W.
     """
 
     def __init__(self,
         shape: tuple[int, int, int], # of the latent variables
-        components: int, # Gaussians, of each class where there are classes
-        num_classes: int | None = None, # K; none: p(z) alone
+        components: int, # Gaussians of each class
+        num_classes: int, # K
+        class_cond: bool = False, # `log_prob` and draws are of given classes
     ):
         super().__init__()
-        self.shape, self.temperature, self.class_cond = shape, 1.0, num_classes is not None
-        size = (num_classes or 1, components, math.prod(shape))
-        self.logits = nn.Parameter(torch.zeros(size[:2]))
-        self.loc = nn.Parameter(torch.zeros(size))
-        self.log_scale = nn.Parameter(torch.zeros(size))
+        self.shape, self.temperature, self.class_cond = shape, 1.0, class_cond
+        size, dim = (num_classes, components), math.prod(shape)
+        self.logits = nn.Parameter(torch.zeros(size))
+        self.loc = nn.Parameter(torch.zeros(*size, dim))
+        self.log_diagonal = nn.Parameter(torch.zeros(*size, dim))           # of W
+        self.lower = nn.Parameter(torch.zeros(*size, dim, dim))             # of W, below the diagonal
 
     @torch.no_grad()
     def initialise(self,
         z: Tensor, # latent variables [N,…]
         y: Tensor, # labels [N]
+        shrinkage: float = 0.01, # added to the covariances' diagonals; latent variables have a variance of about 1
     ):
-        "Fit the Gaussians by expectation-maximisation."
+        "Fit the Gaussians of each class by expectation-maximisation."
         flat = z.flatten(1).double()
         for k in range(len(self.loc)):
-            mine = flat[y == k] if self.class_cond else flat
-            mixture = GaussianMixture(self.loc.shape[1], covariance_type="diag", reg_covar=0.01, random_state=0)
-            fitted = mixture.fit(mine.numpy())
-            self.logits[k] = torch.from_numpy(fitted.weights_).log()
-            self.loc[k] = torch.from_numpy(fitted.means_)
-            self.log_scale[k] = torch.from_numpy(fitted.covariances_).log() / 2
+            mine = flat[y == k]
+            mixture = GaussianMixture(self.loc.shape[1], reg_covar=shrinkage, random_state=0).fit(mine.numpy())
+            whitening = torch.from_numpy(mixture.precisions_cholesky_).mT
+            self.logits[k] = torch.from_numpy(mixture.weights_ * len(mine) / len(flat)).log()
+            self.loc[k] = torch.from_numpy(mixture.means_)
+            self.log_diagonal[k] = whitening.diagonal(0, -2, -1).log()
+            self.lower[k] = whitening.tril(-1)
 
-    def _of(self, y: Tensor | None, n: int) -> Tensor:
-        "Which Gaussians each of `n` images has `[n]`."
-        return torch.zeros(n, dtype=torch.long, device=self.loc.device) if y is None else y
+    def _whitening(self) -> Tensor:
+        "W of each Gaussian `[K,M,D,D]`."
+        return self.lower.tril(-1) + torch.diag_embed(self.log_diagonal.exp())
 
     def log_prob(self, z: Tensor, y: Tensor | None = None) -> Tensor:
         "log p(z), or log p(z|y), `[B]`."
-        mine = self._of(y, 1)
-        scaled = (z.flatten(1)[:, None] - self.loc[mine]) * (-self.log_scale[mine]).exp()
-        constant = self.log_scale[mine].sum(2) + 0.5 * math.log(2 * math.pi) * self.loc.shape[2]
-        return (self.logits[mine].log_softmax(1) - constant - 0.5 * scaled.square().sum(2)).logsumexp(1)
+        centred = z.flatten(1)[:, None, None] - self.loc                                        # [B,K,M,D]
+        white = torch.einsum("bkmd,kmed->bkme", centred, self._whitening())
+        log_p = self.log_diagonal.sum(2) - 0.5 * white.square().sum(3)                          # [B,K,M]
+        log_p = log_p - 0.5 * math.log(2 * math.pi) * self.loc.shape[2]
+        if y is None:
+            return (log_p + self.logits.flatten().log_softmax(0).view_as(self.logits)).flatten(1).logsumexp(1)
+        return (log_p + self.logits.log_softmax(1)).logsumexp(2).gather(1, y[:, None])[:, 0]
 
     def forward(self, n: int, y: Tensor | None = None) -> tuple[Tensor, Tensor]:
         "Draw `n` latent variables, their noise times the temperature; and their log density `[n]`."
-        mine = self._of(y, n)
-        component = torch.multinomial(self.logits[mine].softmax(1), 1)[:, 0]
-        noise = self.temperature * torch.randn(n, self.loc.shape[2], device=self.loc.device)
-        z = self.loc[mine, component] + self.log_scale[mine, component].exp() * noise
+        each, (dim, components) = self.logits.flatten(), (self.loc.shape[2], self.loc.shape[1])
+        if y is None:
+            chosen = torch.multinomial(each.softmax(0), n, replacement=True)
+        else:
+            chosen = y * components + torch.multinomial(self.logits[y].softmax(1), 1)[:, 0]
+        noise = self.temperature * torch.randn(n, dim, 1, device=self.loc.device)
+        whitening = self._whitening().flatten(0, 1)[chosen]
+        z = self.loc.flatten(0, 1)[chosen] + torch.linalg.solve_triangular(whitening, noise, upper=False)[:, :, 0]
         return z.view(n, *self.shape), self.log_prob(z, y)
 
 class Head(nn.Module):
@@ -374,13 +348,11 @@ class MultiScale(nn.Module):
                 c = c // 2
                 latents.append((c, h, w))
             features.append(c)
-        if flow.whiten:
-            scales[0].insert(0, Whitening(shape))
         self.scales = nn.ModuleList(map(nn.ModuleList, scales))
         classes = num_classes if flow.conditional else None
         self.bases = nn.ModuleList(nf.distributions.GlowBase(s, classes) for s in [*latents, (c, h, w)])
         if flow.components:
-            self.bases[-1] = MixtureBase((c, h, w), flow.components, classes)
+            self.bases[-1] = MixtureBase((c, h, w), flow.components, num_classes, flow.conditional)
         self.head = Head(features, flow.head, num_classes) if flow.head else None
 
     def encode(self,
@@ -422,7 +394,7 @@ class MultiScale(nn.Module):
         latents: list[Tensor], # of each scale
         y: Tensor | None = None, # labels [B], where there is a Gaussian of each class
     ) -> Tensor: # [B]
-        "Log density of latent variables, given their class where there are Gaussians of classes."
+        "Log density of latent variables, given their class where the flow is class-conditional."
         given = () if y is None else (y,)
         return sum(base.log_prob(z, *given) for base, z in zip(self.bases, latents))
 
@@ -451,8 +423,6 @@ class MultiScale(nn.Module):
         y: Tensor | None = None, # labels [N], for the Gaussians of the last scale; none: these are left alone
     ):
         "Set normalisations by a batch of images, and the sizes that Lipschitz layers know only from it."
-        if isinstance(self.scales[0][0], Whitening):
-            self.scales[0][0].initialise(self.pixels.inverse(x)[0])
         latents, features, _ = self.encode(x, density=False)
         if isinstance(self.bases[-1], MixtureBase) and y is not None:
             self.bases[-1].initialise(latents[-1], y)
@@ -460,7 +430,7 @@ class MultiScale(nn.Module):
             self.head(features)
         self.renormalise(50)
 
-# %% ../../nbs/systems/04_flow.ipynb #06fbee19
+# %% ../../nbs/systems/04_flow.ipynb #c83045fc
 class FlowSystem(System):
     "Glow or Residual Flow as a density model."
     capabilities = frozenset({"log_density", "normalised", "sample"})
@@ -478,8 +448,9 @@ class FlowSystem(System):
         self.images, self.runtime = images, runtime
         self._check()
         choices = stream(config.seed, "flow")
-        many = config.flow.whiten or config.flow.components
-        n = (2048 if many else config.batch_size) if rng is not None else 2
+        n = 2
+        if rng is not None:
+            n = len(images.train_x) if config.flow.components else config.batch_size
         first = dequantise(images.train_x[:n], choices)
         with global_random(choices):
             self.flow = MultiScale(config.flow, images.shape, images.num_classes)
