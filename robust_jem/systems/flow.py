@@ -161,7 +161,7 @@ class ResidualBlock(nf.flows.Residual):
         x = self.invert(y)
         return x, -self.inverse(x)[1]
 
-# %% ../../nbs/systems/04_flow.ipynb #dc21bd7c
+# %% ../../nbs/systems/04_flow.ipynb #eda53aed
 class Pixels(nf.flows.Flow):
     """From [-1 - 1/255, 1 + 1/255], where dequantised images live, to (-1/2, 1/2), or with α to logits of [α, 1 - α].
 
@@ -193,6 +193,7 @@ class Pixels(nf.flows.Flow):
         unit, more = self.logit(z)
         return (2 * unit - 1) * self.HALF, log_det + more
 
+# %% ../../nbs/systems/04_flow.ipynb #5f76af57
 def glow_scale(
     channels: int, # after the squeeze
     blocks: int, # how many
@@ -232,6 +233,7 @@ def residual_scale(
         layers += _residual(nn.Sequential(nn.Flatten(), mlp, nn.Unflatten(1, shape)), shape, flow)
     return layers
 
+# %% ../../nbs/systems/04_flow.ipynb #2e4dc931
 class MixtureBase(nn.Module):
     """Gaussians of each class, with full covariances, where published flows have one Gaussian: for small images.
 
@@ -297,6 +299,7 @@ class MixtureBase(nn.Module):
         z = self.loc.flatten(0, 1)[chosen] + torch.linalg.solve_triangular(whitening, noise, upper=False)[:, :, 0]
         return z.view(n, *self.shape), self.log_prob(z, y)
 
+# %% ../../nbs/systems/04_flow.ipynb #836db816
 class Head(nn.Module):
     "The published classifier: each scale's features → 3×3 conv → ActNorm → ReLU → mean, all of them → linear."
 
@@ -430,7 +433,7 @@ class MultiScale(nn.Module):
             self.head(features)
         self.renormalise(50)
 
-# %% ../../nbs/systems/04_flow.ipynb #c83045fc
+# %% ../../nbs/systems/04_flow.ipynb #dded45d9
 class FlowSystem(System):
     "Glow or Residual Flow as a density model."
     capabilities = frozenset({"log_density", "normalised", "sample"})
@@ -563,7 +566,7 @@ class FlowSystem(System):
             on_stage("sample", x)
         return x
 
-# %% ../../nbs/systems/04_flow.ipynb #a7127cf3
+# %% ../../nbs/systems/04_flow.ipynb #063b5109
 class FlowClassifier(FlowSystem):
     "A flow that classifies: by the published head, or by Bayes' rule."
     capabilities = FlowSystem.capabilities | {"logits"}
