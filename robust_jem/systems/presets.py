@@ -75,12 +75,12 @@ PRESETS: dict[str, dict[str, dict[str, dict[str, Any]]]] = {
         ),
     }},
     "h100": {"*": {
-        "train": {"*": _H100, "jem": _ADAM, "jem_factored": _ADAM, "igebm": _ADAM},
+        "train": {"hybrid": _H100, "jem": _ADAM, "jem_factored": _ADAM, "igebm": _ADAM},
         "generate": {"*": dict(num_samples=10_000, batch_size=500)},      # 50 steps: 18 seconds of an H200
         "evaluate": {"*": dict(num_restarts=1000, num_strangers=2000)},
     }},
     "cifar10-cpu": {"*": {
-        "train": {"*": _CIFAR10_CPU, "jem": _ADAM, "jem_factored": _ADAM, "igebm": _ADAM},
+        "train": {"hybrid": _CIFAR10_CPU, "jem": _ADAM, "jem_factored": _ADAM, "igebm": _ADAM},
         "generate": {"*": dict(num_samples=10_000, batch_size=250)},     # with the paper's 50 steps, the default
         "evaluate": {"*": dict(num_robust=1000, num_restarts=200, num_strangers=1000, num_autoattack=100)},
     }},
