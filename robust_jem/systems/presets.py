@@ -56,9 +56,11 @@ _FLOW_DIGITS: dict[str, dict] = {
         "flow": dict(flip=False, batch_size=64, flow=dict(logit=0.01, components=1, power_iterations=1)),
         "glow": dict(flow=_DIGITS_GLOW),
         "glow_conditional": dict(flow=_DIGITS_GLOW),
-        "glow_hybrid": dict(epochs=40, flow=_DIGITS_GLOW | dict(head=128)),
+        "glow_hybrid": dict(epochs=30, lr=2e-3, flow=_DIGITS_GLOW),
         "residual_flow": dict(ema_decay=0.99, flow=_DIGITS_RESIDUAL),
-        "residual_flow_hybrid": dict(epochs=40, ema_decay=0.99, flow=_DIGITS_RESIDUAL | dict(blocks=(0, 0, 0))),
+        "residual_flow_hybrid": dict(
+            epochs=30, lr=2e-3, ema_decay=0.99, flow=_DIGITS_RESIDUAL | dict(blocks=(0, 0, 0)),
+        ),
     },
     "generate": {"flow": dict(temperature=0.85)},
 }
