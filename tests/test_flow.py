@@ -390,7 +390,6 @@ def test_density_is_scored_beside_gaussians(here, cli):
 @pytest.mark.parametrize("system", FLOWS)
 def test_published_size(system):
     "CIFAR-10's preset: builds, takes an update and draws an image on the CPU, at full size; prints what it costs."
-    torch.set_num_threads(os.cpu_count() or 1)
     generator = torch.Generator().manual_seed(0)
     x = torch.randint(256, (20, 3, 32, 32), dtype=torch.uint8, generator=generator)
     y = torch.arange(20) % 10
