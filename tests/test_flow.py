@@ -16,6 +16,7 @@ from normflows.distributions import GlowBase
 from normflows.nets.lipschitz import InducedNormConv2d, InducedNormLinear
 from scipy.stats import multivariate_normal
 from torch.distributions import MultivariateNormal, Normal
+from torch.utils.flop_counter import FlopCounterMode
 
 from robust_jem.core.errors import InputError
 from robust_jem.core.files import read_json, read_tensors
@@ -398,7 +399,8 @@ def test_published_size(system):
     seconds = [time.perf_counter()]
     state = TrainState(config, images, as_written())
     seconds.append(time.perf_counter())
-    state.update(x[:2], y[:2], 1e-5)
+    with FlopCounterMode(display=False) as counted:
+        state.update(x[:2], y[:2], 1e-5)
     seconds.append(time.perf_counter())
     how = configure(GenerateConfig, system, "cifar10", "paper")
     drawn = state.system.eval().sample(y[:1], how, generator)
@@ -408,5 +410,10 @@ def test_published_size(system):
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     assert drawn.shape == (1, 3, 32, 32) and drawn.isfinite().all()
     assert all(v.isfinite() for v in state.pending[-1].values())
-    print(f"\n{system}: {parameters / 1e6:.1f} M parameters; built in {built:.0f} s, an update of two images "
-          f"{updated:.0f} s, an image {sampled:.0f} s; {memory:.1f} GB at most")
+    of_an_image = counted.get_total_flops() / 2
+    hours = of_an_image * 50_000 * config.epochs / 1e14 / 3600
+    print(
+        f"\n{system}: {parameters / 1e6:.1f} M parameters; built in {built:.0f} s, an update of two images "
+        f"{updated:.0f} s, an image {sampled:.0f} s; {memory:.1f} GB at most; {of_an_image / 1e9:.0f} GFLOP for an "
+        f"image, so {config.epochs} epochs take {hours:.0f} hours at 100 TFLOP/s"
+    )

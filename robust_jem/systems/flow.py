@@ -299,7 +299,7 @@ class MixtureBase(nn.Module):
         z = self.loc.flatten(0, 1)[chosen] + torch.linalg.solve_triangular(whitening, noise, upper=False)[:, :, 0]
         return z.view(n, *self.shape), self.log_prob(z, y)
 
-# %% ../../nbs/systems/04_flow.ipynb #836db816
+# %% ../../nbs/systems/04_flow.ipynb #534a2ed8
 class Head(nn.Module):
     "The published classifier: each scale's features → 3×3 conv → ActNorm → ReLU → mean, all of them → linear."
 
@@ -322,7 +322,7 @@ class Head(nn.Module):
 class MultiScale(nn.Module):
     """An invertible map between images and latent variables, their Gaussians, and where asked for a classifier's head.
 
-    Raises `InputError` where images can't be halved as often as there are levels.
+    Raises `InputError` where images can't be halved as often as there are levels, or are too large for covariances.
     """
 
     def __init__(self,
@@ -354,6 +354,9 @@ class MultiScale(nn.Module):
         self.scales = nn.ModuleList(map(nn.ModuleList, scales))
         classes = num_classes if flow.conditional else None
         self.bases = nn.ModuleList(nf.distributions.GlowBase(s, classes) for s in [*latents, (c, h, w)])
+        if flow.components and c * h * w > 1024:
+            raise InputError(f"flow.components: {flow.components} full covariances of {c * h * w} dimensions are for "
+                             "images of at most 1024; accepted: 0")
         if flow.components:
             self.bases[-1] = MixtureBase((c, h, w), flow.components, num_classes, flow.conditional)
         self.head = Head(features, flow.head, num_classes) if flow.head else None
