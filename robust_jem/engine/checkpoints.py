@@ -7,6 +7,7 @@ __all__ = ['TrainState', 'optimizer_tensors', 'load_optimizer', 'moment_shapes']
 
 # %% ../../nbs/engine/05_checkpoints.ipynb #e1898850
 import inspect
+import json
 import warnings
 from pathlib import Path
 
@@ -283,4 +284,4 @@ def _is_event(event) -> bool:
 def _settings(config: TrainConfig) -> dict:
     "What a checkpoint belongs to."
     settings = {k: v for k, v in config.to_dict().items() if k not in RUNTIME_FIELDS}
-    return {k: list(v) if isinstance(v, tuple) else v for k, v in settings.items()}
+    return json.loads(json.dumps(settings))             # tuples are lists there, also inside of nested settings
