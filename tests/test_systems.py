@@ -163,7 +163,7 @@ def test_it_is_evaluated_and_reported(gaussian, here, cli):
     how = ["--extractor", f"classifier:{judge}", "--suite", "full", "--device", "cpu"]
     evaluated = cli("evaluate", "runs/gauss", *how)
     assert evaluated.code == 0, evaluated.err
-    assert Run("runs/gauss").scores().keys() == {"energy", "held-out"}
+    assert Run("runs/gauss").scores().keys() == {"density", "energy", "held-out"}
 
     card = Path("runs/gauss/suite/MODEL_CARD.md").read_text(encoding="utf-8")
     assert "> A system that is capable of: log_density, normalised, sample." in card and "WRN" not in card
@@ -183,7 +183,9 @@ def test_it_is_evaluated_and_reported(gaussian, here, cli):
     assert "| Gaussian | accuracy | Gaussian doesn't classify |" in found
     assert "| Gaussian starts from no prior |" in found
     results = pd.read_csv("runs/figures/results.csv", keep_default_na=False)
-    assert set(results["system"]) == {"gaussian"} and set(results["sample_set"]) == {"energy", "held-out"}
+    assert set(results["system"]) == {"gaussian"} and set(results["sample_set"]) == {"", "energy", "held-out"}
+    bits = results[results["sample_set"] == ""].set_index("metric")["value"]
+    assert 0 < bits["bits/dim"] and 0 < bits["bits/dim, GMM"] and len(bits) == 2
     assert not Path("runs/figures/robustness.png").exists() and Path("runs/figures/curves.png").exists()
 
 

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['SPLITS', 'DATASETS', 'progress_bar', 'to_unit', 'to_uint8', 'Images', 'data_root', 'load_images', 'augment',
-           'add_noise', 'Batches']
+           'add_noise', 'dequantise', 'bits_per_dim', 'Batches']
 
 # %% ../../nbs/core/02_images.ipynb #d8512bfd
 import hashlib
 import json
+import math
 import os
 import re
 import sys
@@ -378,6 +379,22 @@ def add_noise(
     if std == 0:
         return x
     return torch.randn(x.shape, device=x.device, dtype=x.dtype, generator=generator).mul_(std).add_(x)
+
+# %% ../../nbs/core/02_images.ipynb #703f812d
+def dequantise(
+    x: Tensor, # uint8 images, any shape
+    generator: torch.Generator | None = None, # on the images' device
+) -> Tensor: # float32 in [-1 - 1/255, 1 + 1/255], same shape
+    "Images at a uniformly random place within their grey levels' cells: `to_unit(x)` plus noise in ±1/255."
+    noise = torch.rand(x.shape, device=x.device, generator=generator)
+    return to_unit(x).add_(noise.sub_(0.5).div_(127.5))
+
+def bits_per_dim(
+    log_density: Tensor, # nats, of images on the [-1, 1] scale, any shape
+    shape: tuple[int, ...], # (C, H, W) of the images
+) -> Tensor: # same shape
+    "-log2 of the probability of a cell of the 256 grey levels, a dimension: `log2(127.5) - log_density / (D ln 2)`."
+    return math.log2(127.5) - log_density / (math.prod(shape) * math.log(2))
 
 # %% ../../nbs/core/02_images.ipynb #888d413e
 class Batches:

@@ -24,6 +24,7 @@ from ..engine.runs import Run, provenance
 from ..engine.runtime import Execution, OutOfTime, executing
 from .diversity import class_frechet, density_coverage, memorisation, precision_recall
 from .extractors import extract, extract_once, feature_extractor
+from .likelihood import bits_per_dim, gmm_bits_per_dim
 from .robustness import accuracy, robust_accuracy, zero_gradients
 from .sample_scores import reference_choice, reference_statistics, score
 from ..systems.catalog import EvaluateConfig
@@ -241,6 +242,8 @@ def _evaluate(config: EvaluateConfig, run: Run, at: Execution, progress: bool) -
     if not what_is_lacking("classification", can):
         model = at.accelerate(run.model(at.device))
         _classification(config, run, model, images, cache, progress)
+    if "normalised" in can:
+        _density(config, run, images, cache)
     cache.get("held-out", scorer.settings(), lambda: scorer("held-out", None, images.test_y))
     if not what_is_lacking("prior", can):
         _prior(config, run, scorer, cache, max([len(x) for x, _, _ in sets.values()], default=len(images.test_x)))
@@ -287,6 +290,21 @@ def _classification(config: EvaluateConfig, run: Run, model: nn.Module, images: 
             "zero gradients": zero_gradients(model, x, y, config.batch_size),
         }
     cache.get("classification", settings | dict(eps=list(config.attack_eps)), measure)
+
+def _density(config: EvaluateConfig, run: Run, images: Images, cache: ResultCache):
+    "Bits a dimension of all test images, and those of a Gaussian mixture."
+    settings = dict(
+        weights=run.weights,
+        fingerprint=images.fingerprint,
+        seed=config.seed,
+        precision=cache.at.policy.precision,
+    )
+    def measure():
+        system, device = run.system(cache.at.device), cache.at.device
+        bits = bits_per_dim(system, images.test_x, config.seed, config.batch_size, device)
+        mixture = gmm_bits_per_dim(images, images.test_x, config.seed, batch_size=config.batch_size)
+        return {"bits/dim": bits.mean().item(), "bits/dim, GMM": mixture.mean().item(), "n": len(bits)}
+    cache.get("density", settings, measure)
 
 def _prior(config: EvaluateConfig, run: Run, scorer: SampleScorer, cache: ResultCache, n: int):
     "Bare samples of the prior: where chains start, and the low end of the scale."

@@ -36,7 +36,7 @@ class ReportConfig(Config):
         "Where the tables and figures go."
         return Path(self.figures or f"{self.runs}/figures")
 
-NOT_DRAWN = ("classification", "held-out", "prior")      # scores of no sample set
+NOT_DRAWN = ("classification", "density", "held-out", "prior")      # scores of no sample set
 
 @dataclass(frozen=True)
 class FoundRun:
@@ -62,7 +62,7 @@ def what_is_missing(run: Run) -> str:
         return "it isn't evaluated: the held-out images have no scores"
     if "accuracy" not in scores.get("classification", {"accuracy": "no classifier"}):
         return "its evaluation isn't finished: accuracies are half measured"
-    if not scores.keys() - {"classification", "held-out"}:
+    if not scores.keys() - {"classification", "density", "held-out"}:
         return "its evaluation isn't finished: neither prior nor samples have scores"
     return ""
 
@@ -173,6 +173,8 @@ def _measured(scores: dict) -> Iterator[tuple[str, float, int]]:
             yield key, scores[key], scores["n"]
     for key, value in scores.get("diversity", {}).items():
         yield key, value, scores["n"]
+    for key in (k for k in scores if k.startswith("bits/dim")):
+        yield key, scores[key], scores["n"]
     if scores.get("zero gradients"):                     # where there are any: a curve that is overstated
         yield "zero gradients", scores["zero gradients"], scores["n attacked"]
     if "share_outside" in scores:
@@ -187,7 +189,7 @@ def results_table(
         c = run.config
         whose = (run.path.name, c.system, c.dataset, c.preset, c.seed)
         for name, scores in sorted(run.scores().items()):
-            sample_set = "" if name == "classification" else drawn_as(name)
+            sample_set = "" if name in ("classification", "density") else drawn_as(name)
             seed = scores.get("samples", {}).get("seed")
             fingerprint = depends_on(scores)
             for metric, value, images in _measured(scores):

@@ -107,7 +107,7 @@ class GenerateConfig(RuntimeConfig):
     name: str = ""  # of the sample set; empty: the method, with -unconditional where it is only sometimes that
 
     def __post_init__(self):
-        if self.name in ("classification", "held-out", "prior", ".", "..") or "/" in self.name:
+        if self.name in ("classification", "density", "held-out", "prior", ".", "..") or "/" in self.name:
             raise InputError(f"name: {self.name!r} can't name a sample set; "
                              "accepted: a folder's name other than classification, held-out and prior")
 

@@ -94,7 +94,26 @@ SYSTEMS: dict[str, Entry] = {
     "jempp": Entry("JEM++", "Yang and Ji 2021", _JEMPP, ("energy",)),
     "robust_jem": Entry("Robust JEM", "Korst and Asadulaev", dict(), ("energy", "combined")),
 }
-_FLOWS: dict[str, Entry] = {}
+_ADAM = dict(kind="adam", lr=1e-3, weight_decay=0.0)
+_GLOW = dict(augment=dict(pad=0), optimizer=_ADAM, flow=dict(kind="glow", factor_out=True))
+_RESIDUAL = dict(
+    augment=dict(pad=0), optimizer=_ADAM | dict(ema_decay=0.999), flow=dict(kind="residual", factor_out=False),
+)
+_HEAD = dict(flow=dict(head=256))
+_GLOW_PAPER, _RESIDUAL_PAPER = "Kingma and Dhariwal 2018", "Chen et al. 2019"
+
+def _flow(title: str, source: str, train: dict, kind: str = "FlowClassifier") -> Entry:
+    return Entry(title, source, train, ("sample",), f"robust_jem.systems.flow:{kind}")
+
+_FLOWS: dict[str, Entry] = {
+    "glow": _flow("Glow", _GLOW_PAPER, _GLOW, "FlowSystem"),
+    "glow_conditional": _flow(
+        "Class-conditional Glow", _GLOW_PAPER, merged(_GLOW, dict(flow=dict(conditional=True))), "ConditionalFlow",
+    ),
+    "residual_flow": _flow("Residual Flow", _RESIDUAL_PAPER, _RESIDUAL, "FlowSystem"),
+    "glow_hybrid": _flow("Glow, hybrid", _RESIDUAL_PAPER, merged(_GLOW, _HEAD)),
+    "residual_flow_hybrid": _flow("Residual Flow, hybrid", _RESIDUAL_PAPER, merged(_RESIDUAL, _HEAD)),
+}
 _GAN = dict(
     augment=dict(pad=0, flip=False),
     optimizer=dict(kind="adam", lr=2e-4, weight_decay=0.0),
