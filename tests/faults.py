@@ -479,7 +479,7 @@ CASES = {
     "sampler steps x25000": dict(system="jempp", sampler_step_size=1000.0),
 }
 # JEM at a learning rate that it can't bear: fails without recoveries, ends well with the default ones.
-TOO_FAST = dict(system="jem", lr=0.03, outer_steps=4)
+TOO_FAST = dict(system="jem", lr=0.03, outer_steps=4, sampler_step_size=0.2, sampler_bounds=False, reinit_prob=0.05)
 RECOVERING = DIVERGING | TOO_FAST | dict(epochs=2)
 
 
