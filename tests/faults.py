@@ -482,7 +482,9 @@ CASES = {
     "sampler steps x25000": dict(system="jempp", chain__step_size=1000.0),
 }
 # JEM at a learning rate that it can't bear: fails without recoveries, ends well with the default ones.
-TOO_FAST = dict(system="jem", optimizer__lr=0.03, chain__outer_steps=4)
+TOO_FAST = dict(
+    system="jem", optimizer__lr=0.03, chain__outer_steps=4, chain__step_size=0.2, chain__bounds=False,
+    replay__reinit_prob=0.05)
 RECOVERING = DIVERGING | TOO_FAST | dict(schedule__epochs=2)
 
 

@@ -291,18 +291,18 @@ def train_and_die(system, out, dies_at):
         return update(self, batch, step)
 
     FlowSystem.update = until
-    train(small(system, out=out, ema_decay=0.9, schedule__epochs=1), progress=False)
+    train(small(system, out=out, optimizer__ema_decay=0.9, schedule__epochs=1), progress=False)
 
 
 @pytest.mark.parametrize("system", ["glow_conditional", "residual_flow_hybrid"])
 def test_it_is_killed_and_goes_on_to_the_same_bits(system, here, command):
-    whole = Run(train(small(system, out="whole", ema_decay=0.9, schedule__epochs=1), progress=False))
+    whole = Run(train(small(system, out="whole", optimizer__ema_decay=0.9, schedule__epochs=1), progress=False))
     env = command.env | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), command.env["PYTHONPATH"]])}
     code = f"import test_flow; test_flow.train_and_die({system!r}, 'broken', 13)"
     done = subprocess.run([sys.executable, "-c", code], cwd=here, env=env, capture_output=True, text=True, timeout=300)
     broken = Run("broken")
     assert done.returncode == -signal.SIGKILL and not broken.trained and broken.checkpoints(), done.stderr
-    train(small(system, out="broken", ema_decay=0.9, schedule__epochs=1), progress=False)
+    train(small(system, out="broken", optimizer__ema_decay=0.9, schedule__epochs=1), progress=False)
     for file in (lambda run: run.path / "model.safetensors", lambda run: run.checkpoints()[0]):
         a, b = (read_tensors(file(run))[0] for run in (whole, broken))
         assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
@@ -327,7 +327,7 @@ def test_a_flow_that_diverges_is_taken_back(system, here, monkeypatch):
     with pytest.warns(UserWarning, match="recovery 1 of 3: back to update"):
         run = Run(train(small(system, out="run", schedule__epochs=1, recovery__snapshot_every=4), progress=False))
     (event,) = run.summary["events"]
-    assert event["settings"] == {"lr": 0.0005}
+    assert event["settings"] == {"optimizer.lr": 0.0005}
     made = run.system()
     assert all(v.isfinite().all() for v in made.state_dict().values())
     assert made.log_density(to_unit(load_images("digits").test_x[:4])).isfinite().all()
@@ -349,7 +349,7 @@ def test_bad_input_is_one_line(refused, argv, says):
 
 
 def test_samples_of_no_class_cannot_be_asked_for(here):
-    run = Run(train(small("glow", out="run", updates=2), progress=False))
+    run = Run(train(small("glow", out="run", schedule__updates=2), progress=False))
     how = configure(GenerateConfig, "glow", run="run", num_samples=10, batch_size=10, conditional=True)
     with pytest.raises(InputError, match="glow draws samples of no asked classes; accepted: false"):
         generate_samples(how, progress=False)

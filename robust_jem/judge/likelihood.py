@@ -12,6 +12,7 @@ from torch.distributions import MultivariateNormal
 
 from ..core.images import Images, dequantise
 from ..core.images import bits_per_dim as bits_of_density
+from ..core.inputs import trusted_inputs
 from ..core.random import stream
 from ..ebm.priors import GaussianMixturePrior
 
@@ -40,7 +41,8 @@ class GaussianMixtureDensity(nn.Module):
     ):
         super().__init__()
         noisy = dequantise(images.train_x, stream(seed, "dequantise", "train"))
-        prior = GaussianMixturePrior.fit(noisy, images.train_y, images.num_classes, jitter)
+        with trusted_inputs():                  # dequantised, black and white pixels are a little out of [-1, 1]
+            prior = GaussianMixturePrior.fit(noisy, images.train_y, images.num_classes, jitter)
         self.log_weights = prior.weights.log()
         self.classes = [MultivariateNormal(mean.double(), scale_tril=factor.double(), validate_args=False)
                         for mean, factor in zip(prior.mean, prior.factor)]
