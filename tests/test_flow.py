@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -402,7 +403,9 @@ def test_published_size(system):
     seconds = [time.perf_counter()]
     state = TrainState(config, images, as_written())
     seconds.append(time.perf_counter())
-    with FlopCounterMode(display=False) as counted:
+    # the counter can't follow the gradients that a residual block takes in its forward pass
+    counter = nullcontext() if system.startswith("residual") else FlopCounterMode(display=False)
+    with counter as counted:
         state.update(x[:2], y[:2], 1e-5)
     seconds.append(time.perf_counter())
     how = configure(GenerateConfig, system, "cifar10", "paper")
@@ -413,10 +416,12 @@ def test_published_size(system):
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     assert drawn.shape == (1, 3, 32, 32) and drawn.isfinite().all()
     assert all(v.isfinite() for v in state.pending[-1].values())
-    of_an_image = counted.get_total_flops() / 2
-    hours = of_an_image * 50_000 * config.schedule.epochs / 1e14 / 3600
     print(
         f"\n{system}: {parameters / 1e6:.1f} M parameters; built in {built:.0f} s, an update of two images "
-        f"{updated:.0f} s, an image {sampled:.0f} s; {memory:.1f} GB at most; {of_an_image / 1e9:.0f} GFLOP for an "
-        f"image, so {config.schedule.epochs} epochs take {hours:.0f} hours at 100 TFLOP/s"
+        f"{updated:.0f} s, an image {sampled:.0f} s; {memory:.1f} GB at most"
     )
+    if counted is not None:
+        of_an_image = counted.get_total_flops() / 2
+        hours = of_an_image * 50_000 * config.schedule.epochs / 1e14 / 3600
+        epochs = config.schedule.epochs
+        print(f"{of_an_image / 1e9:.0f} GFLOP an image: {epochs} epochs take {hours:.0f} hours at 100 TFLOP/s")
