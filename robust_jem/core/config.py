@@ -59,7 +59,9 @@ def _said(e: ValidationError, kind: type) -> str:
     cause = error.get("ctx", {}).get("error")
     if not error["loc"]:                            # of `__post_init__`, whose messages name the field
         return str(cause)
-    name, value = str(error["loc"][0]), error["input"]
+    names = [f.name for f in dataclasses.fields(kind)]
+    place, value = error["loc"][0], error["input"]
+    name = names[place] if isinstance(place, int) else str(place)              # given by position, or by name
     if error["type"] == "unexpected_keyword_argument":
         return _unknown(name, kind)
     if isinstance(cause, InputError):               # of an object inside, whose message begins with its own field
