@@ -208,7 +208,9 @@ def plan(
         chains.append(_held_out(config))
     chains.sort(key=lambda c: -c[0].weight)        # the longest first, so that none is left over at the end
     figures = config.figures or str(runs / "figures")
-    reported = dict(runs=str(runs), figures=figures, table=config.table)
+    reported = dict(runs=str(runs), figures=figures)
+    if config.table != "paper":
+        reported["table"] = config.table
     report = Stage("report", reported, runs / "notebooks/report.ipynb", [])
     return first, chains, report
 
