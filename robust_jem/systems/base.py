@@ -268,12 +268,18 @@ class System(nn.Module):
     @classmethod
     def described(cls, config: TrainConfig) -> dict[str, str]:
         "What the notes of a table say of a training, by aspect."
-        return {"network": f"{config.schedule.epochs} epochs"}
+        schedule, decay = config.schedule, config.optimizer.ema_decay
+        return {
+            "network": f"{schedule.updates} updates" if schedule.updates else f"{schedule.epochs} epochs",
+            "weights": f"weights averaged with decay {decay:g}" if decay else "",
+        }
 
     @classmethod
     def drawing_described(cls, config: TrainConfig, how: GenerateConfig) -> str:
-        "What the notes of a table say of how samples were drawn, besides their number and seeds."
-        return ""
+        "What the notes of a table say of how samples were drawn: the settings that are its kind's own."
+        common = {f.name for f in dataclasses.fields(GenerateConfig)}
+        own = {name: value for name, value in folded(how).items() if name.partition(".")[0] not in common}
+        return ", ".join(f"{name} {value}" for name, value in own.items())
 
     @classmethod
     def effort(cls, config: TrainConfig) -> float:
