@@ -38,7 +38,8 @@ from robust_jem.judge.robustness import (
 from robust_jem.judge.sample_scores import (
     frechet_distance, inception_score, moments, quality, reference_statistics,
 )
-from robust_jem.judge.suite import check_classifier, import_model, masking_verdict
+from robust_jem.judge.parts import masking_verdict
+from robust_jem.judge.targets import check_classifier, import_model
 from robust_jem.networks.wide_resnet import WideResNet
 from robust_jem.systems.catalog import TrainConfig, configure
 from robust_jem.systems.hybrid import generate, run_chains

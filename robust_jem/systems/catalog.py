@@ -106,11 +106,11 @@ def _flow(title: str, source: str, train: dict, kind: str = "FlowClassifier") ->
     return Entry(title, source, train, ("sample",), f"robust_jem.systems.flow:{kind}")
 
 _FLOWS: dict[str, Entry] = {
-    "glow": _flow("Glow", _GLOW_PAPER, _GLOW, "FlowSystem"),
+    "glow": _flow("Glow, density alone", _GLOW_PAPER, _GLOW, "FlowSystem"),
     "glow_conditional": _flow(
         "Class-conditional Glow", _GLOW_PAPER, merged(_GLOW, dict(flow=dict(conditional=True))), "ConditionalFlow",
     ),
-    "residual_flow": _flow("Residual Flow", _RESIDUAL_PAPER, _RESIDUAL, "FlowSystem"),
+    "residual_flow": _flow("Residual Flow, density alone", _RESIDUAL_PAPER, _RESIDUAL, "FlowSystem"),
     "glow_hybrid": _flow("Glow, hybrid", _RESIDUAL_PAPER, merged(_GLOW, _HEAD)),
     "residual_flow_hybrid": _flow("Residual Flow, hybrid", _RESIDUAL_PAPER, merged(_RESIDUAL, _HEAD)),
 }
