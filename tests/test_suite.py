@@ -362,7 +362,7 @@ def test_configuration_of_the_suite_is_checked():
 
 def test_what_a_run_cannot_do_is_left_out(runs, here, monkeypatch):
     "A run that only draws samples: no accuracy, no prior, no part of the suite that asks a classifier; and it says so."
-    for module in ("evaluate", "suite"):
+    for module in ("evaluate", "targets"):
         monkeypatch.setattr(f"robust_jem.judge.{module}.capabilities_of", lambda run: frozenset({"sample"}))
     monkeypatch.setattr(Run, "model", lambda *_: pytest.fail("a classifier was asked for"))
     monkeypatch.setattr(Run, "prior", lambda *_: pytest.fail("a prior was asked for"))
