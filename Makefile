@@ -23,7 +23,8 @@ record: $(VENV)/.installed-run ## the committed record in figures/: three seeds,
 
 # The rows of JEM's tables, then the flows, GANs and score models in their other forms. SEEDS="0 1 2" is the committed record.
 SEEDS ?= 0
-HYBRIDS := wide_resnet jem jem_factored igebm residual_flow_hybrid glow_hybrid sngan ddls ncsn glow residual_flow glow_conditional
+HYBRIDS := wide_resnet jem jem_factored igebm residual_flow_hybrid glow_hybrid sngan ddls ncsn ncsn_conditional glow residual_flow \
+  glow_conditional
 hybrids: $(VENV)/.installed-run ## JEM's tables and DDLS's mixture on digits, every row measured: figures/jem, figures/ddls
 	$(BIN)/robust-jem replicate --table jem --systems $(HYBRIDS) --seeds $(SEEDS) --suite claims --runs runs/digits-jem --figures figures/jem
 
