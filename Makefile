@@ -27,6 +27,7 @@ HYBRIDS := wide_resnet jem jem_factored igebm residual_flow_hybrid glow_hybrid s
   glow_conditional
 hybrids: $(VENV)/.installed-run ## JEM's tables and DDLS's mixture on digits, every row measured: figures/jem, figures/ddls
 	$(BIN)/robust-jem replicate --table jem --systems $(HYBRIDS) --seeds $(SEEDS) --suite claims --runs runs/digits-jem --figures figures/jem
+	$(BIN)/papermill nbs/replication/ddls_mixture.ipynb runs/digits-jem/notebooks/ddls_mixture.ipynb -p figures figures/ddls -k python3
 
 # Executed copies land in the record that `make docs` shows; results in figures/.
 benchmark: $(VENV)/.installed-run ## speed against the reference's arithmetic: figures/benchmark*, a quarter of an hour
