@@ -122,7 +122,7 @@ def robustness_curves(all: list[SuiteResults]) -> Figure:
             if norm == "linf" and f in attacked:
                 _stars(ax, f.parts["autoattack"], f.colour if several else COLOURS[4], labelled=f is attacked[0])
         ax.set(xlabel=f"radius ε in {name}, [−1, 1] scale", ylim=(0, 102))
-        ax.legend(loc="lower left")
+        ax.legend(loc="best")
     axes[0].set_ylabel("accuracy, %")
     return fig
 

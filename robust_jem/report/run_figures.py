@@ -43,6 +43,15 @@ INK = {
     "jem": "#CC79A7",
     "jem_factored": "#E69F00",
     "igebm": "#56B4E9",
+    "glow_hybrid": "#8C510A",
+    "residual_flow_hybrid": "#5AB4AC",
+    "glow_conditional": "#762A83",
+    "glow": "#D8B365",
+    "residual_flow": "#01665E",
+    "sngan": "#1B7837",
+    "ddls": "#A6DBA0",
+    "ncsn": "#B2182B",
+    "ncsn_conditional": "#F4A582",
 }
 _OTHER_INK = "#E69F00"                        # of a system that has no colour of its own
 
