@@ -99,7 +99,7 @@ def _settings(run: Run, training: bool) -> dict:
     scores = run.scores()
     out = {k: scores[part][v] for k, part, v in _MEASURED if part in scores}
     if training:
-        free = RUNTIME_FIELDS | {"system", "seed", "precision"}
+        free = RUNTIME_FIELDS | {"system", "seed", "source_weights", "precision"}
         out |= {k: v for k, v in folded(run.config).items() if k not in free}
         out["precision"] = run.summary["precision"]                     # what "auto" came to
     return out
