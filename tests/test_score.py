@@ -117,7 +117,7 @@ def test_the_learned_score_of_a_gaussian_is_the_closed_form():
 
     score = dict(network="dense", channels=64, stages=1, levels=5, sigma_max=1.0, sigma_min=0.05, scaled=True,
                  dequantize=False)
-    updates = 2200
+    updates = 1400
     system, step = in_training("ncsn", images_of(to_uint8(draw(100))), score=score, optimizer__ema_decay=0.99)
     labels = torch.zeros(256, dtype=torch.int64)
     for number in range(updates):
