@@ -19,6 +19,7 @@ from typing import Any, Literal
 from tqdm import tqdm
 
 from .executors import LocalProcesses, SlurmJob, SlurmJobs
+from .sample import paper_networks
 from .stage import StageFailed, Task, run_notebook
 from ..core.config import Config, option, settings
 from ..core.errors import InputError
@@ -215,6 +216,21 @@ def plan(
     return first, chains, report
 
 # %% ../../nbs/app/02_replicate.ipynb #16935aef
+def _cifar10_figures(config: ReplicateConfig, figures: Path) -> list[list[Stage]]:
+    "Beside a run on digits: the paper's figures on CIFAR-10, drawn from trained networks, unless they are there."
+    if config.dataset != "digits" or config.table != "paper":
+        return []
+    networks = paper_networks(_PRETRAINED)
+    if not networks:
+        print(f"Figures 1–3 on CIFAR-10 are left out: the trained networks of {_PRETRAINED} aren't here")
+        return []
+    output = config.runs_folder / "notebooks/pretrained.ipynb"
+    stage = Stage("pretrained", dict(pretrained=_PRETRAINED, figures=str(figures)), output, [])
+    drawn = all((figures / f"cifar10-{name}.png").exists() for name in networks)
+    return [] if drawn and stage.finished() else [[stage]]
+
+_PRETRAINED = "data/pretrained"
+
 def _check(config: ReplicateConfig, folders: list[Path]):
     "What can be known to fail, before any work: folders that can't be written, missing data, a missing extractor."
     for folder in folders:
@@ -320,8 +336,9 @@ def replicate(
     "Run every stage that isn't finished, and the report when anything changed."
     began = time.perf_counter()
     first, chains, report = plan(config)
-    first, chains = _unfinished(first), _unfinished(chains)
-    figures, changed = Path(report.parameters["figures"]), bool(first or chains)
+    figures = Path(report.parameters["figures"])
+    first, chains = _unfinished(first), _unfinished(chains) + _cifar10_figures(config, figures)
+    changed = bool(first or chains)
     made = all((figures / f).exists() for f in ("table1.md", "table1.csv", "table1.json"))
     if not changed and made and report.finished():
         print(f"nothing to do: {figures / 'table1.md'} is up to date")
@@ -345,6 +362,6 @@ def replicate(
         progress.show([])
     print((figures / "table1.md").read_text(encoding="utf-8").split("\n\n")[0])
     print(f"\nResults in {figures}/: table1.md, .csv, .json, results.csv, found.md, figure1–3.png, curves.png, "
-          f"robustness.png, chain.png; executed notebooks in {report.run}/*/notebooks/")
+          f"robustness.png, chain.png, where drawn cifar10-figure1–3.png; executed notebooks in {report.run}/*/notebooks/")
     print(f"{time.perf_counter() - began:.0f} s")
     return figures
