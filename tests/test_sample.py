@@ -12,7 +12,9 @@ from conftest import REPO
 from PIL import Image
 
 from robust_jem.app import sample
+from robust_jem.app.replicate import ReplicateConfig, cifar10_figures
 from robust_jem.app.sample import SampleConfig, draw_images, draw_samples, half_blocks, terminal_pictures, terminal_text
+from robust_jem.app.stage import run_notebook
 from robust_jem.core.errors import InputError
 from robust_jem.core.files import read_json, read_tensors, write_json, write_tensors
 from robust_jem.core.images import to_uint8
@@ -321,7 +323,7 @@ def test_the_images_are_the_models_own_and_their_states_the_chains(square, offli
     assert len(states) == 15 + 50 + 1 and torch.equal(kept["image"], x)
     assert torch.equal(kept["prior"], to_uint8(stages["prior"]))
     assert torch.equal(kept["contrast × 0.8"], to_uint8(stages["contrast"]))
-    assert torch.equal(kept["chain, step 7 of 50"], to_uint8(stages["step 7"]))
+    assert torch.equal(kept["chain 7/50"], to_uint8(stages["step 7"]))
     assert not square.model._forward_pre_hooks
 
 
@@ -349,6 +351,23 @@ def test_what_the_command_refuses(folder, cli, options, says):
     said = cli("sample", *options)
     assert said.code == 2 and says in said.err and len(said.err.strip().splitlines()) == 1
     assert not (folder / "samples.png").exists()
+
+
+def test_a_replication_draws_the_papers_figures_beside_the_digits(square, offline, here, capsys):
+    "From trained networks where they are; a line says so where they aren't; once drawn, nothing is left to do."
+    config, figures = ReplicateConfig(), here / "figures"
+    assert cifar10_figures(config, figures) == []
+    assert "left out: the trained networks of data/pretrained aren't here" in capsys.readouterr().out
+    for system in ("robust_classifier", "jempp", "robust_jem"):
+        square.save_pretrained(here / f"data/pretrained/{system}-h100", prior="compact")
+    for other in (ReplicateConfig(dataset="cifar10"), ReplicateConfig(table="jem")):
+        assert cifar10_figures(other, figures) == []
+    ((stage,),) = cifar10_figures(config, figures)
+    run_notebook(stage.task({}))
+    assert sorted(p.name for p in figures.iterdir()) == [f"cifar10-figure{i}.png" for i in (1, 2, 3)]
+    assert stage.finished() and cifar10_figures(config, figures) == []
+    (figures / "cifar10-figure2.png").unlink()
+    assert cifar10_figures(config, figures) == [[stage]]
 
 
 def test_the_usual_method_is_the_papers():

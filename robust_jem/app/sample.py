@@ -12,6 +12,7 @@ import io
 import os
 import shutil
 import sys
+import textwrap
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,9 +69,9 @@ def usual_per_class(method: str) -> int:
 def _stages(how: GenerateConfig) -> list[str]:
     "The names of a drawing's states: one for each gradient, then the image."
     attacked, chained = how.method in ("attack", "combined"), how.method in ("energy", "combined")
-    names = [f"attack, step {i} of {how.attack.steps}" for i in range(how.attack.steps)] if attacked else []
+    names = [f"attack {i}/{how.attack.steps}" for i in range(how.attack.steps)] if attacked else []
     if chained:
-        names += [f"chain, step {i} of {how.chain.outer_steps}" for i in range(how.chain.outer_steps)]
+        names += [f"chain {i}/{how.chain.outer_steps}" for i in range(how.chain.outer_steps)]
     if how.method == "combined" and how.chain.outer_steps:
         names[how.attack.steps] = f"contrast × {how.contrast:g}"
     return ["prior", *names[1:], "image"]
@@ -232,8 +233,13 @@ class DrawnSheet:
         "The sheet: a row a class, its name at the left."
         x = self.images if images is None else images
         y = torch.arange(len(x)) % len(self.classes)
-        title = f"{self.title}: {stage}" if stage else self.title
-        return sheet(x, y, self.classes, title, len(x) // len(self.classes), self.caption)
+        columns = len(x) // len(self.classes)
+        pixels = columns * 66 + 13 * max(map(len, self.classes)) + 20          # the sheet's width, of which a letter
+        caption = textwrap.fill(self.caption, max(16, pixels // 7))            # takes 7 below and 12 above it
+        fig = sheet(x, y, self.classes, "", columns, caption)
+        title = [*textwrap.wrap(self.title, max(10, pixels // 12)), *[stage] * bool(stage)]
+        fig.suptitle("\n".join(title), fontsize=9 if len(title) < 3 else 7, y=1 - 8 / (160 * fig.get_figheight()))
+        return fig
 
 def draw_sheet(
     jem: RobustJEM, # what to draw from
@@ -250,8 +256,8 @@ def draw_sheet(
     y = _labels(jem, classes, per_class or usual_per_class(method))
     x, states = draw_images(jem, y, method, **drawing)
     c = jem.config
-    caption = (f"{method} samples from scratch, {c.dataset}, WRN-{c.network.depth}-{c.network.width}, "
-               f"seed {drawing.get('seed', 0)}; not selected")
+    seed = drawing.get("seed", 0)
+    caption = f"{method} samples, {c.dataset}, WRN-{c.network.depth}-{c.network.width}, seed {seed}; not selected"
     return DrawnSheet(x, states, classes or jem.classes, SYSTEMS[c.system].title, caption)
 
 def paper_networks(
