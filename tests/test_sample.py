@@ -359,7 +359,7 @@ def test_a_replication_draws_the_papers_figures_beside_the_digits(square, offlin
     assert cifar10_figures(config, figures) == []
     assert "left out: the trained networks of data/pretrained aren't here" in capsys.readouterr().out
     for system in ("robust_classifier", "jempp", "robust_jem"):
-        square.save_pretrained(here / f"data/pretrained/{system}-h100", prior="compact")
+        square.save_pretrained(here / f"data/pretrained/{system}-cifar10-cpu", prior="compact")
     for other in (ReplicateConfig(dataset="cifar10"), ReplicateConfig(table="jem")):
         assert cifar10_figures(other, figures) == []
     ((stage,),) = cifar10_figures(config, figures)

@@ -238,7 +238,8 @@ class DrawnSheet:
         caption = textwrap.fill(self.caption, max(16, pixels // 7))            # takes 7 below and 12 above it
         fig = sheet(x, y, self.classes, "", columns, caption)
         title = [*textwrap.wrap(self.title, max(10, pixels // 12)), *[stage] * bool(stage)]
-        fig.suptitle("\n".join(title), fontsize=9 if len(title) < 3 else 7, y=1 - 8 / (160 * fig.get_figheight()))
+        fig.suptitle("\n".join(title), fontsize=9 if len(title) < 3 else 7, y=1 - 54 / (160 * fig.get_figheight()),
+                     va="bottom")
         return fig
 
 def draw_sheet(
@@ -263,8 +264,8 @@ def draw_sheet(
 def paper_networks(
     folder: str | Path = "data/pretrained", # of pretrained folders
 ) -> dict[str, Path]: # by figure; empty where one is missing
-    "The trained CIFAR-10 networks that the paper's Figures 1–3 are drawn from."
-    found = {name: Path(folder) / f"{system}-h100" for name, system, _ in FIGURES}
+    "The trained CIFAR-10 networks that the paper's Figures 1–3 are drawn from: small ones, of which a CPU draws fast."
+    found = {name: Path(folder) / f"{system}-cifar10-cpu" for name, system, _ in FIGURES}
     return found if all((path / "config.json").is_file() for path in found.values()) else {}
 
 def draw_samples(
