@@ -365,6 +365,7 @@ def replicate(
         progress.show([])
     print((figures / "table1.md").read_text(encoding="utf-8").split("\n\n")[0])
     print(f"\nResults in {figures}/: table1.md, .csv, .json, results.csv, found.md, figure1–3.png, curves.png, "
-          f"robustness.png, chain.png, where drawn cifar10-figure1–3.png; executed notebooks in {report.run}/*/notebooks/")
+          f"robustness.png, chain.png, where drawn cifar10-figure1–3.png; executed notebooks in "
+          f"{report.run}/*/notebooks/")
     print(f"{time.perf_counter() - began:.0f} s")
     return figures
