@@ -300,7 +300,7 @@ def test_a_sheet_from_the_command_line(folder, cli):
     said = cli("sample", "toy", "--classes", "cow", "ant", "--per-class", 5, "--seed", 3, "--animate", "a/b.gif",
                "--method", "combined")
     assert said.code == 0 and "samples.png and a/b.gif: 10 images in " in said.out
-    assert "combined samples: 100%" in said.err
+    assert "10 combined samples: 100%" in said.err
     gif = Image.open("a/b.gif")
     assert gif.n_frames == 32 and Image.open("samples.png").size == gif.size
     first = (folder / "samples.png").read_bytes()

@@ -98,8 +98,8 @@ def draw_images(
     kept: dict[int, list[Tensor]] = {i: [] for i in sorted(wanted)}
     device = next(jem.model.parameters()).device
     finished, at = [], 0
-    with progress_bar(total=len(y) * last, unit="img", unit_scale=1 / max(last, 1), desc=f"{method} samples",
-                      disable=not progress) as bar:
+    with progress_bar(total=len(y) * last, desc=f"{len(y)} {method} samples", disable=not progress,
+                      bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}") as bar:
 
         def seen(module, inputs):
             nonlocal at
