@@ -149,6 +149,19 @@ def _source(sym) -> str:
     return f"<details><summary>Source</summary>\n\n```python\n{source}\n```\n\n</details>"
 
 
+def _first_sentence(text: str) -> str:
+    "Of a docstring: what a table has room for."
+    paragraph = " ".join(text.split("\n\n")[0].split())
+    return re.split(r"(?<=[.;])\s+(?=[A-Z`\"(])", paragraph)[0]
+
+
+def contents(module: str, names: list[str]) -> str:
+    "A module's functions and classes as a table at the top of its page: each name leads to its section."
+    rows = [(f"[`{name}`](#{target(module, name)})", _text(_first_sentence(_docstring(resolve(module, name)))))
+            for name in names]
+    return _table(("name", "what it is for"), *rows)
+
+
 def document(module: str, name: str, level: int = 3) -> str:
     "The Markdown section that documents an exported name; `<a id>` keeps the addresses that nbdev gives out."
     sym = resolve(module, name)

@@ -22,7 +22,7 @@ myst_heading_anchors = 3
 suppress_warnings = ["myst.header"]
 
 html_theme = "furo"
-html_static_path = ["static"]
+html_static_path = ["static", "../_build/static"]      # ours, and what build.py makes for the interactive page
 html_css_files = ["site.css"]
 html_show_sourcelink = False
 html_copy_source = False
