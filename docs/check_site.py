@@ -220,15 +220,17 @@ def check(site: Path, browser: bool = True, only: str = "*") -> dict[str, tuple[
     return results
 
 
-def table(results: dict[str, tuple[int, list[str]]]) -> str:
-    "A line for each check, then what is wrong."
+def table(results: dict[str, tuple[int, list[str]]], most: int | None = None) -> str:
+    "A line for each check, then what is wrong, at `most` so many lines of each."
     rows = [("check", "looked at", "wrong")]
     rows += [(what, f"{looked:,}", str(len(wrong))) for what, (looked, wrong) in results.items()]
     widths = [max(len(row[i]) for row in rows) for i in range(3)]
     lines = ["  ".join((row[0].ljust(widths[0]), row[1].rjust(widths[1]), row[2].rjust(widths[2]))) for row in rows]
     for what, (_, wrong) in results.items():
         if wrong:
-            lines += ["", f"{what}:", *(f"  {line}" for line in wrong)]
+            lines += ["", f"{what}:", *(f"  {line}" for line in wrong[:most])]
+        if most is not None and len(wrong) > most:
+            lines.append(f"  … and {len(wrong) - most} more: --all shows them")
     return "\n".join(lines)
 
 
@@ -237,6 +239,7 @@ def main() -> int:
     parser.add_argument("site", nargs="?", type=Path, default=SITE)
     parser.add_argument("--no-browser", action="store_true", help="only read the pages")
     parser.add_argument("--only", default="*", metavar="GLOB", help="pages that the browser opens")
+    parser.add_argument("--all", action="store_true", help="print every fault, not the first twenty of each kind")
     args = parser.parse_args()
     if not (args.site / "index.html").exists():
         print(f"{args.site}: no site there; run `make docs`", file=sys.stderr)
@@ -246,7 +249,7 @@ def main() -> int:
         print("no Chromium here, so axe-core is left out (`apt install chromium`, or set CHROMIUM)", file=sys.stderr)
         browser = False
     results = check(args.site, browser, args.only)
-    print(table(results))
+    print(table(results, None if args.all else 20))
     return int(any(wrong for _, wrong in results.values()))
 
 

@@ -73,8 +73,9 @@ def markdown(address: str, figures: Path = FIGURES) -> str:
     "The page's source, as Sphinx takes it."
     data = read(figures)
     shares = "; ".join(f"{entry['title']} {share:.0%}" for entry, share in zip(data["rows"], sure(data)))
-    finding = ("Watch noise become an image, and what the network makes of it on the way. At the end of its chains "
-               f"each network takes this share of them for the class that was asked for: {shares}.")
+    number = len(data["classes"]) * data["chains"]
+    finding = ("Watch noise become an image, and what the network makes of it on the way. At the end of "
+               f"{number} chains, so many are to their own network what was asked for: {shares}.")
     return PAGE.format(finding=finding, body=body(address), chains=data["chains"], size=data["size"], seed=data["seed"],
                        commit=data["commit"], real=data["real_images"])
 
