@@ -176,6 +176,8 @@ class Links:
             return f"#{label}" if label else f"/{page}.ipynb"
         if path == "CONTRIBUTING.md":
             return "/contributing.md"
+        if path == "nbs/replication/explore.ipynb" and explore.read():
+            return "/explore.md"
         stage = re.fullmatch(r"nbs/replication/(\w+)\.ipynb", path)
         if stage and (page := record_page(stage[1])):
             return page

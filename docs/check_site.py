@@ -178,6 +178,24 @@ RUN_AXE = """axe.run(document, {runOnly: {type: 'tag', values: %s}, resultTypes:
     n.target.join(' ')).join(', ')}`))"""
 
 
+FOUND = """new Promise(done => {
+  let left = 50;
+  const look = () => {
+    const found = document.querySelectorAll('#search-results li').length;
+    if (found || !left--) done(found); else setTimeout(look, 100);
+  };
+  look();
+})"""
+
+
+def wrong_search(site: Path, browser: Browser, word: str = "energy") -> tuple[int, list[str]]:
+    "Whether the site's search finds a word that is on many pages, without a server."
+    if not (site / "search.html").exists():
+        return 1, ["search.html is missing"]
+    browser.open((site / "search.html").resolve().as_uri() + f"?q={word}")
+    return 1, [] if browser.js(FOUND) else [f"search.html: finds no page for {word!r}"]
+
+
 def with_browser(site: Path, names: list[str]) -> dict[str, tuple[int, list[str]]]:
     "What axe finds in each view of each page, what a page logs, and pages that are wider than a small phone."
     source, wrong = axe(), {f"axe: {view}": [] for view in VIEWS} | {"errors in the console": [], "width": []}
@@ -195,7 +213,8 @@ def with_browser(site: Path, names: list[str]) -> dict[str, tuple[int, list[str]
             wide = browser.js("document.documentElement.scrollWidth")
             if wide > NARROWEST:
                 wrong["width"].append(f"{name}: {wide} pixels wide on a screen of {NARROWEST}")
-    return {what: (len(names), sorted(set(found))) for what, found in wrong.items()}
+        searched = wrong_search(site, browser)
+    return {what: (len(names), sorted(set(found))) for what, found in wrong.items()} | {"search": searched}
 
 
 def home() -> str:
