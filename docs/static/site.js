@@ -12,3 +12,8 @@
   window.addEventListener("resize", mark);
   document.addEventListener("toggle", mark, true);             // what was folded has a width only now
 })();
+
+/* From a disk a page may not read others: the search then names the pages it found without a piece of each. */
+if (location.protocol === "file:" && typeof DOCUMENTATION_OPTIONS !== "undefined") {
+  DOCUMENTATION_OPTIONS.SHOW_SEARCH_SUMMARY = false;
+}
