@@ -254,8 +254,15 @@ def test_table_counts():
     assert text.endswith("sizes:\n  a.html: 500 kB")
 
 
-# Texts that the build adds
+# Texts of pages
 
+
+@pytest.mark.parametrize("path", sorted((REPO / "nbs/guide").glob("*.ipynb")), ids=lambda path: path.stem)
+def test_a_guide_page_begins_with_its_finding(path):
+    first = "".join(json.loads(path.read_text(encoding="utf-8"))["cells"][0]["source"]).split("\n")
+    said = [line for line in first[:4] if line.startswith("> ")]
+    assert first[0].startswith("# ") and len(said) == 1, "a title, then one line that starts with `> `"
+    assert 40 <= len(said[0]) <= 350, "the finding in three lines of a page"
 
 def test_a_modules_table_names_what_it_has():
     table = api.contents("ebm.energy", ["joint_energy", "untouched"])
