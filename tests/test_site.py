@@ -157,6 +157,15 @@ def test_numbers_follow_from_the_logits(page, data):
 
 
 @needs_chromium
+def test_an_address_within_the_page_stays(page):
+    page.js("location.hash = '#what-is-shown'; new Promise(done => setTimeout(done, 100))")
+    assert shown(page)["address"] == "#what-is-shown" and shown(page)["stage"] == "prior"
+    page.press("ArrowRight")
+    assert shown(page)["address"].startswith("#robust_jem-combined/")
+    assert page.errors == []
+
+
+@needs_chromium
 def test_everything_is_reached_by_keyboard(page, data):
     page.press("Tab")
     assert page.js("document.activeElement.name") == "explore-row"

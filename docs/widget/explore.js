@@ -101,7 +101,8 @@
     }));
   }
 
-  function draw() {
+  /* `remember`: the address follows what a reader chose; it stays while it names a place on the page. */
+  function draw(remember = true) {
     const { stages, title, settings, folder } = row();
     const stage = stages[state.stage];
     const logits = logitsAt(state.stage);
@@ -127,7 +128,7 @@
       + `p(y | x) ${number(values.wanted)}`;
     if (timer === null) find(".explore-status").textContent = said;
     const place = [row().key, name, state.chain + 1, state.stage, state.statistics].map(encodeURIComponent).join("/");
-    history.replaceState(null, "", `#${place}`);
+    if (remember) history.replaceState(null, "", `#${place}`);
   }
 
   function go(stage) {
@@ -155,12 +156,13 @@
   function read(address) {
     const [key, name, chain, stage, statistics] = address.slice(1).split("/").map(decodeURIComponent);
     const i = data.rows.findIndex((entry) => entry.key === key);
-    if (i < 0) return;
+    if (i < 0) return false;
     state.row = i;
     state.label = Math.max(data.classes.indexOf(name), 0);
     state.chain = Math.min(Math.max((parseInt(chain, 10) || 1) - 1, 0), data.chains - 1);
     state.stage = Math.min(Math.max(parseInt(stage, 10) || 0, 0), row().stages.length - 1);
     state.statistics = statistics in NAMES ? statistics : "running";
+    return true;
   }
 
   options("row", data.rows.map((entry) => [entry.key, entry.title]), (key) => choose(data.rows.findIndex((r) => r.key === key)));
@@ -181,10 +183,10 @@
     stop();
     go(state.stage + move);
   });
-  window.addEventListener("hashchange", () => { read(location.hash); film(); draw(); });
+  window.addEventListener("hashchange", () => { if (read(location.hash)) { stop(); film(); draw(false); } });
 
   read(location.hash);
   for (const part of root.querySelectorAll("[hidden]")) part.hidden = false;
   film();
-  draw();
+  draw(false);
 })();
