@@ -160,6 +160,8 @@ def test_numbers_follow_from_the_logits(page, data):
 def test_an_address_within_the_page_stays(page):
     page.js("location.hash = '#what-is-shown'; new Promise(done => setTimeout(done, 100))")
     assert shown(page)["address"] == "#what-is-shown" and shown(page)["stage"] == "prior"
+    page.js("location.hash = '#robust_jem-combined/%/no/-7/x'; new Promise(done => setTimeout(done, 100))")
+    assert shown(page)["stage"] == "prior"
     page.press("ArrowRight")
     assert shown(page)["address"].startswith("#robust_jem-combined/")
     assert page.errors == []

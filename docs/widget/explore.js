@@ -152,9 +152,13 @@
     }, 450);
   }
 
+  function decoded(text) {
+    try { return decodeURIComponent(text); } catch { return ""; }
+  }
+
   /* The address names what is shown, so that it can be passed on. */
   function read(address) {
-    const [key, name, chain, stage, statistics] = address.slice(1).split("/").map(decodeURIComponent);
+    const [key, name, chain, stage, statistics] = address.slice(1).split("/").map(decoded);
     const i = data.rows.findIndex((entry) => entry.key === key);
     if (i < 0) return false;
     state.row = i;
