@@ -21,6 +21,7 @@ from pathlib import Path
 import nbformat
 import yaml
 from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError
 from nbdev.config import get_config
 from nbdev.serve import proc_nbs
 
@@ -59,12 +60,15 @@ SHOW_DOC = re.compile(r"^show_doc\(([\w.]+)", re.M)
 
 # 1. Run the notebooks ------------------------------------------------------------------------------------------------
 
-def execute(path: Path, package: str, run: bool = True) -> None:
-    "Run one notebook into `EXECUTED`, cells with a directive that tests skip left out; not `run`: only copy it there."
+def execute(path: Path, package: str, run: bool = True) -> str | None:
+    """Run one notebook into `EXECUTED`, cells with a directive that tests skip left out; not `run`: only copy it there.
+
+    Returns what went wrong, if anything did.
+    """
     out = EXECUTED / path.relative_to(NBS)
     key = sha256(path.read_bytes() + package.encode()).hexdigest()
     if out.exists() and nbformat.read(out, as_version=4).metadata.get("made_from") == key:
-        return
+        return None
     nb = nbformat.read(path, as_version=4)
     flags = set(get_config().tst_flags.split())
     for cell in nb.cells:
@@ -74,11 +78,16 @@ def execute(path: Path, package: str, run: bool = True) -> None:
     if run:
         print("running", path.relative_to(NBS), flush=True)
         where = {"metadata": {"path": str(path.parent)}}   # the working directory, as under nbdev_test
-        NotebookClient(nb, timeout=1800, kernel_name="python3", resources=where, skip_cells_with_tag=SKIP).execute()
+        client = NotebookClient(nb, timeout=1800, kernel_name="python3", resources=where, skip_cells_with_tag=SKIP)
+        try:
+            client.execute()
+        except CellExecutionError as e:
+            return f"{path.relative_to(NBS)}\n{e}"
         nb.metadata["made_from"] = key
     split_title(nb)
     out.parent.mkdir(parents=True, exist_ok=True)
     nbformat.write(nb, out)
+    return None
 
 
 def split_title(nb) -> None:
@@ -108,7 +117,10 @@ def execute_all(run: bool) -> list[Path]:
             path.unlink()
     os.environ.pop("MPLBACKEND", None)                 # a headless backend would leave no figures in the cells
     with ThreadPoolExecutor(2) as pool:
-        list(pool.map(lambda path: execute(path, key, run), notebooks))
+        failed = list(filter(None, pool.map(lambda path: execute(path, key, run), notebooks)))
+    if failed:                                         # all of them, so that one more build is enough
+        names = ", ".join(text.partition("\n")[0] for text in failed)
+        sys.exit("\n\n".join([*failed, f"these notebooks fail, so there is no site: {names}"]))
     return sorted(notebooks, key=reading_order)
 
 
