@@ -159,7 +159,7 @@ def contents(module: str, names: list[str]) -> str:
     "A module's functions and classes as a table at the top of its page: each name leads to its section."
     rows = [(f"[`{name}`](#{target(module, name)})", _text(_first_sentence(_docstring(resolve(module, name)))))
             for name in names]
-    return "{.contents}\n" + _table(("name", "what it is for"), *rows)
+    return "{.names}\n" + _table(("name", "what it is for"), *rows)
 
 
 def document(module: str, name: str, level: int = 3) -> str:
