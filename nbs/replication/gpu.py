@@ -32,7 +32,7 @@ from robust_jem.bench.scaling import random_images
 from robust_jem.bench.tune import TuneConfig, markdown, tune
 from robust_jem.core.config import merged, unfolded
 from robust_jem.core.files import read_json, write_bytes, write_json, write_tensors
-from robust_jem.core.images import Batches, Images, load_images, to_unit
+from robust_jem.core.images import Batches, Images, load_images
 from robust_jem.engine import runs
 from robust_jem.engine.checkpoints import TrainState
 from robust_jem.engine.pretrained import RobustJEM
@@ -41,13 +41,11 @@ from robust_jem.engine.runs import Run, provenance
 from robust_jem.engine.runtime import executing
 from robust_jem.engine.sample import generate_samples
 from robust_jem.engine.train import lr_factor
-from robust_jem.judge.calibration import calibration
-from robust_jem.judge.evaluate import draw_test_images, evaluate_run
-from robust_jem.judge.extractors import extract, feature_extractor
-from robust_jem.judge.ood import detect_ood, ood_images
-from robust_jem.judge.robustness import accuracy, autoattack_accuracy, robust_accuracy
-from robust_jem.judge.sample_scores import moments, reference_choice
-from robust_jem.judge.sweep import WALKS, FrechetTo, sweep, walk_config
+from robust_jem.judge.comparison import Nearness, choose_walk, measure_autoattack, measure_classifier
+from robust_jem.judge.evaluate import evaluate_run
+from robust_jem.judge.extractors import feature_extractor
+from robust_jem.judge.robustness import accuracy, robust_accuracy
+from robust_jem.judge.sweep import WALKS, walk_config
 from robust_jem.systems import hybrid
 from robust_jem.systems.catalog import EvaluateConfig, GenerateConfig, TrainConfig, configure
 
@@ -254,29 +252,17 @@ def in_two_bytes(v: torch.Tensor) -> torch.Tensor:
 
 # Equal compute ----------------------------------------------------------------------------------------------
 
-class Judge:
-    "Fréchet distances to the training images, for choosing how far a system walks."
-
-    def __init__(self, args, images: Images):
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        precision = "bfloat16" if self.device.type == "cuda" else "float32"
-        self.extractor = feature_extractor(args.extractor, precision=precision).to(self.device)
-        chosen = images.train_x[reference_choice(len(images.train_x))]
-        self.near = FrechetTo(*moments(self.features(chosen)), self.device)
-
-    def features(self, x):
-        return extract(self.extractor, x, device=self.device, probabilities=False)[0]
-
-    def __call__(self, x) -> float:
-        return self.near(self.features(x))
+def nearness_to(images: Images, args) -> Nearness:
+    "The distance by which walks are chosen."
+    precision = "float32" if args.dry else "bfloat16"
+    return Nearness(feature_extractor(args.extractor, precision=precision), images, on_device())
 
 
 def compute(args):
     "Every system that isn't there yet, for the same operations; packed after each."
     share_prior()
     images = the_images(args)
-    nearness = Judge(args, images)
-    budget = the_budget(images, args)
+    nearness, budget = nearness_to(images, args), the_budget(images, args)
     chosen = Path(args.runs) / "second.json"
     fast = unfolded(read_json(chosen)["best"]["changes"]) if chosen.exists() else {}
     for system in args.systems:
@@ -303,7 +289,7 @@ def the_budget(images: Images, args) -> float:
     return budget
 
 
-def compared(system: str, images: Images, budget: float, nearness: Judge, fast: dict, args):
+def compared(system: str, images: Images, budget: float, nearness: Nearness, fast: dict, args):
     "Train a system's stages, choose its walk, draw its samples."
     folder = Path(args.runs) / f"{system}-s{args.seed}"
     stages = trainings(system, "cifar10", "h100", budget, images.shape, args.runs, **common_settings(args))
@@ -315,9 +301,7 @@ def compared(system: str, images: Images, budget: float, nearness: Judge, fast: 
         if not (Path(config.folder) / "model.safetensors").exists():
             train_updates(config, images, args)
     run = Run(folder)
-    if not (folder / "sweep.json").exists():
-        choose_walk(run, nearness, args)
-    draw_best(run, args)
+    draw_best(run, best_walk(run, nearness, args), args)
     bring_back(run, Path(args.runs) / "back", args)
     pack(Path(args.runs) / "back", Path(args.out))
 
@@ -326,7 +310,7 @@ def second(args):
     "Short second stages from one first stage; the nearest samples whose network has kept its robustness win."
     share_prior()
     images = served(kept_aside(the_images(args)))
-    nearness, budget = Judge(args, images), the_budget(images, args)
+    nearness, budget = nearness_to(images, args), the_budget(images, args)
     folder, found = Path(args.runs) / "second", []
     first = None
     for i, name in enumerate(args.second or SECOND):
@@ -352,14 +336,14 @@ def second(args):
     say("done")
 
 
-def second_judged(run: Run, name: str, images: Images, nearness: Judge, args) -> dict:
-    choose_walk(run, nearness, args)
+def second_judged(run: Run, name: str, images: Images, nearness: Nearness, args) -> dict:
+    best = best_walk(run, nearness, args)
     n = 20 if args.dry else 1000
     test = images.test_x[:n], images.test_y[:n]
     with executing(run.config, run.config.threads) as runtime:
         model = run.system(runtime=runtime)
         scores = dict(accuracy=accuracy(model, *test), pgd10=robust_accuracy(model, *test, 0.0627, 10))
-    last, best = run.metrics()[-1], read_json(run.path / "sweep.json")["best"]
+    last = run.metrics()[-1]
     row = dict(name=name, changes=SECOND[name], updates=last["step"], **scores, **best, last=rounded(last))
     say("second stage:", rounded({k: v for k, v in row.items() if k not in ("changes", "last")}))
     return row
@@ -377,21 +361,18 @@ def train_updates(config: TrainConfig, images: Images, args):
             f"{len(state.events)} recoveries", last)
 
 
-def choose_walk(run: Run, nearness: Judge, args):
-    "Every walk and length on a few samples."
-    how = dict(num_samples=args.looked_at, batch_size=args.looked_at, run=str(run.path), device=device(args),
-               compile=run.config.compile)
+def best_walk(run: Run, nearness: Nearness, args) -> dict:
+    "The length of walk that suits a system."
     walks = (("ascent", 0.4, (1, 2)), ("energy", 0.2, (1,))) if args.dry else WALKS
     with executing(run.config, run.config.threads) as runtime:
-        rows, best = sweep(run.system(runtime=runtime), nearness, "cifar10", "h100", walks, args.looked_at, **how)
-    said = dict(rows=rows, best=best, samples=args.looked_at, extractor=nearness.extractor.key)
-    write_json(run.path / "sweep.json", said)
+        best = choose_walk(run, nearness, runtime, walks, args.looked_at)
+    rows = read_json(run.path / "comparison/walks.json")["rows"]
     say("walks:", run.config.system, [(r["method"], r["step_size"], r["steps"], round(r["distance"], 3)) for r in rows])
+    return best
 
 
-def draw_best(run: Run, args):
+def draw_best(run: Run, best: dict, args):
     "The reported samples, by the walk that was chosen."
-    best = read_json(run.path / "sweep.json")["best"]
     changes = dict(num_samples=40, batch_size=20) if args.dry else dict(num_samples=args.samples, batch_size=500)
     config = walk_config(run.config.system, "cifar10", "h100", best["method"], best["step_size"], best["steps"],
                          run=str(run.path), compile=run.config.compile, device=device(args), **changes)
@@ -526,7 +507,7 @@ def bring_back(run: Run, folder: Path, args):
     "Weights in two bytes each, records, scores, and the first images of each sample set."
     target = folder / run.path.name
     target.mkdir(parents=True, exist_ok=True)
-    for file in ("config.json", "summary.json", "metrics.jsonl", "sweep.json", "more.json"):
+    for file in ("config.json", "summary.json", "metrics.jsonl"):
         if (run.path / file).exists():
             shutil.copy(run.path / file, target / file)
     if run.config.system in args.weights:
@@ -536,8 +517,9 @@ def bring_back(run: Run, folder: Path, args):
         images = {"x": x[:args.kept], "y": y[:args.kept], "strip": run.strip(name)[1]}
         write_tensors(target / f"samples-{name}.safetensors", images)
         write_json(target / f"samples-{name}.json", summary)
-    if (run.path / "scores").exists():
-        shutil.copytree(run.path / "scores", target / "scores", dirs_exist_ok=True)
+    for name in ("scores", "comparison"):
+        if (run.path / name).exists():
+            shutil.copytree(run.path / name, target / name, dirs_exist_ok=True)
 
 
 def pack(folder: Path, out: Path):
@@ -578,7 +560,8 @@ def judge(args):
         pack(Path(args.runs) / "back", Path(args.out))
     for system in args.systems if args.more and args.autoattacked else ():
         run = Path(args.runs) / f"{system}-s{args.seed}"
-        if (run / "more.json").exists() and (args.dry or time.perf_counter() < BEGAN + args.seconds - args.each):
+        in_time = args.dry or time.perf_counter() < BEGAN + args.seconds - args.each
+        if in_time and (run / "comparison/classifier.json").exists():
             autoattacked(Run(run), args)
             bring_back(Run(run), Path(args.runs) / "back", args)
             pack(Path(args.runs) / "back", Path(args.out))
@@ -590,36 +573,17 @@ def on_device() -> str:
 
 
 def judge_more(run: Run, args):
-    "What the comparison has beside Table 1: attacks in L2, calibration, other images."
-    images = run.images()
+    "What the comparison has beside Table 1: attacks in both norms, calibration, other images."
+    number = 20 if args.dry else args.attacked
     with executing(run.config, run.config.threads) as at:
-        model = at.accelerate(run.model(on_device()))
-        x, y = draw_test_images(images, 20 if args.dry else args.attacked)
-        found = {"n": len(x), "PGD-20, L2 1.0": robust_accuracy(model, x, y, 1.0, 20, "l2")}
-        found["ECE"] = calibration(logits_of_all(model, images.test_x), images.test_y)["ECE"]
-        others = {name: ood_images(name, x, len(x)) for name in ("interpolations", "constant")}
-        found["AUROC"], _ = detect_ood(model, x, others)
-    write_json(run.path / "more.json", found)
-    say(run.config.system, found)
+        found = measure_classifier(run, at, 0.0627, 1.0, number)
+    say(run.config.system, {k: v for k, v in found.items() if k.startswith(("PGD", "ECE", "AUROC"))})
 
 
 def autoattacked(run: Run, args):
     "The standard attacks, in both norms, on some test images."
-    found = read_json(run.path / "more.json")
     with executing(run.config, run.config.threads) as at:
-        model = at.accelerate(run.model(on_device()))
-        x, y = draw_test_images(run.images(), args.autoattacked)
-        found["n AutoAttack"] = len(x)
-        for norm, eps in (("linf", 0.0627), ("l2", 1.0)):
-            found[f"AutoAttack, {norm} {eps:g}"] = autoattack_accuracy(model, x, y, eps, norm)
-            write_json(run.path / "more.json", found)
-            say(run.config.system, "AutoAttack", norm, found[f"AutoAttack, {norm} {eps:g}"])
-
-
-@torch.no_grad()
-def logits_of_all(model, x):
-    model.eval()
-    return torch.cat([model(to_unit(part.to(on_device()))).float().cpu() for part in x.split(500)])
+        say(run.config.system, measure_autoattack(run, at, 0.0627, 1.0, args.autoattacked))
 
 
 def trunk(args):
