@@ -7,6 +7,7 @@ import inspect
 import re
 from importlib import import_module
 from pathlib import Path
+from typing import Annotated, get_args, get_origin
 
 from fastcore.docments import docments
 
@@ -21,6 +22,10 @@ def target(module: str, name: str) -> str:
 def _type(annotation) -> str:
     if annotation is EMPTY or annotation is None:
         return ""
+    if get_origin(annotation) is Annotated:                      # a setting's type, and its range as the help has it
+        kind, *notes = get_args(annotation)
+        ranges = [re.search(r"≥?-?\d.*", getattr(note, "metavar", None) or "") for note in notes]
+        return " ".join([_type(kind), *(found[0].rstrip("]} ") for found in ranges if found)])
     text = annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)
     return re.sub(r"\b(?:\w+\.)+(?=\w)", "", text)               # torch.Tensor → Tensor
 
@@ -86,11 +91,24 @@ def _call(sym, name: str, width: int = 88) -> str:
     return "\n".join(line.rstrip() for line in lines) + ("" if words else ")")
 
 
-def _arguments(sym) -> str:
-    "A table of arguments, or of a dataclass's fields."
+def _comments(sym) -> dict | None:
+    "What stands beside each argument or field; a class has those of the classes that it extends as well."
+    classes = [c for c in reversed(sym.__mro__) if dataclasses.is_dataclass(c)] if dataclasses.is_dataclass(sym) else []
     try:
         comments = docments(sym, full=True)
+        for c in classes:
+            for name, about in docments(c, full=True).items():
+                if about.get("docment") and not (comments.get(name) or {}).get("docment"):
+                    comments[name] = about
     except Exception:                             # builtins and the like have no source to read comments from
+        return None
+    return comments
+
+
+def _arguments(sym) -> str:
+    "A table of arguments, or of a dataclass's fields."
+    comments = _comments(sym)
+    if comments is None:
         return ""
     signature, rows = _signature(sym), []
     for name, p in (signature.parameters if signature else {}).items():
