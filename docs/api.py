@@ -170,7 +170,7 @@ def _source(sym) -> str:
 def _first_sentence(text: str) -> str:
     "Of a docstring: what a table has room for."
     paragraph = " ".join(text.split("\n\n")[0].split())
-    return re.split(r"(?<=[.;])\s+(?=[A-Z`\"(])", paragraph)[0]
+    return re.split(r"(?<=\.)\s+(?=[A-Z`\"(])", paragraph)[0]
 
 
 def contents(module: str, names: list[str]) -> str:
