@@ -115,7 +115,8 @@ def _arguments(sym) -> str:
         if name == "self":
             continue
         kind = _type(p.annotation) + ("" if p.default is EMPTY else f" = {_Default(p.default)}")
-        rows.append((_code(name), _code(kind), _text((comments.get(name) or {}).get("docment") or "")))
+        named = f"`` {name} ``"                   # so written, it doesn't become a link to a function of this name
+        rows.append((named, _code(kind), _text((comments.get(name) or {}).get("docment") or "")))
     returned = comments.get("return") or {}
     kind, meaning = _type(returned.get("anno")), returned.get("docment") or ""
     if not inspect.isclass(sym) and (kind or meaning):
