@@ -286,7 +286,8 @@ def test_settings_are_documented_with_their_ranges():
     assert "| `` eps `` | `float ≥0 = 0.1` | radius on the [-1,1] scale (paper) |" in table
     assert "| `` step_size `` | `float \\| None ≥1e-09 = None` | none: 2.5 eps / steps |" in table
     assert "_ArgConfig" not in table
-    inherited = next(line for line in api.document("systems.score", "ScoreConfig").splitlines() if "`` threads ``" in line)
+    lines = api.document("systems.score", "ScoreConfig").splitlines()
+    inherited = next(line for line in lines if "`` threads ``" in line)
     assert inherited.count("|") == 4 and not inherited.endswith("|  |")
 
 
