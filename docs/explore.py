@@ -30,7 +30,9 @@ by the images that are drawn together. Nothing is selected: the first {chains} c
 All numbers come from the ten logits that the network gives to the image above:
 $E(x, y) = -f(x)[y]$, $E(x) = -\\log \\sum_y \\exp f(x)[y]$, and $p(y \\mid x) = \\exp(E(x) - E(x, y))$
 ([method](guide/method.ipynb)). Energies are known up to a constant of their own for each network, so compare them
-along a chain and with the dotted line, the mean over {real} test images, and not between systems.
+along a chain and with the dotted line, the mean over {real} test images, and not between systems. The shares at the
+top are each network's own opinion of its last images, by running averages: no independent judge was asked
+([that is another page](guide/cifar10.ipynb)).
 
 Images are {size}×{size} pixels, compressed as WebP. Drawn from the networks in `data/pretrained` by `make explore`
 (notebook `nbs/replication/explore.ipynb`, seed {seed}, commit {commit}).
