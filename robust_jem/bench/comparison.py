@@ -14,16 +14,16 @@ import torch
 from torch import Tensor, nn
 
 from .compute import spent
+from ..core.cache import ResultCache
 from ..core.files import read_json
 from ..core.images import Images, to_unit
-from ..engine.runs import Run
+from ..engine.runs import Run, result_cache
 from ..engine.runtime import Execution
 from ..judge.calibration import calibration
-from ..judge.evaluate import ResultCache, draw_test_images
 from ..judge.extractors import Extractor, extract
 from ..judge.ood import detect_ood, ood_images
 from ..judge.robustness import autoattack_accuracy, robust_accuracy
-from ..judge.sample_scores import moments, reference_choice
+from ..judge.sample_scores import draw_test_images, reference_statistics
 from ..judge.sweep import SWEEP_SEED, FrechetTo, sweep, walks_for
 from ..systems.catalog import SYSTEMS
 
@@ -33,13 +33,14 @@ class Nearness:
 
     def __init__(self,
         extractor: Extractor,
-        images: Images, # whose training images (at most 10,000 of them) are the reference
+        images: Images, # whose training images are the reference
         device: torch.device | str = "cpu",
+        cache: Path | None = None, # folder that keeps the reference's features; none: computed anew
     ):
         self.extractor, self.device = extractor.to(device), device
         self.key = f"{extractor.key}-{images.fingerprint}"
-        chosen = images.train_x[reference_choice(len(images.train_x))]
-        self.distance = FrechetTo(*moments(self.features(chosen)), device)
+        reference = reference_statistics(self.extractor, images, cache, device=device)
+        self.distance = FrechetTo(reference["mu"], reference["sigma"], device)
 
     def features(self, x: Tensor) -> Tensor:
         "Of uint8 images [N,C,H,W]: [N,D]."
@@ -70,7 +71,7 @@ def choose_walk(
     return _cache(run, at).get("walks", settings, measure)["best"]
 
 def _cache(run: Run, at: Execution) -> ResultCache:
-    return ResultCache(run.path / "comparison", at)
+    return result_cache(run.path / "comparison", at)
 
 # %% ../../nbs/bench/07_comparison.ipynb #fe30903c
 def measure_classifier(
