@@ -177,6 +177,7 @@ REASONS = {
     "robustness.UnitInterval": "a module around a model, as torch calls modules",
     "robustness.SignedInterval": "a module around a model, as torch calls modules",
     "foreign.source_hash": "looks at code",
+    "foreign.on_signed_images": "a module around a model",
     "targets.EvalTarget": "made of a run or a factory's model, which check_classifier has looked at",
     "ood.auroc": "takes scores",
     "likelihood.bits_per_dim": "takes uint8 grey levels alone: dequantise refuses all else",
