@@ -28,6 +28,12 @@ from ..systems.catalog import EvaluateConfig, GenerateConfig, TrainConfig, confi
 
 # %% ../../nbs/app/03_cli.ipynb #25eba571
 EXAMPLES = {        # of each command: what it does, and command lines that can be copied
+    "sample": (
+        "Draw a labelled sheet from a pretrained folder, without a data set; under a minute on a CPU.",
+        "robust-jem sample data/pretrained/robust_jem-h100 --out samples.png\n"
+        "robust-jem sample data/pretrained/robust_jem-h100 --classes cat dog --per-class 8"
+        " --animate samples.gif --show",
+    ),
     "train": (
         "Train one system, or continue an interrupted run.",
         "robust-jem train --system robust_jem --dataset digits --preset cpu\n"
@@ -40,12 +46,6 @@ EXAMPLES = {        # of each command: what it does, and command lines that can 
         "robust-jem generate runs/digits-cpu/robust_jem-s0 --method combined\n"
         "robust-jem generate runs/digits-cpu/jempp-s0 --method energy --no-conditional --num-samples 1000"
         " --name thousand",
-    ),
-    "sample": (
-        "Draw a labelled sheet from a pretrained folder, without a data set; under a minute on a CPU.",
-        "robust-jem sample data/pretrained/robust_jem-h100 --out samples.png\n"
-        "robust-jem sample data/pretrained/robust_jem-h100 --classes cat dog --per-class 8"
-        " --animate samples.gif --show",
     ),
     "evaluate": (
         "Accuracy, robustness, sample scores, and all else that a hybrid model claims.",
