@@ -81,7 +81,7 @@ def test_the_loss_is_the_definition_in_float64():
 
 
 @pytest.mark.parametrize("form", [dict(scaled=False), dict(scaled=True), dict(scaled=False, sigma_data=0.6)])
-@pytest.mark.parametrize("network", ["dense", "refinenet"])
+@pytest.mark.parametrize("network", ["dense", "gated", "refinenet"])
 def test_an_update_minimises_that_loss(network, form):
     "The metric of an update, again from its random numbers, by a float64 copy of the network."
     rng = torch.Generator().manual_seed(1)

@@ -32,7 +32,7 @@ class Score(Config):
     sigma_min: float = option(0.02, 1e-9)  # smallest noise, on the [-1,1] scale (NCSN: 0.01 on [0,1])
     levels: int = option(10, 1, 10_000)  # of noise, geometric from the largest to the smallest (NCSN)
     conditional: bool = False  # a score of x given y for each class
-    network: Literal["refinenet", "dense"] = "refinenet"  # dense: for images of a few pixels (NCSN: refinenet)
+    network: Literal["refinenet", "dense", "gated"] = "refinenet"  # the others: for a few pixels (NCSN: refinenet)
     channels: int = option(128, 1)  # of the RefineNet at full resolution (NCSN), or of a dense layer
     stages: int = option(4, 1, 100)  # of the RefineNet, at most 4 (NCSN), or a dense network's residual blocks
     norm: Literal["instance", "none"] = "instance"  # of the RefineNet; none: scale and shift by level (NCSN: instance)
@@ -120,8 +120,8 @@ def build_score_net(config: ScoreConfig, images: Images) -> ScoreNet | DenseScor
     conditions = c.levels * (images.num_classes if c.conditional else 1)
     with torch.random.fork_rng(devices=[]):
         torch.random.default_generator.manual_seed(config.seed)     # torch.manual_seed would seed the GPU's as well
-        if c.network == "dense":
-            return DenseScoreNet(images.shape, conditions, c.channels, c.stages)
+        if c.network != "refinenet":
+            return DenseScoreNet(images.shape, conditions, c.channels, c.stages, c.network == "gated")
         return ScoreNet(conditions, c.channels, c.stages, c.norm, images.shape[0])
 
 def dequantized(
@@ -191,7 +191,7 @@ class Ncsn(System):
         "Network, noise levels, averaging."
         c, schedule, decay = config.score, config.schedule, config.optimizer.ema_decay
         length = f"{schedule.updates:,} updates" if schedule.updates else f"{schedule.epochs} epochs"
-        kind = "RefineNet" if c.network == "refinenet" else "dense network"
+        kind = "RefineNet" if c.network == "refinenet" else f"{c.network} network"
         levels = f"{c.levels} noise levels {c.sigma_max:g} to {c.sigma_min:g}"
         return {
             "network": f"{kind} of {c.channels} channels and {c.stages} stages, {levels}, {length}",
