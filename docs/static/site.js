@@ -3,7 +3,7 @@
 
 (() => {
   function mark() {
-    for (const frame of document.querySelectorAll("article pre, article .table-wrapper, article mjx-container")) {
+    for (const frame of document.querySelectorAll("article pre, article .table-wrapper, article .math-wrapper, article mjx-container")) {
       if (frame.scrollWidth > frame.clientWidth) frame.tabIndex = 0;
       else frame.removeAttribute("tabindex");
     }
