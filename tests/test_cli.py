@@ -19,6 +19,7 @@ from conftest import REPO, one_line, snapshot
 from PIL import Image
 
 from robust_jem.app.cli import EXAMPLES, parse
+from robust_jem.app.doctor import DoctorConfig
 from robust_jem.app.replicate import ReplicateConfig
 from robust_jem.bench.benchmark import BenchmarkConfig
 from robust_jem.bench.tune import TuneConfig
@@ -447,6 +448,7 @@ CONFIG_OF = {
     "report": ReportConfig,
     "benchmark": BenchmarkConfig,
     "tune": TuneConfig,
+    "doctor": DoctorConfig,
     "replicate": ReplicateConfig,
 }
 
