@@ -20,6 +20,7 @@ from PIL import Image
 
 from robust_jem.app.cli import EXAMPLES, parse
 from robust_jem.app.doctor import DoctorConfig
+from robust_jem.app.export import ExportConfig
 from robust_jem.app.replicate import ReplicateConfig
 from robust_jem.bench.benchmark import BenchmarkConfig
 from robust_jem.bench.tune import TuneConfig
@@ -39,7 +40,7 @@ from robust_jem.systems.catalog import SYSTEMS, EvaluateConfig, GenerateConfig, 
 
 TINY = ("--schedule.epochs", "1", "--attack.steps", "1", "--chain.outer-steps", "1")
 OPTIONS = [
-    ("trian", ["command", "'trian'", "train, generate, evaluate, report, benchmark, tune, replicate"]),
+    ("trian", ["command", "'trian'", ", ".join(EXAMPLES)]),
     ("train --system jem2", ["system", "'jem2'", *SYSTEMS]),
     ("train --preset tpu", ["preset", "'tpu'", "paper", "cpu"]),
     ("train --dataset nothing", ["dataset", "'nothing'", "digits, cifar10, cifar100, svhn", "{train,test}/<class>"]),
@@ -445,6 +446,7 @@ CONFIG_OF = {
     "train": TrainConfig,
     "generate": GenerateConfig,
     "evaluate": EvaluateConfig,
+    "export": ExportConfig,
     "report": ReportConfig,
     "benchmark": BenchmarkConfig,
     "tune": TuneConfig,

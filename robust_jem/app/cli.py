@@ -47,7 +47,13 @@ EXAMPLES = {        # of each command: what it does, and command lines that can 
         " --suite full\n"
         "robust-jem evaluate runs/digits-cpu/robust_jem-s0 --suite detection"
         " --strangers rotated digits path/to/images\n"
-        "robust-jem evaluate --model mypackage.models:classifier --model-data digits --suite full",
+        "robust-jem evaluate --model mypackage.models:classifier --model-data digits --suite full\n"
+        "robust-jem evaluate --model robustbench:Engstrom2019Robustness --model-data cifar10 --suite robustness",
+    ),
+    "export": (
+        "Samples as PNG files, as guided-diffusion's arrays, or for TensorBoard.",
+        "robust-jem export runs/digits-cpu/robust_jem-s0 --to png --out samples\n"
+        "robust-jem export runs/digits-cpu/robust_jem-s0/samples/energy --to npz --out samples",
     ),
     "report": (
         "Table 1, Figures 1-3 and curves from a folder of runs.",
@@ -116,6 +122,10 @@ def _evaluate_defaults(argv: list[str]) -> Config:
     c = Run(path).config
     return configure(EvaluateConfig, c.system, c.dataset, c.preset)
 
+def _export_defaults(argv: list[str]) -> Config:
+    from robust_jem.app.export import ExportConfig
+    return ExportConfig()
+
 # What the other commands need is imported only when they are asked for: a help appears at once.
 def _report_defaults(argv: list[str]) -> Config:
     from robust_jem.report.results import ReportConfig
@@ -141,6 +151,7 @@ _DEFAULTS: dict[str, Callable[[list[str]], Config]] = {
     "train": _train_defaults,
     "generate": _generate_defaults,
     "evaluate": _evaluate_defaults,
+    "export": _export_defaults,
     "report": _report_defaults,
     "benchmark": _benchmark_defaults,
     "tune": _tune_defaults,
@@ -188,7 +199,7 @@ def parse(
     argv: list[str], # its options
 ) -> Config: # of the command
     "Options of a command to its configuration; anything wrong is an `InputError`."
-    if command in ("generate", "evaluate") and argv and not argv[0].startswith("-"):
+    if command in ("generate", "evaluate", "export") and argv and not argv[0].startswith("-"):
         argv = ["--run", *argv]                                         # `robust-jem generate RUN`
     argv = [_hyphened(a) for a in argv]
     default, (summary, examples) = _DEFAULTS[command](argv), EXAMPLES[command]
@@ -243,6 +254,10 @@ def _evaluate(config: Config):
                 said.append(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}")
         print(f"{name}: " + ", ".join(said))
 
+def _export(config: Config):
+    from robust_jem.app.export import export
+    print("\n".join(map(str, export(config))))
+
 def _report(config: Config):
     from robust_jem.report.results import find_runs
     from robust_jem.report.tables import markdown, write_report
@@ -270,6 +285,7 @@ _COMMANDS: dict[str, Callable[[Config], None]] = {
     "train": _train,
     "generate": _generate,
     "evaluate": _evaluate,
+    "export": _export,
     "report": _report,
     "benchmark": _benchmark,
     "tune": _tune,

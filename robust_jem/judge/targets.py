@@ -31,6 +31,7 @@ from ..engine.runtime import Execution
 from .evaluate import CLASSIFIER, capabilities_of
 from .ood import ood_scores
 from .robustness import SignedInterval, device_of, in_own_precision
+from .zoo import in_a_zoo, zoo_model
 from ..systems.base import GenerateConfig, TrainConfig
 from ..systems.catalog import SYSTEMS, EvaluateConfig, configure
 from ..systems.hybrid import build_prior, generate
@@ -88,13 +89,10 @@ class EvalTarget:
 
     @classmethod
     def of_model(cls, config: EvaluateConfig, at: Execution) -> "EvalTarget":
-        "A classifier that a factory makes."
+        "A classifier that a factory makes, or that another library has by name."
         images = load_images(config.model_data, config.root or None)
         preset = "cpu" if config.model_data.startswith("digits") else "paper"
-        made = import_model(config.model, images).to(at.device).eval()
-        net = in_own_precision(made)
-        if config.model_inputs == "unit":
-            net = SignedInterval(net)
+        made, net = _made(config, images, at.device)
         answers = check_classifier(net, images, config.model)
         model = at.accelerate(net)
         asked = configure(TrainConfig, "robust_jem", config.model_data, preset, seed=config.seed, root=config.root)
@@ -115,6 +113,15 @@ class EvalTarget:
             precision=at.policy.precision,
         )
         return cls(config.model, model, images, asked, chain, prior, sets, settings, at)
+
+def _made(config: EvaluateConfig, images: Images, device: torch.device) -> tuple[nn.Module, nn.Module]:
+    "The classifier that is named, and the same as a module that takes float32 images in [-1,1]."
+    if in_a_zoo(config.model):
+        made = zoo_model(config.model, images, config.model_inputs, config.root or None).to(device)
+        return made, in_own_precision(made)
+    made = import_model(config.model, images).to(device).eval()
+    net = in_own_precision(made)
+    return made, SignedInterval(net) if config.model_inputs == "unit" else net
 
 def import_model(spec: str, images: Images) -> nn.Module:
     """The classifier that `package.module:factory` makes; the working directory is searched too.
