@@ -119,12 +119,17 @@ def flops(
 def step_flops(
     config: TrainConfig, # steps, and which terms the loss has
     f: dict[str, float], # what `flops` found
+    chain_steps: float | None = None, # of chains that grow; none: as the settings say
 ) -> float: # operations
     "Operations of a whole update, an image of the batch."
-    objective = config.objective
-    attacks, chains = bool(objective.adversarial_weight), bool(objective.likelihood_weight)
+    objective, batch = config.objective, config.optimizer.batch_size
+    attacks = bool(objective.adversarial_weight)
+    chains = bool(objective.likelihood_weight) * min(config.replay.batch_size or batch, batch) / batch
     passes = bool(objective.clean_weight) + attacks + 2 * chains
-    gradients = config.attack.steps * attacks + config.chain.outer_steps * chains
+    if objective.sharpness:
+        passes *= 2
+    length = config.chain.outer_steps if chain_steps is None else chain_steps
+    gradients = config.attack.steps * attacks + length * chains
     return gradients * f["gradient"] + passes * f["update"]
 
 def network_facts(

@@ -42,7 +42,7 @@ class Augment(Config):
 @settings
 class OptimizerConfig(Config):
     "How weights go down the gradient."
-    kind: Literal["sgd", "adam"] = "sgd"  # sgd has momentum 0.9 (JEM++); adam: JEM
+    kind: Literal["sgd", "nesterov", "adam"] = "sgd"  # sgd, nesterov (DAT): momentum 0.9 (JEM++); adam: JEM
     lr: float = option(0.1, 0)  # learning rate (JEM++)
     weight_decay: float = option(4e-4, 0)  # (JEM++)
     batch_size: int = option(64, 1)  # real images, and chains, an update (JEM++)
@@ -187,14 +187,30 @@ class Step:
         loss: Tensor, # [], this process's
     ) -> Tensor: # [], the norm of the gradient
         "One step of an optimizer down the gradient of `loss`, averaged over the processes."
-        optimizer = self.optimizers[name]
-        optimizer.zero_grad(set_to_none=True)
+        self.differentiate(name, loss)
+        return self.descend(name)
+
+    def differentiate(self,
+        name: str, # of the optimizer whose parameters get their gradient
+        loss: Tensor, # [], this process's
+    ):
+        "The gradient of `loss`, averaged over the processes, in place of what was there."
+        self.optimizers[name].zero_grad(set_to_none=True)
         loss.backward()
-        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        self.average(gradients)
-        norm = torch.nn.utils.get_total_norm(gradients)
-        optimizer.step()
+        self.average(self.gradients(name))
+
+    def descend(self,
+        name: str, # of the optimizer
+    ) -> Tensor: # [], the norm of the gradient
+        "One step of an optimizer down the gradient that is there."
+        norm = torch.nn.utils.get_total_norm(self.gradients(name))
+        self.optimizers[name].step()
         return norm
+
+    def gradients(self, name: str) -> list[Tensor]:
+        "Those of an optimizer's parameters that have one."
+        groups = self.optimizers[name].param_groups
+        return [p.grad for group in groups for p in group["params"] if p.grad is not None]
 
     @torch.no_grad()
     def average(self, tensors: list[Tensor]):

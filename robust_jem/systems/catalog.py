@@ -85,6 +85,31 @@ _JEM = merged(_JEMPP, dict(
 ))
 _FACTORED = merged(_JEM, dict(objective=dict(clean_weight=0.0, conditional=True)))
 _IGEBM = merged(_FACTORED, dict(chain=dict(outer_steps=60), objective=dict(energy_penalty=1.0)))
+# The later systems: SADA-JEM and M-EBM add to JEM++, DAT goes on from a classifier that is robust in L2.
+_SADA_JEM = merged(_JEMPP, dict(
+    objective=dict(sharpness=2.0),
+    augment=dict(noise=0.0, likelihood=False),
+    chain=dict(outer_steps=5),
+    replay=dict(batch_size=64),
+    optimizer=dict(weight_decay=5e-4, batch_size=128),
+    schedule=dict(epochs=200, milestones=(60, 120, 180)),
+))
+_M_EBM = merged(_JEMPP, dict(objective=dict(energy_penalty=0.5), chain=dict(outer_steps=5)))
+_L2 = dict(network=dict(depth=34), attack=dict(norm="l2", eps=1.0, steps=10, step_size=0.2))
+_L2_ROBUST = merged(_ROBUST, _L2)
+_TOLD_APART = dict(
+    network=dict(frozen_statistics=True),
+    objective=dict(density="discrimination"),
+    attack=dict(statistics="running"),
+    chain=dict(sampler="ascent", outer_steps=40, growth=0.8, step_size=0.2, statistics="running"),
+    replay=dict(reinit_prob=1.0),
+    augment=dict(noise=0.0),
+    optimizer=dict(kind="nesterov", lr=1e-3, weight_decay=5e-4, batch_size=128, ema_decay=0.999),
+    schedule=dict(kind="constant", epochs=15, warmup_steps=0),
+)
+_DAT = merged(_L2, _TOLD_APART)
+# Ours: the same second stage for the paper's attacks, the density learnt from images as they are.
+_FAST = merged(_TOLD_APART, dict(augment=dict(likelihood=False)))
 SYSTEMS: dict[str, Entry] = {
     "wide_resnet": Entry("Wide-ResNet", "Zagoruyko and Komodakis 2016", _CLASSIFIER),
     "robust_classifier": Entry("Single Robust Classifier", "Santurkar et al. 2019", _ROBUST, ("attack",)),
@@ -93,6 +118,13 @@ SYSTEMS: dict[str, Entry] = {
     "igebm": Entry("IGEBM", "Du and Mordatch 2019", _IGEBM, ("energy",)),
     "jempp": Entry("JEM++", "Yang and Ji 2021", _JEMPP, ("energy",)),
     "robust_jem": Entry("Robust JEM", "Korst and Asadulaev", dict(), ("energy", "combined")),
+    "sada_jem": Entry("SADA-JEM", "Yang et al. 2023", _SADA_JEM, ("energy",)),
+    "m_ebm": Entry("M-EBM", "Yang and Ji 2023", _M_EBM, ("energy",)),
+    "l2_robust_classifier": Entry("L2-robust classifier", "Santurkar et al. 2019", _L2_ROBUST, ("ascent",)),
+    "dat": Entry("DAT", "Yin et al. 2025", _DAT, ("ascent",), source_system="l2_robust_classifier"),
+    "robust_jem_fast": Entry(
+        "Robust JEM, fast", "this project", _FAST, ("ascent",), source_system="robust_classifier",
+    ),
 }
 _ADAM = dict(kind="adam", lr=1e-3, weight_decay=0.0)
 _GLOW = dict(augment=dict(pad=0), optimizer=_ADAM, flow=dict(kind="glow", factor_out=True))

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Statistics', 'METHODS', 'Network', 'Objective', 'Attack', 'Chain', 'Replay', 'HybridAugment', 'HybridRecovery',
            'HybridConfig', 'build_model', 'build_prior', 'build_optimizer', 'run_chains', 'TargetedAttack',
-           'DrawnChain', 'HybridSampling', 'generate', 'HotPaths', 'Hybrid', 'from_flat']
+           'DrawnChain', 'LogitAscent', 'HybridSampling', 'generate', 'HotPaths', 'Hybrid', 'from_flat']
 
 # %% ../../nbs/systems/01_hybrid.ipynb #8df31ab2
 import dataclasses
@@ -15,7 +15,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -24,11 +23,13 @@ from ..core.errors import InputError
 from ..core.images import Images, add_noise, augment, to_unit
 from ..core.inputs import as_labels, check_model, trusted_inputs
 from ..ebm.attacks import attack_start, climb, pgd
-from ..ebm.energy import energy, score_of, untouched
+from ..ebm.energy import batch_norms, energy, frozen_statistics, score_of, untouched
+from ..ebm.growth import GrowingLength
 from ..ebm.objectives import Terms, hybrid_loss
 from ..ebm.priors import GaussianMixturePrior, UniformPrior
 from ..ebm.replay import ReplayBuffer
-from ..ebm.samplers import proximal_sgld, sgld
+from ..ebm.samplers import normalised_ascent, proximal_sgld, sgld
+from ..ebm.sharpness import at_worst_weights
 from ..networks.wide_resnet import WideResNet
 from .base import Augment, GenerateConfig, OptimizerConfig, Recovery, TrainConfig
 from .base import Batch, Runtime, Step, System
@@ -42,6 +43,7 @@ class Network(Config):
     depth: int = option(28, 10, 1000)  # 6n + 4 (JEM++)
     width: int = option(10, 1, 100)  # (JEM++)
     norm: Literal["batch", "group", "none"] = "batch"  # normalisation (JEM++: batch; JEM: none)
+    frozen_statistics: bool = False  # batch norm trains by the running statistics that it began with (DAT)
 
 @settings
 class Objective(Config):
@@ -50,7 +52,9 @@ class Objective(Config):
     adversarial_weight: float = option(1.0, 0)  # of the cross-entropy on adversarial images
     likelihood_weight: float = option(1.0, 0)  # of the likelihood term
     conditional: bool = False  # likelihood of x given y instead of x
+    density: Literal["likelihood", "discrimination"] = "likelihood"  # E(real) - E(sampled) (JEM), or told apart (DAT)
     energy_penalty: float = option(0.0, 0)  # of the mean squared energies
+    sharpness: float = option(0.0, 0)  # radius ρ of adaptive SAM on the whole loss (SADA-JEM: 2); 0: without
     track_sampled: bool = True  # sampled images move batch norm's running statistics (JEM++)
 
     def __post_init__(self):
@@ -64,7 +68,8 @@ class Objective(Config):
     @property
     def terms(self) -> Terms:
         "The weights of the loss."
-        return Terms(self.clean_weight, self.adversarial_weight, self.likelihood_weight, self.energy_penalty)
+        return Terms(self.clean_weight, self.adversarial_weight, self.likelihood_weight, self.energy_penalty,
+                     self.density)
 
 @settings
 class Attack(Config):
@@ -90,21 +95,28 @@ class Attack(Config):
 @settings
 class Chain(Config):
     "The chains that samples come from while training."
-    sampler: Literal["proximal", "sgld"] = "proximal"  # proximal: JEM++; sgld: JEM
+    sampler: Literal["proximal", "sgld", "ascent"] = "proximal"  # proximal: JEM++; sgld: JEM; ascent of a logit: DAT
     outer_steps: int = option(10, 0)  # network gradients a chain and update: m (paper), JEM's η
-    inner_steps: int = option(5, 1)  # reuses of each gradient: n (paper); sgld has none
-    step_size: float = option(0.2, 0)  # λ of one inner step (JEM++), α for sgld
+    growth: float = option(0.0, 0, 1)  # chains grow to that from no step, by the AUC at which they do (DAT: 0.8); 0: no
+    inner_steps: int = option(5, 1)  # reuses of each gradient: n (paper); proximal alone has them
+    step_size: float = option(0.2, 0)  # λ of one inner step (JEM++), α for sgld, a step's Euclidean length for ascent
     gradient_clip: float = option(1.0, 1e-9)  # a pixel's gradient in a proximal step is clipped to this (JEM++)
     noise_std: float = option(0.0, 0)  # noise of a step (JEM++: 0; JEM: 0.01)
     bounds: bool = True  # clamp to [-1,1] (JEM++)
     statistics: Statistics | None = "batch"  # batch norm while sampling (JEM++: batch); none: as the model's mode says
+
+    def __post_init__(self):
+        if 0 < self.growth < 0.5:
+            raise InputError(f"growth: {self.growth:g} is an area under the ROC curve that chance exceeds; "
+                             "accepted: 0 (chains of one length), or 0.5 to 1, such as 0.8")
 
 @settings
 class Replay(Config):
     "The persistent chains."
     prior: Literal["gaussian", "uniform"] = "gaussian"  # where chains start (JEM++: gaussian; JEM: uniform)
     size: int = option(10_000, 1, 10_000_000)  # of the buffer (JEM++)
-    reinit_prob: float = option(0.05, 0, 1)  # ρ: chance that a chain restarts from the prior (JEM++)
+    reinit_prob: float = option(0.05, 0, 1)  # ρ: chance that a chain restarts from the prior (JEM++; DAT: 1)
+    batch_size: int = option(0, 0)  # chains an update, and real images beside them; 0: all of the batch
 
 @settings
 class HybridAugment(Augment):
@@ -153,9 +165,10 @@ def build_prior(config: HybridConfig, images: Images, device="cpu") -> GaussianM
 def build_optimizer(config: OptimizerConfig, parameters: list[nn.Parameter], runtime: Runtime) -> Optimizer:
     "SGD with momentum, or Adam; a recorded update reads the learning rate from a tensor."
     fused = runtime.device.type == "cuda"
-    if config.kind == "sgd":
+    if config.kind != "adam":
         lr = torch.tensor(config.lr, device=runtime.device) if runtime.records else config.lr
-        return torch.optim.SGD(parameters, lr, momentum=0.9, weight_decay=config.weight_decay, fused=fused)
+        return torch.optim.SGD(parameters, lr, momentum=0.9, weight_decay=config.weight_decay, fused=fused,
+                               nesterov=config.kind == "nesterov")
     return torch.optim.Adam(parameters, config.lr, betas=(0.9, 0.999), weight_decay=config.weight_decay, fused=fused)
 
 # %% ../../nbs/systems/01_hybrid.ipynb #63c65ef4
@@ -173,11 +186,13 @@ def run_chains(
     """
     if not hasattr(chain, "outer_steps"):
         raise InputError(f"chain: {type(chain).__name__} is not accepted; accepted: Chain(outer_steps=10), say")
-    score = score_of(model, y, chain.statistics)
+    score, bounds = score_of(model, y, chain.statistics), (-1, 1) if chain.bounds else None
+    if chain.sampler == "ascent":
+        return normalised_ascent(score, x, chain.outer_steps, chain.step_size, bounds=bounds, on_step=on_step)
     args = dict(
         step_size=chain.step_size,
         noise_std=chain.noise_std,
-        bounds=(-1, 1) if chain.bounds else None,
+        bounds=bounds,
         generator=generator,
         on_step=on_step,
     )
@@ -187,7 +202,7 @@ def run_chains(
                          clip=chain.gradient_clip, **args)
 
 # %% ../../nbs/systems/01_hybrid.ipynb #c1f0a0b2
-METHODS = ("attack", "energy", "combined")
+METHODS = ("attack", "energy", "combined", "ascent")
 
 @settings
 class TargetedAttack(Config):
@@ -216,13 +231,21 @@ class DrawnChain(Config):
         return dataclasses.replace(trained, **said)
 
 @settings
+class LogitAscent(Config):
+    "The walk of an ascent, without a ball."
+    steps: int = option(35, 0)  # gradient steps (DAT: 33 to 35; Santurkar et al.: 60)
+    step_size: float = option(0.4, 0)  # Euclidean length of each (DAT: 0.4; Santurkar et al.: 1.0)
+    statistics: Statistics | None = "running"  # batch norm: as it classifies; none: as the model's mode says
+
+@settings
 class HybridSampling(GenerateConfig):
-    "How samples are drawn from a hybrid. `method` is the paper's: attack, energy, or combined."
-    method: Literal["attack", "energy", "combined"] = "energy"  # see generation
-    conditional: bool = True  # chains on E(x,y); no: on E(x) (attacks always have a target)
+    "How samples are drawn from a hybrid: the paper's attack, energy and combined, or DAT's ascent."
+    method: Literal["attack", "energy", "combined", "ascent"] = "energy"  # see generation
+    conditional: bool = True  # chains on E(x,y); no: on E(x) (attacks and ascents always have a target)
     attack: TargetedAttack = TargetedAttack()  # of attack and combined
     contrast: float = option(0.8, 1e-9, 1)  # combined: the attack's result is scaled by this about mid-grey
     chain: DrawnChain = DrawnChain()  # of energy and combined
+    ascent: LogitAscent = LogitAscent()  # of ascent
 
     @property
     def label(self) -> str:
@@ -263,7 +286,7 @@ def generate(
     given = {"method": how} if isinstance(how, str) else how.to_dict()
     how = HybridSampling.from_dict(merged(given, unfolded(changes)))
     attack, chain = how.attack, how.chain.of(trained or Chain())
-    conditional = how.conditional or how.method == "combined"
+    conditional = how.conditional or how.method == "combined" or chain.sampler == "ascent"
 
     def stage(name, x):
         if on_stage is not None:
@@ -282,6 +305,10 @@ def generate(
         if how.method in ("energy", "combined"):
             x = run_chains(model, x, chain, y if conditional else None, generator,
                            on_step=lambda i, x: stage(f"step {i + 1}", x))
+        if how.method == "ascent":
+            climbed = score_of(model, y, how.ascent.statistics)
+            x = normalised_ascent(climbed, x, how.ascent.steps, how.ascent.step_size,
+                                  on_step=lambda i, x: stage(f"step {i + 1}", x))
     return x
 
 # %% ../../nbs/systems/01_hybrid.ipynb #43a26e20
@@ -295,9 +322,11 @@ class HotPaths:
         self.system, self.step = system, step
         config, record = system.config, system.runtime.record
         self.captures = system.runtime.records
+        # chains that grow are recorded one step long, and replayed
+        self.part = dataclasses.replace(config.chain, outer_steps=1) if config.chain.growth else config.chain
         self.climb = record(self._climb)
-        self.chain = self._chain if config.chain.noise_std else record(self._chain)
-        self.update = record(self._update) if config.optimizer.kind == "sgd" else self._update
+        self.run_part = self._run_part if config.chain.noise_std else record(self._run_part)
+        self.update = self._update if config.optimizer.kind == "adam" else record(self._update)
 
     def attack(self, x: Tensor, y: Tensor, eps: float) -> Tensor:
         "Adversarial images within `eps` of x."
@@ -317,12 +346,31 @@ class HotPaths:
         with untouched(model, attack.statistics):
             return climb(model, start, adversarial, y, eps, step_size, steps, attack.norm)
 
-    def _chain(self, start: Tensor, y: Tensor | None) -> Tensor:
-        return run_chains(self.system.fast, start, self.system.config.chain, y, self.step.generators["noise"])
+    def chain(self, start: Tensor, y: Tensor | None) -> Tensor:
+        "The ends of chains, which may grow from update to update."
+        growing = self.system.growing
+        x = start
+        for _ in range(1 if growing is None else growing.length):
+            x = self.run_part(x, y)
+        return x
+
+    def _run_part(self, start: Tensor, y: Tensor | None) -> Tensor:
+        return run_chains(self.system.fast, start, self.part, y, self.step.generators["noise"])
 
     def _update(self, y: Tensor, *images: Tensor | None) -> dict[str, Tensor]:
-        loss, parts = self.system.loss(y, *images)
-        return parts | {"gradient_norm": self.step.optimize("network", loss)}
+        "A step down the loss; beside its parts, the log densities `[2,B]` by which chains grow."
+        system, step, energies = self.system, self.step, []
+        loss, parts = system.loss(y, *images, energies=energies)
+        step.differentiate("network", loss)
+        radius = system.config.objective.sharpness
+        if radius:
+            with at_worst_weights(system.network.parameters(), radius), frozen_statistics(system.network):
+                worst, _ = system.loss(y, *images)
+                step.differentiate("network", worst)
+        parts["gradient_norm"] = step.descend("network")
+        if system.growing is not None:
+            parts["log_densities"] = -torch.stack(energies)
+        return parts
 
 # %% ../../nbs/systems/01_hybrid.ipynb #91bbf3b8
 class Hybrid(System):
@@ -349,7 +397,7 @@ class Hybrid(System):
         accelerated = runtime.accelerate(self.network, size)
         # In a dict, which Module doesn't look into: the network would be saved once more.
         self._views = {"chains": accelerated, "update": accelerated.update_view()}
-        self._prior = self._hot = self.average = self.replay = None
+        self._prior = self._hot = self.average = self.replay = self.growing = None
         if rng is not None:
             self._prepare_training(rng)
 
@@ -364,12 +412,16 @@ class Hybrid(System):
             self.replay = ReplayBuffer(capacity, self.prior, c.replay.reinit_prob, rng)
             self.register_buffer("replay_x", self.replay.x)         # the very tensors that the buffer writes to
             self.register_buffer("replay_y", self.replay.y)
+            if c.chain.growth:
+                self.growing = GrowingLength(c.chain.growth, c.chain.outer_steps).to(self.runtime.device)
         self.register_load_state_dict_post_hook(lambda *_: self._loaded())
 
     def _loaded(self):
         "What follows from the state, after another was loaded."
         self.fast.weights_changed()
         self._hot = None                        # what was recorded belongs to the settings of before
+        if self.growing is not None:
+            self.growing.remember()
         if self.replay is not None:
             with trusted_inputs():
                 self.replay.fill(self.replay_x, self.replay_y)
@@ -389,6 +441,22 @@ class Hybrid(System):
         return self._prior
 
     # training
+    def adopt(self, source: System):
+        "Begin with another hybrid's weights; an `InputError` for another kind of system, or another network."
+        if not isinstance(source, Hybrid):
+            raise InputError(f"source: a run of {source.config.system}; "
+                             f"{self.config.system} starts from one of a Wide-ResNet, such as robust_classifier")
+        for name in ("depth", "width", "norm"):
+            there, asked = getattr(source.config.network, name), getattr(self.config.network, name)
+            if there != asked:
+                raise InputError(f"source: its network.{name} is {there}, here it is {asked}; "
+                                 "give the source's network")
+        if (source.images.shape, source.images.num_classes) != (self.images.shape, self.images.num_classes):
+            raise InputError(f"source: it knows {source.images}, here are {self.images}; "
+                             "accepted: a run on the same data")
+        self.network.load_state_dict(source.network.state_dict())
+        self.fast.weights_changed()
+
     def optimizers(self) -> dict[str, Optimizer]:
         "One, of the network."
         return {"network": self._optimizer}
@@ -409,27 +477,48 @@ class Hybrid(System):
         noise, y, raw = step.generators["noise"], batch.y, to_unit(batch.x)
         x = add_noise(augment(raw, augmented.pad, augmented.flip, noise), augmented.noise, noise)
         x_real = x if augmented.likelihood else add_noise(raw, augmented.noise, noise)
-        self.network.train()
+        self.train_network()
         hot = self.hot_paths(step)
         if hot.captures:
             self.fast.prepare()
 
-        x_adversarial = x_sampled = y_sampled = None
+        x_adversarial = x_sampled = y_real = y_sampled = None
         if objective.adversarial_weight:
             x_adversarial = hot.attack(x, y, attack.eps_at(step.number))
         if objective.likelihood_weight:
-            start, index = self.replay.draw(len(x), noise, step.generators["choices"])
-            y_sampled = self.replay.y[index] if objective.conditional else None
-            x_sampled = hot.chain(start, y_sampled)
+            chains = self.chains_of(len(x))
+            start, index = self.replay.draw(chains, noise, step.generators["choices"])
+            labels = self.replay.y[index]
+            aimed = objective.conditional or self.config.chain.sampler == "ascent"
+            x_sampled = hot.chain(start, labels if aimed else None)
             self.replay.store(index, x_sampled)
+            if objective.conditional:
+                y_real, y_sampled = y[:chains], labels
 
-        x_clean, x_real = x if objective.clean_weight else None, x_real if objective.likelihood_weight else None
-        y_real = y if objective.conditional else None
+        x_clean = x if objective.clean_weight else None
+        x_real = x_real[:len(x_sampled)] if objective.likelihood_weight else None
         parts = hot.update(y, x_clean, x_adversarial, x_real, x_sampled, y_real, y_sampled)
         self._updated(step)
+        if self.growing is not None:
+            parts["chain_steps"] = torch.tensor(float(self.growing.length), device=x.device)
+            self.growing.observe(*parts.pop("log_densities"), step.world.mean)
         if x_sampled is not None and len(x_sampled) > 1:
             parts["sampled_std"] = x_sampled.std(0).mean()
         return parts
+
+    def train_network(self):
+        "Put the network into training mode, its batch norm as the settings say."
+        self.network.train()
+        if self.config.network.frozen_statistics:
+            for norm in batch_norms(self.network):
+                norm.eval()
+
+    def chains_of(self,
+        batch: int, # real images, of this process
+    ) -> int:
+        "Chains that an update runs in this process."
+        asked = self.config.replay.batch_size
+        return min(batch, self.runtime.world.share(asked, "replay.batch_size")) if asked else batch
 
     def loss(self,
         y: Tensor, # labels [B] of clean and adversarial images
@@ -439,18 +528,20 @@ class Hybrid(System):
         x_sampled: Tensor | None = None,
         y_real: Tensor | None = None, # labels [B], for the likelihood of x given y
         y_sampled: Tensor | None = None,
+        energies: list | None = None, # gets those of the likelihood's images
     ) -> tuple[Tensor, dict[str, Tensor]]: # the loss, and its parts
         "`hybrid_loss` of the network, by the configuration's weights."
         return hybrid_loss(
             self._views["update"], self.config.objective.terms, y, track_sampled=self.config.objective.track_sampled,
             x_clean=x_clean, x_adversarial=x_adversarial, x_real=x_real, x_sampled=x_sampled,
-            y_real=y_real, y_sampled=y_sampled,
+            y_real=y_real, y_sampled=y_sampled, energies=energies,
         )
 
     def statistics(self) -> list[Tensor]:
-        "Batch norm's running averages."
-        norms = [m for m in self.network.modules() if isinstance(m, _BatchNorm)]
-        return [b for m in norms for b in m.buffers() if b.is_floating_point()]
+        "Batch norm's running averages, where they move."
+        if self.config.network.frozen_statistics:
+            return []
+        return [b for m in batch_norms(self.network) for b in m.buffers() if b.is_floating_point()]
 
     def _updated(self, step: Step):
         self.fast.weights_changed()
@@ -507,6 +598,7 @@ class Hybrid(System):
         "Network, attacks, averaging."
         network, attack, decay = config.network, config.attack, config.optimizer.ema_decay
         norm = network.norm if network.norm != "none" else "no"
+        norm = f"frozen {norm}" if network.frozen_statistics else norm
         attacked = f"attacks while training with ε = {attack.eps:g} and {attack.steps} steps"
         return {
             "network": f"network WRN-{network.depth}-{network.width}, {norm} norm, {config.schedule.epochs} epochs",
@@ -520,6 +612,9 @@ class Hybrid(System):
         def by(statistics: str) -> str:
             return f", batch norm by {statistics} statistics" if config.network.norm == "batch" else ""
         said, chain = [], how.chain
+        if how.method == "ascent":
+            ascent = how.ascent
+            return f"ascent of the logit, {ascent.steps} steps of {ascent.step_size:g}{by(ascent.statistics)}"
         if how.method != "energy":
             said.append(f"targeted PGD ε = {how.attack.eps}, {how.attack.steps} steps{by(how.attack.statistics)}")
         if how.method == "combined":
@@ -535,7 +630,7 @@ class Hybrid(System):
         "Roughly what an update costs, in passes of a network."
         attacks = bool(config.objective.adversarial_weight) * config.attack.steps
         chains = bool(config.objective.likelihood_weight) * config.chain.outer_steps
-        return 3 + 2 * attacks + 2 * chains
+        return (6 if config.objective.sharpness else 3) + 2 * attacks + 2 * chains
 
     @classmethod
     def prior_named(cls, config: HybridConfig) -> str:
@@ -544,8 +639,8 @@ class Hybrid(System):
 
     @classmethod
     def radius(cls, config: HybridConfig) -> float | None:
-        "That of its attacks."
-        return config.attack.eps
+        "That of its attacks, where they are of that norm."
+        return config.attack.eps if config.attack.norm == "linf" else None
 
     # the finished system
     def weights(self) -> dict[str, Tensor]:
@@ -583,12 +678,18 @@ class Hybrid(System):
 
     def drawing_advice(self, how: HybridSampling) -> str:
         "A shorter step."
+        if how.method == "ascent":
+            return f"--ascent.step-size below {how.ascent.step_size:g}, or "
         return f"--chain.step-size below {how.chain.of(self.asked.chain).step_size:g}, or "
+
+    def walk_of(self, how: HybridSampling) -> int:
+        "The steps of a drawing's chain or ascent."
+        return {"attack": 0, "ascent": how.ascent.steps}.get(how.method, how.chain.outer_steps)
 
     def share_done(self, how: HybridSampling, stage: str) -> float:
         "The share of the gradients of `sample` that are taken at a stage."
-        attack = 0 if how.method == "energy" else how.attack.steps
-        chain = 0 if how.method == "attack" else how.chain.outer_steps
+        attack = how.attack.steps if how.method in ("attack", "combined") else 0
+        chain = self.walk_of(how)
         taken = 0 if stage == "prior" else attack
         if stage.startswith("step "):
             taken += int(stage.removeprefix("step "))
@@ -596,7 +697,7 @@ class Hybrid(System):
 
     def is_pictured(self, how: HybridSampling, stage: str) -> bool:
         "What comes before the chain, its steps 1, 2, 5, 10, …, and its end."
-        steps = {how.chain.outer_steps} | {a * 10**b for a in (1, 2, 5) for b in range(4)}
+        steps = {self.walk_of(how)} | {a * 10**b for a in (1, 2, 5) for b in range(4)}
         return not stage.startswith("step ") or int(stage.removeprefix("step ")) in steps
 
 # %% ../../nbs/systems/01_hybrid.ipynb #c1f0a0b4

@@ -8,6 +8,8 @@ __all__ = ['PRESETS']
 # %% ../../nbs/systems/02_presets.ipynb #b236662c
 from typing import Any
 
+from ..core.config import merged
+
 # %% ../../nbs/systems/02_presets.ipynb #9d38dcd0
 _DIGITS_BUDGET = dict(
     augment=dict(pad=0, flip=False), schedule=dict(kind="cosine", warmup_steps=50, epochs=16), threads=1,
@@ -59,7 +61,7 @@ _CPU = dict(
 # For the minutes of gpu.py, which finds the updates that fit: ten epochs are two minutes of an H200. The rate is the
 # best of three short trainings (figures/h200/pilots.json); attacks by running statistics save 6 % of an update.
 _H100 = dict(
-    network=dict(width=4),
+    network=dict(depth=28, width=4),
     objective=dict(track_sampled=False),
     attack=dict(eps=0.0627, steps=3, statistics="running"),
     chain=dict(outer_steps=5),
@@ -74,6 +76,33 @@ _CIFAR10_CPU = dict(
     optimizer=dict(lr=0.05, batch_size=64),
     schedule=dict(kind="cosine", epochs=8, warmup_steps=400),
 )
+# The later systems, of which some change what the others of a preset share. 1 is L2 0.5 of images in [0,1].
+_L2_ATTACK = dict(attack=dict(eps=1.0, step_size=None))
+_SECOND_STAGE = dict(chain=dict(step_size=0.4, outer_steps=12), schedule=dict(warmup_steps=50))
+_H100_LATER = {
+    "sada_jem": dict(replay=dict(batch_size=128)),
+    "l2_robust_classifier": _L2_ATTACK,
+    "dat": merged(_L2_ATTACK, _SECOND_STAGE, dict(optimizer=dict(lr=0.01, ema_decay=0.99))),
+    "robust_jem_fast": merged(_SECOND_STAGE, dict(optimizer=dict(lr=0.01, ema_decay=0.99))),
+}
+_CIFAR10_CPU_LATER = {
+    "sada_jem": dict(optimizer=dict(batch_size=64), replay=dict(batch_size=32)),
+    "l2_robust_classifier": _L2_ATTACK,
+    "dat": merged(_L2_ATTACK, _SECOND_STAGE, dict(attack=dict(eps_warmup=0), optimizer=dict(lr=0.005))),
+    "robust_jem_fast": merged(_SECOND_STAGE, dict(attack=dict(eps_warmup=0), optimizer=dict(lr=0.005))),
+}
+_DIGITS_SECOND = dict(
+    chain=dict(step_size=0.2, outer_steps=10),
+    optimizer=dict(lr=0.01, batch_size=64, ema_decay=0.99),
+    schedule=dict(epochs=8, warmup_steps=0),
+)
+_DIGITS_LATER = {
+    "sada_jem": dict(optimizer=dict(batch_size=64), replay=dict(batch_size=32), objective=dict(sharpness=0.5)),
+    "l2_robust_classifier": _L2_ATTACK,
+    "dat": merged(_L2_ATTACK, _DIGITS_SECOND),
+    "robust_jem_fast": _DIGITS_SECOND,
+}
+_DIGITS_ASCENT = dict(ascent=dict(steps=20, step_size=0.2))
 _ADAM = dict(optimizer=dict(lr=1e-4))                                                    # as in JEM
 # The systems of other kinds: dataset -> stage -> family or system -> changes.
 # Flows on CIFAR-10: Glow's public code has these and no number of epochs; Residual Flow's has them all, and its hybrid
@@ -154,12 +183,15 @@ PRESETS: dict[str, dict[str, dict[str, dict[str, Any]]]] = {
         ),
     }},
     "h100": {"*": {
-        "train": {"hybrid": _H100, "jem": _ADAM, "jem_factored": _ADAM, "igebm": _ADAM} | _GAN_H100,
+        "train": {"hybrid": _H100, "jem": _ADAM, "jem_factored": _ADAM, "igebm": _ADAM} | _H100_LATER | _GAN_H100,
         "generate": {"*": dict(num_samples=10_000, batch_size=500)},      # 50 steps: 18 seconds of an H200
         "evaluate": {"*": dict(num_restarts=1000, num_strangers=2000)},
     }},
     "cifar10-cpu": {"*": {
-        "train": {"hybrid": _CIFAR10_CPU, "jem": _ADAM, "jem_factored": _ADAM, "igebm": _ADAM} | _GAN_CPU,
+        "train": (
+            {"hybrid": _CIFAR10_CPU, "jem": _ADAM, "jem_factored": _ADAM, "igebm": _ADAM}
+            | _CIFAR10_CPU_LATER | _GAN_CPU
+        ),
         # with the paper's 50 steps, the default
         "generate": {"*": dict(num_samples=10_000, batch_size=250)} | _SHORT_CHAINS,
         "evaluate": {"*": dict(num_robust=1000, num_restarts=200, num_strangers=1000, num_autoattack=100)},
@@ -170,10 +202,10 @@ PRESETS: dict[str, dict[str, dict[str, dict[str, Any]]]] = {
                 "*": _DIGITS_BUDGET,
                 "hybrid": _DIGITS,
                 "wide_resnet": _DIGITS_WIDE_RESNET,
-            } | _DIGITS_JEM_ROWS | _FLOW_DIGITS["train"] | _GAN_DIGITS["train"] | _SCORE_DIGITS["train"],
+            } | _DIGITS_JEM_ROWS | _DIGITS_LATER | _FLOW_DIGITS["train"] | _GAN_DIGITS["train"] | _SCORE_DIGITS["train"],
             "generate": {
                 "*": dict(num_samples=360, batch_size=120),
-                "hybrid": dict(attack=dict(eps=0.2), contrast=0.9),
+                "hybrid": dict(attack=dict(eps=0.2), contrast=0.9) | _DIGITS_ASCENT,
             } | _DIGITS_JEM_DRAWN | _FLOW_DIGITS["generate"] | _GAN_DIGITS["generate"] | _SCORE_DIGITS["generate"],
             "evaluate": {"*": _DIGITS_SCORES},
         },
