@@ -133,7 +133,7 @@ def test_robustbench_says_what_is_wrong(robustbench, monkeypatch, here):
 
 
 def test_torchvision_says_what_is_wrong(monkeypatch, here):
-    refused("torchvision:resnet81", data(10), "'resnet81'", "did you mean resnet18")
+    refused("torchvision:resnet81", data(10), "'resnet81'", "did you mean resnet", "resnet18")
     refused("torchvision:resnet18", data(10), "1000 classes", "has 10", "@FILE")
     refused("torchvision:resnet18@nowhere.pt", data(10), "no file nowhere.pt")
     (here / "junk.pt").write_bytes(b"junk")

@@ -68,10 +68,9 @@ def _imported(spec: str, module: str):
 
 def _unknown(spec: str, name: str, known: Iterable[str]) -> InputError:
     "What is said of a name that a zoo doesn't have."
-    known = list(known)
-    near = difflib.get_close_matches(name.lower(), [k.lower() for k in known], 3, 0.5)
-    alike = [k for k in known if k.lower() in near]
-    hint = f", did you mean {', '.join(alike[:3])}?" if alike else "."
+    known = {k.lower(): k for k in known}
+    near = [known[k] for k in difflib.get_close_matches(name.lower(), known, 3, 0.5)]
+    hint = f", did you mean {', '.join(near)}?" if near else "."
     zoo = spec.partition(":")[0]
     return InputError(f"model: {zoo} has no {name!r}{hint} It has {len(known)} models to choose from")
 
