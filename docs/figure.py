@@ -17,8 +17,8 @@ from robust_jem.report.run_figures import tiles
 ROOT = Path(__file__).resolve().parent.parent
 SHOWN = {
     "prior": "prior: a draw from\neach class's Gaussian",
-    "attack": "attacked until the network\nis sure of the class",
-    "last": "sample: walked down\nthe energy",
+    "attack": "attacked towards\nthe class",
+    "last": "sample: then down\nthe energy",
 }
 BESIDE = 2                 # further chains of each class that share the batch, and so its batch-norm statistics
 
@@ -40,7 +40,7 @@ def draw(rows: dict[str, torch.Tensor], classes: tuple[str, ...]) -> Figure:
     images = torch.cat([rows[name] for name in SHOWN])
     picture = tiles(images, len(classes)).repeat(3, 0).repeat(3, 1)
     h, w = picture.shape[:2]
-    left, top, dpi = 270, 40, 100
+    left, top, dpi = 210, 40, 100
     fig = plt.figure(figsize=((w + left) / dpi, (h + top) / dpi), dpi=dpi)
     ax = fig.add_axes([left / (w + left), 0, w / (w + left), h / (h + top)])
     ax.imshow(picture, interpolation="nearest")

@@ -81,7 +81,8 @@ def write_pngs(
     part = out / f".{samples.name}.{os.getpid()}.part"
     part.mkdir(parents=True)
     try:
-        for i, (image, k) in enumerate(zip(progress_bar(samples.colour(samples.x), desc=samples.name), samples.y.tolist())):
+        images = progress_bar(samples.colour(samples.x), desc=samples.name)
+        for i, (image, k) in enumerate(zip(images, samples.y.tolist())):
             Image.fromarray(image).save(part / f"{i:05d}-class{k}.png")
         part.replace(folder)
     finally:
@@ -126,7 +127,11 @@ def write_events(
     return out
 
 # %% ../../nbs/app/06_export.ipynb #0ad6bea6
-_FORMS: dict[str, Callable[[SampleSet, Path], Path]] = {"png": write_pngs, "npz": write_npz, "tensorboard": write_events}
+_FORMS: dict[str, Callable[[SampleSet, Path], Path]] = {
+    "png": write_pngs,
+    "npz": write_npz,
+    "tensorboard": write_events,
+}
 
 def export(
     config: ExportConfig, # which samples, in which form, where
