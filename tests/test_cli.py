@@ -500,7 +500,7 @@ def test_readme_shows_commands_that_parse(documented_runs):
     for shown in re.findall(r"^\s*(robust-jem [a-z].*)$", text, re.M):
         line = shown.split("#")[0].strip()
         _, command, *argv = shlex.split(line)
-        assert type(parse(command, argv)) is CONFIG_OF[command], line
+        assert isinstance(parse(command, argv), CONFIG_OF[command]), line
 
 
 def test_dataset_error_names_every_accepted_name(cli, here):

@@ -177,6 +177,8 @@ REASONS = {
     "robustness.UnitInterval": "a module around a model, as torch calls modules",
     "robustness.SignedInterval": "a module around a model, as torch calls modules",
     "targets.source_hash": "looks at code",
+    "zoo.Preprocessed": "a module around a model, as torch calls modules",
+    "zoo.load_state": "fills a model's weights",
     "targets.EvalTarget": "made of a run or a factory's model, which check_classifier has looked at",
     "ood.auroc": "takes scores",
     "likelihood.bits_per_dim": "takes uint8 grey levels alone: dequantise refuses all else",
