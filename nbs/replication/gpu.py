@@ -3,7 +3,9 @@
     python gpu.py measure OUT --seconds 105     times the variants of the hot paths; choice in RUNS/runtime.tuned.json
     python gpu.py pilots OUT --seconds 95       short trainings, judged on training images that were kept aside
     python gpu.py all OUT --seconds 440         three systems for an equal time each, and 10,000 samples a row
-    python gpu.py judge OUT --extractor FILE    accuracy, PGD-20 and sample scores of what `all` left
+    python gpu.py second OUT --extractor FILE   short second stages of robust_jem_fast; choice in RUNS/second.json
+    python gpu.py compute OUT --extractor FILE  every hybrid for equal operations, its best walk, and 10,000 samples
+    python gpu.py judge OUT --extractor FILE    accuracy, PGD-20 and sample scores of what `all` or `compute` left
     python gpu.py trunk OUT FILE                a copy of a TorchScript file for a PyTorch that lacks an operator
     python gpu.py all OUT --dry                 the same on a CPU in a minute: a tiny network, few images
 
@@ -25,11 +27,13 @@ from pathlib import Path
 
 import torch
 
+from robust_jem.bench.compute import budget_of, trainings
 from robust_jem.bench.scaling import random_images
 from robust_jem.bench.tune import TuneConfig, markdown, tune
 from robust_jem.core.config import merged, unfolded
 from robust_jem.core.files import read_json, write_bytes, write_json, write_tensors
 from robust_jem.core.images import Batches, Images, load_images
+from robust_jem.engine import runs
 from robust_jem.engine.checkpoints import TrainState
 from robust_jem.engine.pretrained import RobustJEM
 from robust_jem.engine.recovery import Diverged, Health
@@ -37,8 +41,11 @@ from robust_jem.engine.runs import Run, provenance
 from robust_jem.engine.runtime import executing
 from robust_jem.engine.sample import generate_samples
 from robust_jem.engine.train import lr_factor
+from robust_jem.judge.comparison import Nearness, choose_walk, measure_autoattack, measure_classifier
 from robust_jem.judge.evaluate import evaluate_run
+from robust_jem.judge.extractors import feature_extractor
 from robust_jem.judge.robustness import accuracy, robust_accuracy
+from robust_jem.judge.sweep import WALKS, walk_config
 from robust_jem.systems import hybrid
 from robust_jem.systems.catalog import EvaluateConfig, GenerateConfig, TrainConfig, configure
 
@@ -47,6 +54,27 @@ ROWS = {
     "robust_jem": ("combined", "energy", "attack"),
     "jempp": ("energy",),
     "robust_classifier": ("attack",),
+}
+COMPARED = (
+    "robust_jem", "robust_classifier", "robust_jem_fast", "jempp", "l2_robust_classifier", "dat", "sada_jem", "m_ebm",
+)
+# Second stages of robust_jem_fast, each without an ingredient or with another strength of it.
+_STILL_JEM = dict(
+    network=dict(frozen_statistics=False),
+    objective=dict(density="likelihood"),
+    chain=dict(sampler="proximal", growth=0.0, outer_steps=5, step_size=0.2, statistics="batch"),
+    replay=dict(reinit_prob=0.05),
+)
+SECOND = {
+    "as the preset": dict(),
+    "JEM++'s likelihood": merged(_STILL_JEM, dict(optimizer=dict(lr=0.05))),
+    "higher rate": dict(optimizer=dict(lr=0.03)),
+    "fewer, longer steps": dict(chain=dict(outer_steps=6, step_size=0.8)),
+    "batch norm not frozen": dict(network=dict(frozen_statistics=False), chain=dict(statistics="batch")),
+    "likelihood in place of telling apart": dict(objective=dict(density="likelihood")),
+    "chains of one length": dict(chain=dict(growth=0.0)),
+    "JEM++'s likelihood, higher rate": merged(_STILL_JEM, dict(optimizer=dict(lr=0.1))),
+    "density of augmented images": dict(augment=dict(likelihood=True)),
 }
 DRY = dict(
     network=dict(depth=10, width=1),
@@ -114,7 +142,7 @@ def settings(system: str, args, **changes) -> TrainConfig:
 
 
 class TimedTraining:
-    """Train for a number of seconds.
+    """Train for a number of seconds, or of updates where the settings say how many.
 
     The pace is measured after the first updates, which compile, search and record; then the schedule covers exactly
     the updates that fit.
@@ -122,11 +150,12 @@ class TimedTraining:
 
     def __init__(self, config: TrainConfig, images: Images, runtime, seconds: float, guard: float):
         self.config, self.seconds, self.guard = config, seconds, guard
-        self.state = TrainState(config, images, runtime)
+        source = Run(config.source).system(runtime=runtime) if config.source else None
+        self.state = TrainState(config, images, runtime, source)
         self.batches = Batches(images.train_x, images.train_y, config.optimizer.batch_size, config.seed, runtime.device)
         self.health = Health(self.state.system)
         self.rows: list[dict] = []
-        self.total: int | None = None
+        self.total: int | None = config.schedule.updates or None
         self.first = 60 if runtime.device.type == "cuda" else 10
 
     def run(self) -> "TimedTraining":
@@ -221,6 +250,136 @@ def in_two_bytes(v: torch.Tensor) -> torch.Tensor:
     return v.to(torch.bfloat16).to(v.dtype) if v.is_floating_point() else v
 
 
+# Equal compute ----------------------------------------------------------------------------------------------
+
+def nearness_to(images: Images, args) -> Nearness:
+    "The distance by which walks are chosen."
+    precision = "float32" if args.dry else "bfloat16"
+    return Nearness(feature_extractor(args.extractor, precision=precision), images, on_device())
+
+
+def compute(args):
+    "Every system that isn't there yet, for the same operations; packed after each."
+    share_prior()
+    images = the_images(args)
+    nearness, budget = nearness_to(images, args), the_budget(images, args)
+    chosen = Path(args.runs) / "second.json"
+    fast = unfolded(read_json(chosen)["best"]["changes"]) if chosen.exists() else {}
+    for system in args.systems:
+        if not args.dry and time.perf_counter() > BEGAN + args.seconds - args.reserve - args.least:
+            say("no time for", system)
+            return
+        try:
+            compared(system, images, budget, nearness, fast if system == "robust_jem_fast" else {}, args)
+        except Exception:           # the next system may still be trained
+            say("FAILED", system, traceback.format_exc())
+    say("done")
+
+
+def common_settings(args) -> dict:
+    "What all trainings of a stage share."
+    asked = merged(unfolded(json.loads(args.settings or "{}")), DRY if args.dry else {})
+    where = dict(seed=args.seed, device=device(args), compile=tuned(args), log_every=2 if args.dry else 20)
+    return merged(asked, where)
+
+
+def the_budget(images: Images, args) -> float:
+    budget = budget_of(args.worth, "cifar10", "h100", images.shape, **common_settings(args))
+    say(images, f"budget {budget:.4g} operations, {args.worth:,} images of Robust JEM")
+    return budget
+
+
+def compared(system: str, images: Images, budget: float, nearness: Nearness, fast: dict, args):
+    "Train a system's stages, choose its walk, draw its samples."
+    folder = Path(args.runs) / f"{system}-s{args.seed}"
+    stages = trainings(system, "cifar10", "h100", budget, images.shape, args.runs, **common_settings(args))
+    if fast:
+        last = trainings(system, "cifar10", "h100", budget, images.shape, args.runs,
+                         **merged(common_settings(args), fast))[-1]
+        stages[-1] = last
+    for config in stages:
+        if not (Path(config.folder) / "model.safetensors").exists():
+            train_updates(config, images, args)
+    run = Run(folder)
+    draw_best(run, best_walk(run, nearness, args), args)
+    bring_back(run, Path(args.runs) / "back", args)
+    pack(Path(args.runs) / "back", Path(args.out))
+
+
+def second(args):
+    "Short second stages from one first stage; the nearest samples whose network has kept its robustness win."
+    share_prior()
+    images = served(kept_aside(the_images(args)))
+    nearness, budget = nearness_to(images, args), the_budget(images, args)
+    folder, found = Path(args.runs) / "second", []
+    first = None
+    for i, name in enumerate(args.second or SECOND):
+        if not args.dry and i and time.perf_counter() + args.each > BEGAN + args.seconds:
+            say("no time for:", name)
+            break
+        changes = merged(common_settings(args), SECOND[name])
+        begin, last = trainings("robust_jem_fast", "cifar10", "h100", budget, images.shape, folder, **changes)
+        if first is None:
+            first = begin
+            train_updates(first, images, args)
+        last = replace(last, source=first.folder, out=str(folder / str(i)))
+        try:
+            train_updates(last, images, args)
+            found.append(second_judged(Run(last.folder), name, images, nearness, args))
+        except Exception:
+            say("FAILED", name, traceback.format_exc())
+            continue
+        kept = max(row["pgd10"] for row in found) - 0.02
+        best = min((row for row in found if row["pgd10"] >= kept), key=lambda row: row["distance"])
+        write_json(Path(args.out) / "second.json", {"second": found, "best": best})
+        write_json(Path(args.runs) / "second.json", {"second": found, "best": best})
+    say("done")
+
+
+def second_judged(run: Run, name: str, images: Images, nearness: Nearness, args) -> dict:
+    best = best_walk(run, nearness, args)
+    n = 20 if args.dry else 1000
+    test = images.test_x[:n], images.test_y[:n]
+    with executing(run.config, run.config.threads) as runtime:
+        model = run.system(runtime=runtime)
+        scores = dict(accuracy=accuracy(model, *test), pgd10=robust_accuracy(model, *test, 0.0627, 10))
+    last = run.metrics()[-1]
+    row = dict(name=name, changes=SECOND[name], updates=last["step"], **scores, **best, last=rounded(last))
+    say("second stage:", rounded({k: v for k, v in row.items() if k not in ("changes", "last")}))
+    return row
+
+
+def train_updates(config: TrainConfig, images: Images, args):
+    "As many updates as the settings say, unless the time of the stage is over."
+    guard = float("inf") if args.dry else BEGAN + args.seconds - args.reserve
+    with executing(config, config.threads) as runtime:
+        training = TimedTraining(config, images, runtime, 0.0, guard).run()
+        training.save(images, runtime)
+        state, last = training.state, rounded(training.rows[-1])
+        pace = state.step * config.optimizer.batch_size / state.seconds
+        say(f"{config.system}: {state.step} updates in {state.seconds:.1f} s, {pace:.0f} images/s,",
+            f"{len(state.events)} recoveries", last)
+
+
+def best_walk(run: Run, nearness: Nearness, args) -> dict:
+    "The length of walk that suits a system."
+    walks = (("ascent", 0.4, (1, 2)), ("energy", 0.2, (1,))) if args.dry else WALKS
+    with executing(run.config, run.config.threads) as runtime:
+        best = choose_walk(run, nearness, runtime, walks, args.looked_at)
+    rows = read_json(run.path / "comparison/walks.json")["rows"]
+    say("walks:", run.config.system, [(r["method"], r["step_size"], r["steps"], round(r["distance"], 3)) for r in rows])
+    return best
+
+
+def draw_best(run: Run, best: dict, args):
+    "The reported samples, by the walk that was chosen."
+    changes = dict(num_samples=40, batch_size=20) if args.dry else dict(num_samples=args.samples, batch_size=500)
+    config = walk_config(run.config.system, "cifar10", "h100", best["method"], best["step_size"], best["steps"],
+                         run=str(run.path), compile=run.config.compile, device=device(args), **changes)
+    generate_samples(config, progress=False)
+    say("drawn:", run.config.system, best)
+
+
 def share_prior():
     "Fit the class Gaussians once: every system of a data set starts its chains from the same."
     fitted, fit = {}, hybrid.build_prior
@@ -235,13 +394,20 @@ def share_prior():
 
 
 def the_images(args) -> Images:
-    "CIFAR-10; a dry run takes noise where it isn't there."
-    if not args.dry:
-        return load_images("cifar10")
+    "CIFAR-10, loaded once for all runs; a dry run takes noise where it isn't there."
     try:
-        return load_images("cifar10", download=False)
+        images = load_images("cifar10", download=not args.dry)
     except ValueError:
+        if not args.dry:
+            raise
         return replace(random_images(300), name="cifar10", fingerprint="")
+    return served(images)
+
+
+def served(images: Images) -> Images:
+    "The images that every run of this process finds."
+    runs.load_images = lambda *_, **__: images
+    return images
 
 
 # Pilots -----------------------------------------------------------------------------------------------------
@@ -342,15 +508,18 @@ def bring_back(run: Run, folder: Path, args):
     target = folder / run.path.name
     target.mkdir(parents=True, exist_ok=True)
     for file in ("config.json", "summary.json", "metrics.jsonl"):
-        shutil.copy(run.path / file, target / file)
-    RobustJEM.from_run(run.path).save_pretrained(target / "pretrained", torch.bfloat16, prior=False)
+        if (run.path / file).exists():
+            shutil.copy(run.path / file, target / file)
+    if run.config.system in args.weights:
+        RobustJEM.from_run(run.path).save_pretrained(target / "pretrained", torch.bfloat16, prior=False)
     for name in run.sample_names():
         x, y, summary = run.samples(name)
         images = {"x": x[:args.kept], "y": y[:args.kept], "strip": run.strip(name)[1]}
         write_tensors(target / f"samples-{name}.safetensors", images)
         write_json(target / f"samples-{name}.json", summary)
-    if (run.path / "scores").exists():
-        shutil.copytree(run.path / "scores", target / "scores", dirs_exist_ok=True)
+    for name in ("scores", "comparison"):
+        if (run.path / name).exists():
+            shutil.copytree(run.path / name, target / name, dirs_exist_ok=True)
 
 
 def pack(folder: Path, out: Path):
@@ -377,17 +546,44 @@ def judge(args):
             (run / "scores").mkdir(exist_ok=True)
             for name in ("held-out", "prior"):
                 shutil.copy(first / "scores" / f"{name}.json", run / "scores")
-        how = dict(num_robust=10_000, precision="bfloat16", compile=tuned(args))
+        how = dict(num_robust=args.attacked, precision="bfloat16", extractor_precision="bfloat16", compile=tuned(args))
         if args.dry:
             how = dict(num_robust=20, attack_steps=1, batch_size=20, splits=1)
         config = configure(EvaluateConfig, system, "cifar10", "h100", run=str(run), extractor=args.extractor,
                            attack_eps=(0.0627,), by_class=False, device=device(args), **how)
         scores = evaluate_run(config, progress=False)
         say(system, {name: [k for k in part] for name, part in scores.items()})
+        if args.more:
+            judge_more(Run(run), args)
         first = first or run
         bring_back(Run(run), Path(args.runs) / "back", args)
         pack(Path(args.runs) / "back", Path(args.out))
+    for system in args.systems if args.more and args.autoattacked else ():
+        run = Path(args.runs) / f"{system}-s{args.seed}"
+        in_time = args.dry or time.perf_counter() < BEGAN + args.seconds - args.each
+        if in_time and (run / "comparison/classifier.json").exists():
+            autoattacked(Run(run), args)
+            bring_back(Run(run), Path(args.runs) / "back", args)
+            pack(Path(args.runs) / "back", Path(args.out))
     say("judged")
+
+
+def on_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def judge_more(run: Run, args):
+    "What the comparison has beside Table 1: attacks in both norms, calibration, other images."
+    number = 20 if args.dry else args.attacked
+    with executing(run.config, run.config.threads) as at:
+        found = measure_classifier(run, at, 0.0627, 1.0, number)
+    say(run.config.system, {k: v for k, v in found.items() if k.startswith(("PGD", "ECE", "AUROC"))})
+
+
+def autoattacked(run: Run, args):
+    "The standard attacks, in both norms, on some test images."
+    with executing(run.config, run.config.threads) as at:
+        say(run.config.system, measure_autoattack(run, at, 0.0627, 1.0, args.autoattacked))
 
 
 def trunk(args):
@@ -418,7 +614,12 @@ def arguments():
     parser.add_argument("file", nargs="?", help="of trunk")
     parser.add_argument("--seconds", type=float, default=110, help="for the stage, its start included")
     parser.add_argument("--runs", default="runs/gpu")
-    parser.add_argument("--systems", nargs="+", default=list(ROWS), choices=ROWS)
+    parser.add_argument("--systems", nargs="+", choices=COMPARED, help="default: all of the stage")
+    parser.add_argument("--worth", type=int, default=200_000, help="images of Robust JEM that a budget of compute buys")
+    parser.add_argument("--looked-at", type=int, default=500, help="samples on which the length of a walk is chosen")
+    parser.add_argument("--more", action="store_true", help="judge: also L2, AutoAttack, calibration and other images")
+    parser.add_argument("--attacked", type=int, default=10_000, help="judge: test images attacked by PGD")
+    parser.add_argument("--autoattacked", type=int, default=200, help="test images for AutoAttack; 0: none")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--compile", default="tuned", help="as for train; tuned: what `measure` found fastest")
     parser.add_argument("--settings", help="JSON: settings of the training by name, such as {\"attack.eps\": 0.1}")
@@ -430,13 +631,20 @@ def arguments():
     parser.add_argument("--least", type=float, default=20, help="seconds that a training is worth")
     parser.add_argument("--reserve", type=float, default=10, help="seconds kept for writing")
     parser.add_argument("--each", type=float, default=9, help="seconds of a pilot")
+    parser.add_argument("--second", nargs="+", choices=SECOND, help="these second stages alone")
+    parser.add_argument("--weights", nargs="+", default=list(COMPARED), choices=COMPARED, help="brought back, of these")
     parser.add_argument("--pilots", nargs="+", choices=PILOTS, help="these alone")
     parser.add_argument("--extractor", default="inception", help="of judge")
     parser.add_argument("--dry", action="store_true", help="on the CPU, with a tiny network")
-    return parser.parse_args()
+    args = parser.parse_args()
+    args.systems = args.systems or list(COMPARED if args.stage == "compute" else ROWS)
+    return args
 
 
-STAGES = {"measure": measure, "pilots": pilots, "all": all_systems, "judge": judge, "trunk": trunk}
+STAGES = {
+    "measure": measure, "pilots": pilots, "all": all_systems, "second": second, "compute": compute, "judge": judge,
+    "trunk": trunk,
+}
 
 if __name__ == "__main__":
     warnings.filterwarnings("ignore", category=UserWarning)
