@@ -1,10 +1,15 @@
 """Fixtures: a tiny trained run, image trees, folder snapshots, and the command line in this process."""
 import hashlib
+import multiprocessing
 import os
 import re
+import resource
+import runpy
 import shutil
+import signal
 import subprocess
 import sys
+import tempfile
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,10 +22,11 @@ from PIL import Image
 
 from robust_jem.app import replicate
 from robust_jem.app.cli import main
+from robust_jem.core.files import read_tensors
 from robust_jem.engine.runs import Run
 from robust_jem.engine.sample import generate_samples
 from robust_jem.engine.train import train
-from robust_jem.systems.catalog import GenerateConfig, TrainConfig, configure
+from robust_jem.systems.catalog import GenerateConfig, TrainConfig, configure, register
 
 REPO = Path(__file__).resolve().parent.parent
 # Two epochs of a few updates each: enough to have a trained run, small enough for every test session.
@@ -35,6 +41,12 @@ TINY = dict(
     device="cpu",
     precision="float32",
 )
+
+# Processes that come from one that has imported torch and done nothing else: as good as new ones, and there at once.
+FRESH = multiprocessing.get_context("forkserver")
+FRESH.set_forkserver_preload(["conftest"])
+# jsonschema, by which notebooks are checked, compiles grammars for six seconds where JupyterLab is installed.
+sys.modules.setdefault("rfc3987_syntax", None)
 
 
 @pytest.fixture(autouse=True)
@@ -125,6 +137,48 @@ def whole_recovered(made_once):
     return undisturbed_run(made_once, "recovered", RECOVERING)
 
 
+def train_and_die(config, kind, dies_at, entry):
+    "A training that is killed between two updates, as an operating system kills: nothing is tidied up."
+    if entry:
+        register(config.system, entry)
+    update = kind.update
+
+    def until(self, batch, step):
+        if step.number == dies_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return update(self, batch, step)
+
+    kind.update = until
+    train(config, progress=False)
+
+
+@pytest.fixture
+def killed_and_resumed(here):
+    """Train a system whole, and once more with a kill on the way: what is left goes on to the same bits.
+
+    `killed_and_resumed(settings, kind, dies_at)`: `settings(folder)` is the configuration, `kind` the system's class,
+    of which update `dies_at` is killed; `entry` a catalog entry that the test has added; `meanwhile()` is called
+    between the kill and the next start. Gives the whole run and the tensors of its last checkpoint.
+    """
+    def call(settings, kind, dies_at, entry=None, meanwhile=None):
+        whole = Run(train(settings("whole"), progress=False))
+        process = FRESH.Process(target=train_and_die, args=(settings("broken"), kind, dies_at, entry))
+        process.start()
+        process.join(300)
+        broken = Run("broken")
+        assert process.exitcode == -signal.SIGKILL and not broken.trained and broken.checkpoints()
+        if meanwhile:
+            meanwhile()
+        train(settings("broken"), progress=False)
+        for file in (lambda run: run.path / "model.safetensors", lambda run: run.checkpoints()[0]):
+            a, b = (read_tensors(file(run))[0] for run in (whole, broken))
+            assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+        assert whole.metrics() == broken.metrics()
+        return whole, a
+
+    return call
+
+
 @pytest.fixture
 def cli(capsys):
     "Run a command in this process: exit code, stdout and stderr."
@@ -147,12 +201,65 @@ def command():
                            env=env | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path})
 
 
+def run_there(argv, folder, changes, printed, memory):
+    "The command line, or a script, with its output in two files."
+    for fd, file in enumerate(("out", "err"), 1):
+        os.dup2(os.open(printed / file, os.O_WRONLY | os.O_CREAT), fd)
+    os.chdir(folder)
+    os.environ.update(changes)
+    if memory:
+        resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+    if not argv[0].endswith(".py"):
+        sys.exit(main(argv))
+    sys.argv = argv
+    runpy.run_path(argv[0], run_name="__main__")
+
+
+class Fresh:
+    "The command line, or a script, in a process of its own; with the methods of `subprocess.Popen`."
+
+    def __init__(self, argv, folder, changes=(), memory=0):
+        self.printed = Path(tempfile.mkdtemp())
+        what = ([*map(str, argv)], folder, dict(changes), self.printed, memory)
+        self.process = FRESH.Process(target=run_there, args=what)
+        self.process.start()
+        self.pid = self.process.pid
+
+    @property
+    def returncode(self):
+        return self.process.exitcode
+
+    def poll(self):
+        return self.process.exitcode
+
+    def send_signal(self, number):
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self):
+        self.send_signal(signal.SIGKILL)
+
+    def wait(self, timeout=None):
+        self.process.join(timeout)
+        if self.poll() is None:
+            raise subprocess.TimeoutExpired(f"process {self.pid}", timeout)
+        return self.returncode
+
+    def communicate(self, timeout=None):
+        self.wait(timeout)
+        return (self.printed / "out").read_text(), (self.printed / "err").read_text()
+
+
 @pytest.fixture
-def run_command(command, here):
-    "Run the command line in another process, in the working directory."
-    def call(*argv):
-        return subprocess.run([*command.argv, *map(str, argv)], cwd=here, env=command.env, capture_output=True,
-                              text=True, timeout=300)
+def run_command(here):
+    "Run the command line in another process, in the working directory: exit code, stdout and stderr."
+    def call(*argv, seconds=300, memory=0):
+        process = Fresh(argv, here, memory=memory)
+        try:
+            out, err = process.communicate(seconds)
+        finally:
+            process.kill()
+        return SimpleNamespace(code=process.returncode, out=out, err=err)
     return call
 
 

@@ -23,7 +23,7 @@ from types import SimpleNamespace
 from unittest import mock
 
 import torch
-from conftest import make_runs, make_tree, snapshot
+from conftest import Fresh, make_runs, make_tree, snapshot
 
 from robust_jem.app import cli, replicate
 from robust_jem.bench.benchmark import BenchmarkConfig
@@ -46,16 +46,18 @@ from robust_jem.systems import hybrid
 from robust_jem.systems.catalog import EvaluateConfig, GenerateConfig, TrainConfig, configure, sample_plan
 
 REPO = Path(__file__).resolve().parent.parent
-# Everything that has a state takes part, and checkpoints are also written in the middle of an epoch.
+# Everything that has a state takes part, and checkpoints are also written in the middle of an epoch. Of four classes,
+# 576 images: twelve updates an epoch.
 CONFIG = dict(
-    schedule__epochs=3, schedule__warmup_steps=10, optimizer__batch_size=128, optimizer__ema_decay=0.9,
+    dataset="digits@0-3", schedule__epochs=3, schedule__warmup_steps=10, optimizer__batch_size=48,
+    optimizer__ema_decay=0.9,
     attack__steps=2, chain__outer_steps=2, chain__noise_std=0.01, replay__size=200, augment__flip=True, augment__pad=1,
     recovery__snapshot_every=8, log_every=3, checkpoint_minutes=0.004, seed=5, threads=1, device="cpu",
     precision="float32")
 # A few updates of everything, for faults that are tried one after another.
 SHORT = CONFIG | dict(
-    schedule__epochs=2, optimizer__batch_size=256, network__width=1, attack__steps=1, chain__outer_steps=1,
-    replay__size=256, log_every=5, checkpoint_minutes=0.0)
+    schedule__epochs=2, optimizer__batch_size=96, network__width=1, attack__steps=1, chain__outer_steps=1,
+    replay__size=96, log_every=5, checkpoint_minutes=0.0)
 
 
 def options(config):
@@ -126,10 +128,8 @@ def environment():
 
 def start(folder, *more, system="robust_jem", config=CONFIG):
     "Start the training command in a process of its own; it ends with the `with` block."
-    command = [sys.executable, "-m", "robust_jem.app.cli", "train", "--system", system, *options(config)]
-    argv = [*command, "--out", Path(folder).name, *map(str, more)]
-    return subprocess.Popen(argv, cwd=Path(folder).parent, env=environment(), stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, text=True)
+    argv = ["train", "--system", system, *options(config), "--out", Path(folder).name, *more]
+    return Fresh(argv, Path(folder).parent)
 
 
 @contextlib.contextmanager
@@ -208,14 +208,14 @@ def count_kill(found, run):
         found.between += 1
 
 
-def kills(folder, n=30, seed=0, say=lambda *_: None, expected=None):
+def kills(folder, n=30, seed=0, say=lambda *_: None, expected=None, life=None):
     """Kill a training `n` times at random moments, each time continuing; a run that ends before the kill must be the
-    undisturbed one, and the next begins."""
+    undisturbed one, and the next begins. `life`: how many seconds one takes; None: the first, which isn't killed,
+    shows it."""
     rng, folder = random.Random(seed), Path(folder)
     expected = expected or undisturbed(folder / "whole")
     found = SimpleNamespace(kills=0, resumes=0, runs=0, lost=[], unequal=[], early=0, writing=0, between=0,
                             part_files=0, took=0.0)
-    life = None                    # of the first run, which isn't killed: it shows how long one is
     while found.kills < n or life is None:
         run = folder / f"run{found.runs}"
         while True:
@@ -559,7 +559,7 @@ def commands():
     import test_cli as usual                                           # which import this module
     import test_faults as hostile
     small, after = options(SHORT), usual.AFTER_TRAINING
-    pets = ["train", "--dataset", "pets", *small, "--optimizer.batch-size", "2", "--augment.pad", "0", "--out", "new"]
+    pets = ["train", *small, "--dataset", "pets", "--optimizer.batch-size", "2", "--augment.pad", "0", "--out", "new"]
     found = {line: (None, line.split()) for line, _ in usual.OPTIONS}
     for line, _ in hostile.OPTIONS:
         out = [] if "--out" in line else ["--out", "new"]

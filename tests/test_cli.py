@@ -105,7 +105,7 @@ def test_no_command_prints_usage(cli):
 @pytest.mark.parametrize("line, says", [OPTIONS[0], OPTIONS[1], ("train --attack.eps -0.1", ["eps", "-0.1"])])
 def test_option_is_refused_by_a_process(run_command, here, line, says):
     done = run_command(*line.split())
-    assert done.returncode == 2 and done.stdout == "" and all(w in one_line(done.stderr) for w in says)
+    assert done.code == 2 and done.out == "" and all(w in one_line(done.err) for w in says)
     assert snapshot(here) == {}
 
 
@@ -491,7 +491,7 @@ def test_tune_prints_what_it_measured(cli, here):
 
 def test_help_of_a_process(run_command):
     done = run_command("replicate", "--help")
-    assert done.returncode == 0 and "robust-jem replicate --preset cpu" in done.stdout and done.stderr == ""
+    assert done.code == 0 and "robust-jem replicate --preset cpu" in done.out and done.err == ""
 
 
 def test_readme_shows_commands_that_parse(documented_runs):

@@ -12,6 +12,7 @@ import time
 
 import pytest
 import torch
+from conftest import Fresh
 
 from robust_jem.core.files import read_tensors
 from robust_jem.engine.runs import Run
@@ -100,23 +101,13 @@ def torchrun(command, here):
 
 
 @pytest.fixture
-def ranks(command, here):
-    "Start a script or a module on `size` processes, without torchrun's own; they end with the test."
+def ranks(here):
+    "Start the command line or a script on `size` processes, without torchrun's own; they end with the test."
     started = []
 
     def start(*what, size=2):
-        env = command.env | {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-        mine = [
-            subprocess.Popen(
-                [sys.executable, *map(str, what)],
-                cwd=here,
-                env=env | {"RANK": str(r), "LOCAL_RANK": str(r)},
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-            for r in range(size)
-        ]
+        world = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        mine = [Fresh(what, here, world | {"RANK": str(r), "LOCAL_RANK": str(r)}) for r in range(size)]
         started.extend(mine)
         return mine
 
@@ -155,7 +146,7 @@ def test_two_processes_compute_the_gradient_of_the_whole_batch(ranks, here):
 
 
 def test_two_processes_train_resume_and_generate(torchrun, ranks, here, cli):
-    codes, said = ended(ranks("-m", "robust_jem.app.cli", "train", *OPTIONS, "--out", "whole"))
+    codes, said = ended(ranks("train", *OPTIONS, "--out", "whole"))
     assert codes == [0, 0], said
     whole = Run(here / "whole")
     assert (
@@ -174,7 +165,7 @@ def test_two_processes_train_resume_and_generate(torchrun, ranks, here, cli):
     codes, said = ended(ranks("late.py", "train", *OPTIONS, "--out", "pieces"))
     assert all(codes) and said.count("robust-jem: pieces: stopped at update 15 of 22") == 1, said
     shutil.copytree(here / "pieces", here / "alone")
-    codes, said = ended(ranks("-m", "robust_jem.app.cli", "train", *OPTIONS, "--out", "pieces"))
+    codes, said = ended(ranks("train", *OPTIONS, "--out", "pieces"))
     assert codes == [0, 0], said
     for file in (lambda run: run.path / "model.safetensors", lambda run: run.checkpoints()[0]):
         x, y = (read_tensors(file(Run(here / f)))[0] for f in ("whole", "pieces"))
@@ -202,7 +193,7 @@ def test_two_processes_train_resume_and_generate(torchrun, ranks, here, cli):
 
 def test_killed_process_ends_the_job_and_leaves_a_whole_checkpoint(here, ranks):
     argv = ["train", *OPTIONS, "--schedule.epochs", "50", "--out", "run"]
-    first, second = processes = ranks("-m", "robust_jem.app.cli", *argv)
+    first, second = processes = ranks(*argv)
     end = time.monotonic() + 120
     while not list((here / "run").glob("checkpoints/step-*.safetensors")):
         assert first.poll() is None and second.poll() is None and time.monotonic() < end, ended(processes)
@@ -239,8 +230,6 @@ def test_shares_that_are_not_whole_are_refused_once(torchrun, here, options, say
     assert "InputError" not in done.stderr  # nor does the process that torchrun terminates add a traceback
 
 
-def test_evaluation_is_not_for_several_processes(torchrun, runs):
-    done = torchrun(
-        "-m", "robust_jem.app.cli", "evaluate", runs / "robust_jem", "--extractor", f"classifier:{runs / 'judge'}"
-    )
-    assert done.returncode != 0 and "start it without torchrun" in done.stderr
+def test_evaluation_is_not_for_several_processes(ranks, runs):
+    codes, said = ended(ranks("evaluate", runs / "robust_jem", "--extractor", f"classifier:{runs / 'judge'}"))
+    assert all(codes) and "start it without torchrun" in said

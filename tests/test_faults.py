@@ -3,10 +3,8 @@
 import json
 import os
 import pickle
-import resource
 import shutil
 import signal
-import subprocess
 import zipfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -50,7 +48,7 @@ def short(whole_short, here):
 # The harness, with small counts
 
 def test_killed_runs_end_in_the_same_bits(tmp_path, whole):
-    r = faults.kills(tmp_path, n=1, seed=1, expected=whole.digest)
+    r = faults.kills(tmp_path, n=1, seed=1, expected=whole.digest, life=Run(whole.path).summary["seconds"])
     assert r.kills == r.resumes == 1 and not r.lost and not r.unequal
 
 
@@ -374,15 +372,11 @@ def test_hostile_option(refused, line, says):
     ("--replay.size=100000000000000", "size"),
     ("--threads=1000000000000", "threads"),
 ))
-def test_value_beyond_any_machine(command, here, option, says):
+def test_value_beyond_any_machine(run_command, here, option, says):
     "In a process with bounded memory and time, since what isn't refused takes all of both."
-    def limit():
-        resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30))
-
-    done = subprocess.run([*command.argv, "train", *options(SHORT), "--out", "run", option], cwd=here, env=command.env,
-                          capture_output=True, text=True, timeout=20, preexec_fn=limit)
-    assert done.returncode == 2 and done.stdout == "" and snapshot(here) == {}
-    assert any(word in one_line(done.stderr) for word in (says, "memory"))
+    done = run_command("train", *options(SHORT), "--out", "run", option, seconds=20, memory=8 << 30)
+    assert done.code == 2 and done.out == "" and snapshot(here) == {}
+    assert any(word in one_line(done.err) for word in (says, "memory"))
 
 
 @pytest.mark.parametrize("name", ("a/../../b", "nul\x00", "new\nline", "/abs", "x" * 300), ids=ascii)
@@ -494,13 +488,12 @@ def test_hostile_image_tree(refused, image_tree, damage):
     refused("train", "--dataset", "pets", *settings.split(), "--out", "out", says=says)
 
 
-def test_pipe_in_an_image_tree(command, here, image_tree):
+def test_pipe_in_an_image_tree(run_command, here, image_tree):
     "In a process, since reading a pipe that nobody writes to takes for ever."
     os.mkfifo(image_tree() / "train/cat/9.png")
     train = "train --dataset pets --optimizer.batch-size 2 --augment.pad 0 --out out".split()
-    done = subprocess.run([*command.argv, *train], cwd=here, env=command.env, capture_output=True, text=True,
-                          timeout=20)
-    assert done.returncode == 2 and "9.png" in one_line(done.stderr) and not (here / "out").exists()
+    done = run_command(*train, seconds=20)
+    assert done.code == 2 and "9.png" in one_line(done.err) and not (here / "out").exists()
 
 
 def test_image_that_cannot_be_opened(refused, image_tree, monkeypatch):

@@ -1,11 +1,7 @@
 """Flows against independent truths: Jacobians, integrals, singular values, Bayes' rule; and through the real loop."""
 
 import math
-import os
 import resource
-import signal
-import subprocess
-import sys
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -20,7 +16,7 @@ from torch.distributions import MultivariateNormal, Normal
 from torch.utils.flop_counter import FlopCounterMode
 
 from robust_jem.core.errors import InputError
-from robust_jem.core.files import read_json, read_tensors
+from robust_jem.core.files import read_json
 from robust_jem.core.images import Images, bits_per_dim, dequantise, load_images, to_unit
 from robust_jem.core.random import stream
 from robust_jem.engine.checkpoints import TrainState
@@ -282,33 +278,12 @@ def test_weight_of_the_likelihood(weight, expected):
     assert torch.isclose(loss, expected * parts["bits_per_dim"] + parts["cross_entropy"])
 
 
-def train_and_die(system, out, dies_at):
-    "In a process of its own: a training that is killed between two updates."
-    update = FlowSystem.update
-
-    def until(self, batch, step):
-        if step.number == dies_at:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return update(self, batch, step)
-
-    FlowSystem.update = until
-    train(small(system, out=out, optimizer__ema_decay=0.9, schedule__epochs=1), progress=False)
-
-
 @pytest.mark.parametrize("system", ["glow_conditional", "residual_flow_hybrid"])
-def test_it_is_killed_and_goes_on_to_the_same_bits(system, here, command):
-    whole = Run(train(small(system, out="whole", optimizer__ema_decay=0.9, schedule__epochs=1), progress=False))
-    env = command.env | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), command.env["PYTHONPATH"]])}
-    code = f"import test_flow; test_flow.train_and_die({system!r}, 'broken', 13)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=here, env=env, capture_output=True, text=True, timeout=300)
-    broken = Run("broken")
-    assert done.returncode == -signal.SIGKILL and not broken.trained and broken.checkpoints(), done.stderr
-    train(small(system, out="broken", optimizer__ema_decay=0.9, schedule__epochs=1), progress=False)
-    for file in (lambda run: run.path / "model.safetensors", lambda run: run.checkpoints()[0]):
-        a, b = (read_tensors(file(run))[0] for run in (whole, broken))
-        assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-    assert whole.metrics() == broken.metrics()
+def test_it_is_killed_and_goes_on_to_the_same_bits(system, killed_and_resumed):
+    def of(out):
+        return small(system, out=out, optimizer__ema_decay=0.9, schedule__epochs=1)
 
+    whole, _ = killed_and_resumed(of, FlowSystem, 13)
     generate_samples(configure(GenerateConfig, system, run="whole", num_samples=20, batch_size=20), progress=False)
     assert whole.sample_names() == ["sample"] and whole.samples("sample")[0].shape == (20, 1, 8, 8)
 

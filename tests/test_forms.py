@@ -31,7 +31,7 @@ from robust_jem.judge.extractors import Extractor, extract, extract_once
 from robust_jem.judge.ood import detect_ood, ood_images, ood_scores
 from robust_jem.judge.robustness import accuracy, autoattack_accuracy, robust_accuracy, zero_gradients
 from robust_jem.judge.sample_scores import quality, reference_statistics
-from robust_jem.judge.targets import check_classifier
+from robust_jem.judge.foreign import check_classifier
 from robust_jem.systems.hybrid import Chain, generate, run_chains
 
 K, N = 4, 12
@@ -148,7 +148,7 @@ TABLE = {
     "extractors.extract": ("x", lambda s: extract(Pixels(), s.x)[0]),
     "extractors.extract_once": ("x", lambda s: extract_once(Pixels(), s.x, None)[0]),
     "sample_scores.quality": ("x", lambda s: quality(Pixels(), s.x, REFERENCE)["FD-pixels"]),
-    "targets.check_classifier": ("m", lambda s: check_classifier(s.model, IMAGES, "mine")),
+    "foreign.check_classifier": ("m", lambda s: check_classifier(s.model, IMAGES, "mine")),
     "hybrid.run_chains": ("mxy", lambda s: run_chains(s.model, s.x, CHAIN, s.y, generator())),
     "hybrid.generate": ("my", lambda s: generate(
         s.model, PRIOR, s.y, generator=generator(), attack={"steps": 2, "statistics": None},
@@ -176,15 +176,15 @@ REASONS = {
     "robustness.in_own_precision": "a module around a model",
     "robustness.UnitInterval": "a module around a model, as torch calls modules",
     "robustness.SignedInterval": "a module around a model, as torch calls modules",
-    "targets.source_hash": "looks at code",
     "zoo.Preprocessed": "a module around a model, as torch calls modules",
     "zoo.load_state": "fills a model's weights",
+    "foreign.source_hash": "looks at code",
     "targets.EvalTarget": "made of a run or a factory's model, which check_classifier has looked at",
     "ood.auroc": "takes scores",
     "likelihood.bits_per_dim": "takes uint8 grey levels alone: dequantise refuses all else",
     "likelihood.gmm_bits_per_dim": "as bits_per_dim",
     "likelihood.GaussianMixtureDensity": "a system's density, as bits_per_dim calls it",
-    "evaluate.SampleScorer": "called by evaluation with what it has read from a run",
+    "scorer.SampleScorer": "called by evaluation with what it has read from a run",
     "wide_resnet.Block": "a layer",
     "wide_resnet.WideResNet": "a module: types and shapes are checked, ranges aren't, for it trains on noisy images",
     "fused.can_fuse": "looks at layers",
@@ -450,7 +450,7 @@ def test_models(name, kind, expected):
     if isinstance(got, InputError):
         assert kind not in ALWAYS, got
         assert "model" in str(got)
-    elif not (kind == "log-probabilities" and name == "targets.check_classifier"):
+    elif not (kind == "log-probabilities" and name == "foreign.check_classifier"):
         assert same(got, expected[name], rtol=1e-3, atol=1e-4)
     after = state(model)
     assert before[:2] == after[:2] and all(torch.equal(a, b) for a, b in zip(before[2], after[2]))
@@ -483,9 +483,9 @@ def test_models_in_half_precision(name, dtype, expected):
 def test_any_number_of_classes(name, classes):
     model = linear(classes)
     y = model(X).argmax(1)
-    got = outcome(name, model=model, **({} if name == "targets.check_classifier" else {"y": y}))
+    got = outcome(name, model=model, **({} if name == "foreign.check_classifier" else {"y": y}))
     few = name == "robustness.autoattack_accuracy" and classes < 4
-    if few or name in ("targets.check_classifier", "hybrid.generate"):            # these have classes of their own
+    if few or name in ("foreign.check_classifier", "hybrid.generate"):            # these have classes of their own
         return
     assert not isinstance(got, InputError), got
     assert torch.as_tensor(got).isfinite().all()
@@ -503,7 +503,7 @@ ERRORS = [ValueError("only on\nSundays"), RuntimeError(), KeyError("a"), ZeroDiv
 def test_a_models_own_error_is_named_and_is_the_cause(name, error):
     got = outcome(name, model=Raises(error))
     assert isinstance(got, InputError) and got.__cause__ is error
-    assert type(error).__name__ in str(got) or "only on" in str(got) or name == "targets.check_classifier"
+    assert type(error).__name__ in str(got) or "only on" in str(got) or name == "foreign.check_classifier"
 
 
 @pytest.mark.parametrize("answer", [

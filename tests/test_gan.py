@@ -1,10 +1,6 @@
 """SNGAN and DDLS against closed forms, and through the real loop: killed, resumed, poisoned, refused."""
 
-import os
 import shutil
-import signal
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,7 +12,6 @@ from torch.nn import functional as F
 from robust_jem.app.replicate import ReplicateConfig, plan
 from robust_jem.core.config import merged
 from robust_jem.core.errors import InputError
-from robust_jem.core.files import read_tensors
 from robust_jem.core.images import Images
 from robust_jem.ebm.samplers import mala
 from robust_jem.engine.runs import Run
@@ -207,36 +202,17 @@ def test_mala_on_a_law_that_is_no_gaussian():
 # Through the loop
 
 
-def train_and_die(system):
-    "In a process of its own: a training that is killed between two updates, as an operating system kills."
-    kind = system_class(system)
-    update = kind.update
-
-    def until(self, batch, step):
-        if step.number == DIES_AT:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return update(self, batch, step)
-
-    kind.update = until
-    train(settings(system, "broken", optimizer=dict(ema_decay=0.9 * (system == "sngan"))), progress=False)
-
-
 @pytest.mark.parametrize("system", ["sngan", "ddls"])
-def test_it_is_killed_and_goes_on_to_the_same_bits(system, source, here, command):
-    changes = dict(optimizer=dict(ema_decay=0.9 * (system == "sngan")))
-    whole = trained(system, "whole", **changes)
-    env = command.env | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), command.env["PYTHONPATH"]])}
-    argv = [sys.executable, "-c", f"import test_gan; test_gan.train_and_die('{system}')"]
-    done = subprocess.run(argv, cwd=here, env=env, capture_output=True, text=True, timeout=300)
-    assert done.returncode == -signal.SIGKILL and Run("broken").checkpoints(), done.stderr
-    shutil.rmtree("source")  # once a run has begun, everything is in its checkpoints
-    broken = trained(system, "broken", **changes)
+def test_it_is_killed_and_goes_on_to_the_same_bits(system, source, killed_and_resumed):
+    def of(out):
+        return settings(system, out, optimizer=dict(ema_decay=0.9 * (system == "sngan")))
 
-    for file in (lambda run: run.path / "model.safetensors", lambda run: run.checkpoints()[0]):
-        a, b = (read_tensors(file(run))[0] for run in (whole, broken))
-        assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-    assert whole.metrics() == broken.metrics()
-    assert "system.generator.conv.weight" in a and ("optimizer.critic" in str(list(a))) == (system == "sngan")
+    def source_is_gone():
+        shutil.rmtree("source")         # once a run has begun, everything is in its checkpoints
+
+    _, checkpoint = killed_and_resumed(of, system_class(system), DIES_AT, meanwhile=source_is_gone)
+    assert "system.generator.conv.weight" in checkpoint
+    assert ("optimizer.critic" in str(list(checkpoint))) == (system == "sngan")
 
 
 @pytest.mark.parametrize("system", ["sngan", "ddls"])

@@ -1,5 +1,6 @@
 """What a new user hands over: other types, shapes and ranges, other code under the same name, models in odd states."""
 
+import io
 import json
 import shutil
 import subprocess
@@ -14,8 +15,9 @@ from conftest import snapshot
 from PIL import Image
 from torch import nn
 
+from robust_jem.app.cli import main
 from robust_jem.core.errors import InputError
-from robust_jem.core.files import read_json, tensors_hash, write_json
+from robust_jem.core.files import fingerprint, read_json, write_json
 from robust_jem.core.images import Images, add_noise, augment, load_images, to_uint8, to_unit
 from robust_jem.core.inputs import evaluating
 from robust_jem.ebm.attacks import pgd
@@ -29,17 +31,16 @@ from robust_jem.engine.runs import Run
 from robust_jem.engine.train import train
 from robust_jem.judge.calibration import calibration
 from robust_jem.judge.diversity import class_frechet, nearest
-from robust_jem.judge.evaluate import draw_test_images
 from robust_jem.judge.extractors import Extractor, extract, extract_once, feature_extractor
 from robust_jem.judge.ood import detect_ood, ood_images, ood_scores
 from robust_jem.judge.robustness import (
     UnitInterval, accuracy, autoattack_accuracy, eps_at_accuracy, robust_accuracy, zero_gradients,
 )
 from robust_jem.judge.sample_scores import (
-    frechet_distance, inception_score, moments, quality, reference_statistics,
+    draw_test_images, frechet_distance, inception_score, moments, quality, reference_statistics,
 )
-from robust_jem.judge.parts import masking_verdict
-from robust_jem.judge.targets import check_classifier, import_model
+from robust_jem.judge.curves import masking_verdict
+from robust_jem.judge.foreign import check_classifier, import_model
 from robust_jem.networks.wide_resnet import WideResNet
 from robust_jem.systems.catalog import TrainConfig, configure
 from robust_jem.systems.hybrid import generate, run_chains
@@ -127,8 +128,7 @@ def test_other_labels_are_refused_in_one_line(name, form, linear, digits):
 def test_autoattack_takes_other_integers(linear, digits):
     "Its own code would index with them."
     x, y = digits.test_x[:4], digits.test_y[:4]
-    expected = autoattack_accuracy(linear, x, y, 0.1)
-    assert autoattack_accuracy(linear, x, y.int(), 0.1) == expected == autoattack_accuracy(linear, x, y.tolist(), 0.1)
+    assert autoattack_accuracy(linear, x, y.int(), 0.3) == autoattack_accuracy(linear, x, y, 0.3)
 
 
 # A. Images
@@ -428,7 +428,7 @@ def state(model):
         [m.training for m in model.modules()],
         [p.requires_grad for p in model.parameters()],
         [p.grad is None for p in model.parameters()],
-        tensors_hash(tensors),
+        fingerprint(tensors),
     )
 
 
@@ -682,7 +682,7 @@ def test_evaluation_finds_data_that_moved(here, image_tree, cli):
     assert Path("elsewhere/.cache").is_dir() and not Path("data").exists()
 
 
-def test_a_console_without_some_characters(evaluated, command):
+def test_a_console_without_some_characters(evaluated, command, monkeypatch):
     "A Windows code page has no ε or →; what it lacks is replaced."
     env, folder = command.env | {"PYTHONIOENCODING": "cp1252"}, evaluated.parent.parent
     argv = [*command.argv, "report", "--runs", str(evaluated.parent)]
@@ -691,9 +691,11 @@ def test_a_console_without_some_characters(evaluated, command):
     printed = Path("report.txt").read_bytes().decode("cp1252")
     assert done.returncode == 0 and b"UnicodeEncodeError" not in done.stderr, done.stderr
     assert "PGD accuracy, ? = 0.2 %" in printed and "Robust JEM" in printed
-    env["PYTHONIOENCODING"] = "ascii"
-    done = subprocess.run(argv, env=env, capture_output=True, timeout=120, cwd=folder)
-    assert done.returncode == 0 and done.stdout.isascii()
+    console = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", console)
+    assert main(["report", "--runs", str(evaluated.parent)]) == 0
+    console.flush()
+    assert b"Robust JEM" in console.buffer.getvalue() and console.buffer.getvalue().isascii()
 
 
 # E. Messages
@@ -845,7 +847,7 @@ ODD_CALLS = {
         [9], torch.zeros(1, 1, 8, 8)),
     "terms in a dictionary": lambda d, m: hybrid_loss(m, {"clean": 1}, d.test_y[:4], x_clean=d.test_x[:4]),
     "a sampler by name": lambda d, m: generate(m, UniformPrior((1, 8, 8)), [0, 1], trained="sgld"),
-    "a model by number": lambda d, m: import_model(5, d),
+    "a model by number": lambda d, m: import_model(5),
     "a root by number": lambda d, m: load_images("digits", 5),
     "a draw of a half": lambda d, m: draw_test_images(d, 0.5),
     "a draw of fewer than none": lambda d, m: draw_test_images(d, -1),

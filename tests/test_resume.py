@@ -9,10 +9,11 @@ import torch
 from faults import CONFIG, digest, lines, options, running, until
 
 from robust_jem.core.files import read_tensors
+from robust_jem.core.images import load_images
 from robust_jem.engine.runs import Run
 
 OPTIONS = options(CONFIG)
-PER_EPOCH = 1437 // CONFIG["optimizer__batch_size"]
+PER_EPOCH = len(load_images(CONFIG["dataset"]).train_x) // CONFIG["optimizer__batch_size"]
 
 
 @pytest.fixture

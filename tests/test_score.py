@@ -1,13 +1,8 @@
 """NCSN: its loss and its score against closed forms, annealed Langevin with a known score, and the loop around it."""
 
 import copy
-import os
 import resource
-import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,7 +12,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from robust_jem.core.config import merged
 from robust_jem.core.errors import InputError
-from robust_jem.core.files import read_tensors
 from robust_jem.core.images import Images, augment, to_uint8, to_unit
 from robust_jem.engine.runs import Run
 from robust_jem.engine.runtime import as_written
@@ -123,7 +117,7 @@ def test_the_learned_score_of_a_gaussian_is_the_closed_form():
 
     score = dict(network="dense", channels=64, stages=1, levels=5, sigma_max=1.0, sigma_min=0.05, scaled=True,
                  dequantize=False)
-    updates = 2200
+    updates = 1400
     system, step = in_training("ncsn", images_of(to_uint8(draw(100))), score=score, optimizer__ema_decay=0.99)
     labels = torch.zeros(256, dtype=torch.int64)
     for number in range(updates):
@@ -180,35 +174,11 @@ def test_annealed_langevin_finds_a_mixture_with_its_weights():
     assert torch.allclose(clean, x + sigmas[0] ** 2 * score(0, x))
 
 
-def train_and_die(out):
-    "In a process of its own: a training that is killed between two updates."
-    update = Ncsn.update
-
-    def until(self, batch, step):
-        if step.number == DIES_AT:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return update(self, batch, step)
-
-    Ncsn.update = until
-    train(settings(out), progress=False)
-
-
-def test_it_is_killed_and_goes_on_to_the_same_bits(here, command):
-    whole = Run(train(settings("whole"), progress=False))
-    env = command.env | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), command.env["PYTHONPATH"]])}
-    argv = [sys.executable, "-c", "import test_score; test_score.train_and_die('broken')"]
-    done = subprocess.run(argv, cwd=here, env=env, capture_output=True, text=True, timeout=300)
-    broken = Run("broken")
-    assert done.returncode == -signal.SIGKILL and not broken.trained and broken.checkpoints(), done.stderr
-    train(settings("broken"), progress=False)
-
-    for file in (lambda run: run.path / "model.safetensors", lambda run: run.checkpoints()[0]):
-        a, b = (read_tensors(file(run))[0] for run in (whole, broken))
-        assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-    assert {"system.average.n_averaged", "optimizer.network.network.first.weight.exp_avg"} <= a.keys()
-    assert whole.metrics() == broken.metrics()
-    averaged = Run("whole").system().network.first.weight
-    assert torch.equal(averaged, a["system.average.module.first.weight"])
+def test_it_is_killed_and_goes_on_to_the_same_bits(killed_and_resumed):
+    whole, checkpoint = killed_and_resumed(settings, Ncsn, DIES_AT)
+    assert {"system.average.n_averaged", "optimizer.network.network.first.weight.exp_avg"} <= checkpoint.keys()
+    averaged = whole.system().network.first.weight
+    assert torch.equal(averaged, checkpoint["system.average.module.first.weight"])
 
 
 def test_a_training_that_diverges_is_taken_back(here, monkeypatch):

@@ -41,7 +41,7 @@ from robust_jem.engine.runs import Run, provenance
 from robust_jem.engine.runtime import executing
 from robust_jem.engine.sample import generate_samples
 from robust_jem.engine.train import lr_factor
-from robust_jem.judge.comparison import Nearness, choose_walk, measure_autoattack, measure_classifier
+from robust_jem.bench.comparison import Nearness, choose_walk, measure_autoattack, measure_classifier
 from robust_jem.judge.evaluate import evaluate_run
 from robust_jem.judge.extractors import feature_extractor
 from robust_jem.judge.robustness import accuracy, robust_accuracy

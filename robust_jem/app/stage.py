@@ -78,6 +78,9 @@ def run_notebook(task: Task):
 
     The executed copy has its final name only then; a failure leaves error.json, and is a `StageFailed`.
     """
+    # jsonschema, by which notebooks are checked, compiles grammars of IRIs for six seconds where it finds a package for
+    # them (JupyterLab brings one); notebooks hold no IRIs, so there is none.
+    sys.modules.setdefault("rfc3987_syntax", None)
     from papermill import execute_notebook
     from papermill.exceptions import PapermillExecutionError
     os.environ.update(task.env)

@@ -63,15 +63,14 @@ def naive_works(
     }
 
 def our_works(
-    config: TrainConfig, # network, batch, attack, sampler
-    at: Execution, # device and policy
+    state: TrainState, # under a policy
+    config: TrainConfig, # batch, attack, sampler
     steps: int, # of a chain or an attack that is timed on its own
 ) -> dict[str, Callable]: # by workload, without arguments
     "Each workload as the package does it, under a policy."
-    state = TrainState(config, random_images(), at)
     system = state.system
     system.network.train()
-    x, y, raw = random_batch(config.optimizer.batch_size, at.device)
+    x, y, raw = random_batch(config.optimizer.batch_size, state.device)
     inner, length = config.chain.inner_steps, config.chain.step_size
     prior = system.prior
     labels = torch.arange(OUR_DRAWS) % 10
@@ -100,12 +99,13 @@ def side_by_side(
     steps: int, # of a chain or an attack that is timed on its own
 ) -> dict[str, dict[str, Callable]]: # by arithmetic (`reference`, and each policy's name), then by workload
     "All workloads in all arithmetics; the reference has the prior in float32."
-    def under(policy: Policy) -> Execution:
-        return Execution(at.world, at.device, policy, at.deadline)
+    def under(policy: Policy) -> TrainState:
+        return TrainState(config, random_images(), Execution(at.world, at.device, policy, at.deadline))
 
-    ours = {name: our_works(config, under(policy), steps) for name, policy in policies.items()}
-    plain = choose_policy(at.device, "float32", "off")
-    prior = TrainState(config, random_images(), under(plain)).system.prior
+    states = {name: under(policy) for name, policy in policies.items()}
+    plain = [state for state in states.values() if state.precision == "float32"]
+    prior = (plain or [under(choose_policy(at.device, "float32", "off"))])[0].system.prior      # takes seconds to fit
+    ours = {name: our_works(state, config, steps) for name, state in states.items()}
     return {"reference": naive_works(config, at.device, prior, steps)} | ours
 
 def work_done(

@@ -22,8 +22,7 @@ from ..ebm.energy import energy, predict
 from ..ebm.priors import GaussianMixturePrior
 from .runs import Run
 from ..networks.wide_resnet import WideResNet
-from ..systems.base import GenerateConfig
-from ..systems.catalog import configure, load_config
+from ..systems.catalog import GenerateConfig, configure, load_config
 from ..systems.hybrid import HybridConfig, build_prior, generate
 
 # %% ../../nbs/engine/09_pretrained.ipynb #131c9f7a

@@ -6,8 +6,6 @@
 __all__ = ['generate_samples', 'SampleSet']
 
 # %% ../../nbs/engine/08_sample.ipynb #99ef0421
-import hashlib
-import json
 import shutil
 import time
 import warnings
@@ -18,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..core.errors import InputError
-from ..core.files import exclusive, read_json, read_tensors, write_tensors
+from ..core.files import exclusive, fingerprint, read_json, read_tensors, write_tensors
 from ..core.images import progress_bar, to_uint8
 from ..core.random import stream
 from .runs import Run, provenance
@@ -80,7 +78,7 @@ class SampleSet:
         self.y = torch.arange(self.batches * size) % self.images.num_classes
         what = {k: v for k, v in config.to_dict().items() if k not in RUNTIME_FIELDS}
         what |= {"weights": run.weights, "size": size, "precision": runtime.precision}
-        self.parts = folder / f"parts-{hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]}"
+        self.parts = folder / f"parts-{fingerprint(what)}"
 
     def draw(self, progress: bool):
         "Draw the batches that aren't there, and put the set together."

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['moments', 'frechet_distance', 'kernel_distance', 'inception_score', 'quality', 'score', 'reference_choice',
-           'reference_statistics']
+           'draw_test_images', 'reference_statistics']
 
 # %% ../../nbs/judge/01_sample_scores.ipynb #d6478022
 import shutil
@@ -15,10 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..core.cache import ResultCache
 from ..core.errors import InputError
 from ..core.images import Images
 from ..core.inputs import as_features, as_number
-from .extractors import Extractor, extract, extract_once, through_file
+from .extractors import Extractor, extract, extract_once
 
 # %% ../../nbs/judge/01_sample_scores.ipynb #77c0fb23
 def moments(features: Tensor) -> tuple[np.ndarray, np.ndarray]:
@@ -142,6 +143,15 @@ def reference_choice(n: int) -> Tensor:
     "Which of `n` training images (their positions) `reference_statistics` keeps the features of: at most 10,000."
     return torch.randperm(n, generator=torch.Generator().manual_seed(0))[:10_000]
 
+def draw_test_images(images: Images, n: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """`n` test images and their labels, drawn by the seed: trees are sorted by class.
+
+    A smaller draw is the beginning of a larger one. Raises `InputError` for n < 0.
+    """
+    as_number(n, "n", whole=True)
+    chosen = torch.randperm(len(images.test_x), generator=torch.Generator().manual_seed(seed))[:n]
+    return images.test_x[chosen], images.test_y[chosen]
+
 def reference_statistics(
     extractor: Extractor,
     images: Images, # the training split is the reference
@@ -152,11 +162,11 @@ def reference_statistics(
 ) -> dict[str, np.ndarray | Tensor]: # mu, sigma, and up to 10,000 features
     """Mean, covariance and some features of the training images, cached by fingerprint and extractor; what is
     interrupted goes on after the last 10,000 images."""
-    file = pieces = None
-    if cache and extractor.key:
-        file = Path(cache) / f"reference-{images.fingerprint}-{extractor.key}.safetensors"
-        pieces = Path(cache) / f"{file.stem}-pieces"
-    def measure():
+    results = ResultCache(cache if extractor.key else None)
+    depends = dict(extractor=extractor.key, images=images.fingerprint)
+    file = results.file("reference", depends)
+    pieces = file.with_suffix(".pieces") if file else None
+    def compute():
         parts, features = images.train_x.split(10_000), []
         for i, x in enumerate(parts, 1):
             label = f"reference {i}/{len(parts)}" if progress else ""
@@ -164,8 +174,8 @@ def reference_statistics(
         features = torch.cat(features)
         mu, sigma = moments(features)
         chosen = features[reference_choice(len(features))]
-        return {"mu": torch.from_numpy(mu), "sigma": torch.from_numpy(sigma), "features": chosen}
-    kept = through_file(file, measure)
+        return {"mu": torch.from_numpy(mu), "sigma": torch.from_numpy(sigma), "features": chosen}, {}
+    kept, _ = results.shared("reference", depends, compute)
     if pieces and file.exists():
         shutil.rmtree(pieces, ignore_errors=True)
     return {"mu": kept["mu"].numpy(), "sigma": kept["sigma"].numpy(), "features": kept["features"]}

@@ -22,8 +22,7 @@ from ..judge.ood import SCORES
 from .figures import SuiteResults, distal_sheet, draw, reliability, robustness_curves, save_figure
 from .results import SAMPLE_SCORES
 from .tables import grid_markdown
-from ..systems.base import TrainConfig
-from ..systems.catalog import SYSTEMS, system_class
+from ..systems.catalog import SYSTEMS, TrainConfig, system_class
 from ..systems.hybrid import Hybrid, HybridConfig
 
 # %% ../../nbs/report/05_card.ipynb #2a75dd3c

@@ -17,10 +17,10 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from ..core.cache import ResultCache
 from ..core.errors import InputError
 from ..core.files import read_json, write_bytes
 from ..engine.runs import Run
-from ..judge.evaluate import ResultCache
 from ..judge.ood import SCORES
 from .run_figures import INK, sheet, tiles
 from ..systems.catalog import SYSTEMS
@@ -40,7 +40,7 @@ class SuiteResults:
                              "`robust-jem evaluate --suite full` wrote, such as RUN/suite")
         self.subject = read_json(self.folder / "subject.json")
         self.title = self.subject["title"]
-        every = ResultCache(self.folder, None).kept()
+        every = ResultCache(self.folder).kept()
         self.parts = {name: part for name, part in every.items() if name != "subject" and self._whole(part)}
 
     def _whole(self, part: dict) -> bool:
@@ -50,7 +50,7 @@ class SuiteResults:
 
     def tensors(self, name: str) -> dict[str, torch.Tensor]:
         "What a part keeps besides its numbers."
-        return ResultCache(self.folder, None).tensors(name)
+        return ResultCache(self.folder).tensors(name)
 
     @classmethod
     def below(cls, runs: str | Path) -> "list[SuiteResults]":

@@ -7,8 +7,6 @@ __all__ = ['NOT_DRAWN', 'COLUMNS', 'SAMPLE_SCORES', 'ATTACKED', 'ONE_CLASS', 'OU
            'what_is_missing', 'find_runs', 'collect', 'drawn_as', 'depends_on', 'results_table']
 
 # %% ../../nbs/report/01_results.ipynb #d4e5f602
-import hashlib
-import json
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -19,6 +17,7 @@ import pandas as pd
 
 from ..core.config import Config, folded, settings
 from ..core.errors import InputError
+from ..core.files import fingerprint
 from ..engine.runs import Run
 from ..systems.base import RUNTIME_FIELDS
 from ..systems.catalog import SYSTEMS
@@ -157,7 +156,7 @@ def depends_on(scores: dict) -> str: # 16 hexadecimal digits
     settings = {k: scores[k] for k in names if k in scores}
     asked = scores.get("samples", {})
     settings["samples"] = {k: v for k, v in asked.items() if k not in RUNTIME_FIELDS | {"run", "name"}}
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+    return fingerprint(settings)
 
 def _measured(scores: dict) -> Iterator[tuple[str, float, int]]:
     "Metric, value and number of images of everything in a part of the scores."

@@ -98,6 +98,7 @@ class Chain(Config):
     sampler: Literal["proximal", "sgld", "ascent"] = "proximal"  # proximal: JEM++; sgld: JEM; ascent of a logit: DAT
     outer_steps: int = option(10, 0)  # network gradients a chain and update: m (paper), JEM's η
     growth: float = option(0.0, 0, 1)  # chains grow to that from no step, by the AUC at which they do (DAT: 0.8); 0: no
+    growth_window: int = option(1000, 1)  # images of each kind between two decisions to grow (DAT: 1000)
     inner_steps: int = option(5, 1)  # reuses of each gradient: n (paper); proximal alone has them
     step_size: float = option(0.2, 0)  # λ of one inner step (JEM++), α for sgld, a step's Euclidean length for ascent
     gradient_clip: float = option(1.0, 1e-9)  # a pixel's gradient in a proximal step is clipped to this (JEM++)
@@ -413,7 +414,8 @@ class Hybrid(System):
             self.register_buffer("replay_x", self.replay.x)         # the very tensors that the buffer writes to
             self.register_buffer("replay_y", self.replay.y)
             if c.chain.growth:
-                self.growing = GrowingLength(c.chain.growth, c.chain.outer_steps).to(self.runtime.device)
+                growing = GrowingLength(c.chain.growth, c.chain.outer_steps, c.chain.growth_window)
+                self.growing = growing.to(self.runtime.device)
         self.register_load_state_dict_post_hook(lambda *_: self._loaded())
 
     def _loaded(self):

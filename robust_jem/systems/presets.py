@@ -92,7 +92,7 @@ _CIFAR10_CPU_LATER = {
     "robust_jem_fast": merged(_SECOND_STAGE, dict(attack=dict(eps_warmup=0), optimizer=dict(lr=0.005))),
 }
 _DIGITS_SECOND = dict(
-    chain=dict(step_size=0.2, outer_steps=10),
+    chain=dict(step_size=0.05, outer_steps=10, growth_window=256),
     optimizer=dict(lr=0.01, batch_size=64, ema_decay=0.99),
     schedule=dict(epochs=8, warmup_steps=0),
 )
@@ -102,7 +102,7 @@ _DIGITS_LATER = {
     "dat": merged(_L2_ATTACK, _DIGITS_SECOND),
     "robust_jem_fast": _DIGITS_SECOND,
 }
-_DIGITS_ASCENT = dict(ascent=dict(steps=20, step_size=0.2))
+_DIGITS_ASCENT = dict(ascent=dict(steps=10, step_size=0.05))
 _ADAM = dict(optimizer=dict(lr=1e-4))                                                    # as in JEM
 # The systems of other kinds: dataset -> stage -> family or system -> changes.
 # Flows on CIFAR-10: Glow's public code has these and no number of epochs; Residual Flow's has them all, and its hybrid
