@@ -63,6 +63,7 @@ prepare: $(VENV)/.installed-test ## export nbs/ to robust_jem/, strip outputs, m
 	$(BIN)/nbdev_export
 	$(BIN)/jupyter nbconvert --log-level WARN --clear-output --inplace nbs/*.ipynb nbs/*/*.ipynb
 	$(BIN)/nbdev_clean
+	$(BIN)/python docs/results.py
 	$(BIN)/python docs/readme.py
 
 clean: ## remove what was built; runs/, data/ and figures/ stay

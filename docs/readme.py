@@ -10,12 +10,13 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 INCLUDE = re.compile(r"^<!-- include: (\S+)(?: \| (.*))? -->\n?", re.M)
+MODULES = re.compile(r"<!-- modules: (\w+) -->")
 HEADER = "<!-- Made from nbs/index.ipynb by `make prepare`: edit the notebook. -->\n\n"
 
 
 def expand_includes(text: str, root: Path = ROOT, folder: str = "nbs") -> str:
     """Replace `<!-- include: path | alt -->`, path from the root: an image becomes a link from `folder`, any other file
-    its text. A file that isn't there (no run yet) leaves nothing behind."""
+    its text. A file that isn't there (no run yet) leaves nothing behind. `<!-- modules: room -->` names a room's."""
     def expand(m):
         path = root / m[1]
         if not path.exists():
@@ -23,7 +24,10 @@ def expand_includes(text: str, root: Path = ROOT, folder: str = "nbs") -> str:
         if path.suffix in (".png", ".svg"):
             return f"![{m[2] or ''}]({posixpath.relpath(m[1], folder)})\n"
         return path.read_text(encoding="utf-8").strip() + "\n"
-    return INCLUDE.sub(expand, text)
+    def modules(m):
+        notebooks = sorted((root / "nbs" / m[1]).glob("*.ipynb"))
+        return " ".join(f"`{path.stem.split('_', 1)[1]}`" for path in notebooks)
+    return MODULES.sub(modules, INCLUDE.sub(expand, text))
 
 
 def from_root(text: str) -> str:

@@ -19,6 +19,8 @@ from conftest import REPO, one_line, snapshot
 from PIL import Image
 
 from robust_jem.app.cli import EXAMPLES, parse
+from robust_jem.app.doctor import DoctorConfig
+from robust_jem.app.export import ExportConfig
 from robust_jem.app.replicate import ReplicateConfig
 from robust_jem.app.sample import SampleConfig
 from robust_jem.bench.benchmark import BenchmarkConfig
@@ -39,7 +41,7 @@ from robust_jem.systems.catalog import SYSTEMS, EvaluateConfig, GenerateConfig, 
 
 TINY = ("--schedule.epochs", "1", "--attack.steps", "1", "--chain.outer-steps", "1")
 OPTIONS = [
-    ("trian", ["command", "'trian'", "train, generate, evaluate, report, benchmark, tune, replicate"]),
+    ("trian", ["command", "'trian'", ", ".join(EXAMPLES)]),
     ("train --system jem2", ["system", "'jem2'", *SYSTEMS]),
     ("train --preset tpu", ["preset", "'tpu'", "paper", "cpu"]),
     ("train --dataset nothing", ["dataset", "'nothing'", "digits, cifar10, cifar100, svhn", "{train,test}/<class>"]),
@@ -446,9 +448,11 @@ CONFIG_OF = {
     "train": TrainConfig,
     "generate": GenerateConfig,
     "evaluate": EvaluateConfig,
+    "export": ExportConfig,
     "report": ReportConfig,
     "benchmark": BenchmarkConfig,
     "tune": TuneConfig,
+    "doctor": DoctorConfig,
     "replicate": ReplicateConfig,
 }
 
@@ -498,7 +502,7 @@ def test_readme_shows_commands_that_parse(documented_runs):
     for shown in re.findall(r"^\s*(robust-jem [a-z].*)$", text, re.M):
         line = shown.split("#")[0].strip()
         _, command, *argv = shlex.split(line)
-        assert type(parse(command, argv)) is CONFIG_OF[command], line
+        assert isinstance(parse(command, argv), CONFIG_OF[command]), line
 
 
 def test_dataset_error_names_every_accepted_name(cli, here):

@@ -176,6 +176,8 @@ REASONS = {
     "robustness.in_own_precision": "a module around a model",
     "robustness.UnitInterval": "a module around a model, as torch calls modules",
     "robustness.SignedInterval": "a module around a model, as torch calls modules",
+    "zoo.Preprocessed": "a module around a model, as torch calls modules",
+    "zoo.load_state": "fills a model's weights",
     "foreign.source_hash": "looks at code",
     "foreign.on_signed_images": "a module around a model",
     "targets.EvalTarget": "made of a run or a factory's model, which check_classifier has looked at",

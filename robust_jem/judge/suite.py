@@ -6,6 +6,7 @@
 __all__ = ['suite_folder', 'evaluate', 'evaluate_suite']
 
 # %% ../../nbs/judge/17_suite.ipynb #b065df48
+import re
 from pathlib import Path
 
 from ..core.errors import InputError
@@ -23,7 +24,9 @@ def suite_folder(config: EvaluateConfig) -> Path:
     "Where the suite's results go."
     if config.out:
         return Path(config.out)
-    return Path(f"runs/models/{config.model.replace(':', '.')}" if config.model else f"{config.run}/suite")
+    if config.model:
+        return Path("runs/models") / re.sub(r"[^\w.-]+", ".", config.model)
+    return Path(config.run) / "suite"
 
 def evaluate(
     config: EvaluateConfig, # what to measure, on a run or on a model

@@ -31,7 +31,7 @@ class EvaluateConfig(RuntimeConfig):
     "What is measured on a run and its samples, or on a classifier from elsewhere."
     run: str = ""  # the run folder
     suite: Suite = "table"  # table: Table 1; claims: also what JEM's paper claims; full: all; or one part
-    model: str = ""  # instead of a run: package.module:factory, called without arguments, gives a classifier
+    model: str = ""  # instead of a run: torchvision:NAME, timm:NAME, robustbench:NAME, or package.module:factory
     model_data: str = "cifar10"  # the data set that this classifier is for
     model_inputs: Literal["signed", "unit"] = "signed"  # what it takes: images in [-1,1], or in [0,1] as RobustBench's
     out: str = ""  # folder of the suite's results; empty: RUN/suite, or runs/models/<factory>
