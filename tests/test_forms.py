@@ -21,10 +21,10 @@ from robust_jem.ebm.attacks import attack_start, climb, distal, pgd
 from robust_jem.ebm.energy import (
     ClassifierScore, conditional_density, detect, energy, joint_energy, marginal_energy, predict, rank, score, score_of,
 )
-from robust_jem.ebm.objectives import Terms, classification_loss, hybrid_loss, likelihood_loss
+from robust_jem.ebm.objectives import Terms, classification_loss, discrimination_loss, hybrid_loss, likelihood_loss
 from robust_jem.ebm.priors import GaussianMixturePrior, UniformPrior
 from robust_jem.ebm.replay import ReplayBuffer
-from robust_jem.ebm.samplers import mala, proximal_sgld, sgld
+from robust_jem.ebm.samplers import mala, normalised_ascent, proximal_sgld, sgld
 from robust_jem.judge.calibration import calibration
 from robust_jem.judge.diversity import class_frechet
 from robust_jem.judge.extractors import Extractor, extract, extract_once
@@ -69,6 +69,7 @@ class Pixels(Extractor):
 
 IMAGES = Images("random", X8, Y_EACH, X8, Y_EACH, tuple("abcd"))
 PRIOR = GaussianMixturePrior.fit(X8, Y_EACH, K)
+COMPACT = PRIOR.compact(rank=2)
 REFERENCE = reference_statistics(Pixels(), IMAGES)
 CHAIN = Chain(outer_steps=2, step_size=0.01, statistics=None)
 
@@ -127,14 +128,20 @@ TABLE = {
     "attacks.distal": ("mxy", lambda s: distal(s.model, s.x, s.y, 0.8, 3)[0]),
     "samplers.sgld": ("mxy", lambda s: sgld(score_of(s.model, s.y), s.x, 2, 0.1, noise_std=0)),
     "samplers.proximal_sgld": ("mxy", lambda s: proximal_sgld(score_of(s.model, s.y), s.x, 2, 5, 0.01)),
+    "samplers.normalised_ascent": ("mxy", lambda s: normalised_ascent(score_of(s.model, s.y), s.x, 2, 0.1)),
     "samplers.mala": ("x", lambda s: mala(normal_law, s.x, 2, 0.01, generator=generator())[0]),
     "priors.GaussianMixturePrior.fit": ("xy", lambda s: GaussianMixturePrior.fit(s.x, s.y, K).mean),
     "priors.GaussianMixturePrior.sample": ("y", lambda s: PRIOR.sample(s.y, generator())),
+    "priors.GaussianMixturePrior.log_prob": ("xy", lambda s: PRIOR.log_prob(s.x, s.y)),
+    "priors.CompactGaussianPrior.sample": ("y", lambda s: COMPACT.sample(s.y, generator())),
+    "priors.CompactGaussianPrior.log_prob": ("xy", lambda s: COMPACT.log_prob(s.x, s.y)),
     "priors.UniformPrior.sample": ("y", lambda s: UniformPrior((1, 4, 4), K).sample(s.y, generator())),
     "replay.ReplayBuffer.fill": ("xy", lambda s: filled(s.x, s.y)),
     "replay.ReplayBuffer.store": ("x", lambda s: stored(s.x)),
     "objectives.classification_loss": ("mxy", lambda s: classification_loss(s.model, s.x, s.y)[0].detach()),
     "objectives.likelihood_loss": ("mxy", lambda s: likelihood_loss(s.model, s.x, s.x, s.y, s.y)[1].detach()),
+    "objectives.discrimination_loss": (
+        "mxy", lambda s: discrimination_loss(s.model, s.x, s.x, s.y, s.y)[1].detach()),
     "objectives.hybrid_loss": ("mxy", loss_of),
     "robustness.accuracy": ("mxy", lambda s: accuracy(s.model, s.x, s.y)),
     "robustness.robust_accuracy": ("mxy", lambda s: robust_accuracy(s.model, s.x, s.y, 0.1, 3)),
@@ -289,7 +296,10 @@ LABELS = {
     "none": (lambda y: None, None),
 }
 # Of these, too few labels are as many as are wanted.
-DRAWS = ("priors.GaussianMixturePrior.sample", "priors.UniformPrior.sample", "hybrid.generate")
+DRAWS = (
+    "priors.GaussianMixturePrior.sample", "priors.CompactGaussianPrior.sample", "priors.UniformPrior.sample",
+    "hybrid.generate",
+)
 # A buffer doesn't know how many classes there are; of AutoAttack's few labels no fewer are given.
 UNTOLD = {("replay.ReplayBuffer.fill", "out of range"), ("robustness.autoattack_accuracy", "too few")}
 
@@ -360,7 +370,8 @@ def test_no_images(name):
     got = outcome(name, x=X[:0], **({"y": Y[:0]} if "y" in takes else {}))
     if not isinstance(got, InputError):
         assert len(got) == 0 or name == "replay.ReplayBuffer.store"
-    means = ("robustness", "objectives", "ood", "extract", "sample_scores", "priors", "replay.ReplayBuffer.fill")
+    means = ("robustness", "objectives", "ood", "extract", "sample_scores", "priors.GaussianMixturePrior.fit",
+             "replay.ReplayBuffer.fill")
     assert isinstance(got, InputError) == name.startswith(means), got
 
 

@@ -227,7 +227,6 @@ def cifar10_figures(
         return []
     networks = paper_networks(_PRETRAINED)
     if not networks:
-        print(f"Figures 1–3 on CIFAR-10 are left out: the trained networks of {_PRETRAINED} aren't here")
         return []
     output = config.runs_folder / "notebooks/pretrained.ipynb"
     stage = Stage("pretrained", dict(pretrained=_PRETRAINED, figures=str(figures)), output, [])
@@ -350,6 +349,8 @@ def replicate(
         _check(config, [Path(report.parameters["runs"]), figures])
     stages = [s for c in first + chains for s in c] + [report]
     executor, env = _executor(config, len(stages))
+    if config.dataset == "digits" and not paper_networks(_PRETRAINED):
+        print(f"Figures 1–3 on CIFAR-10 are left out: the trained networks of {_PRETRAINED} aren't here")
     print(f"{len(stages)} notebooks to run, {executor.slots} at a time → {figures}", flush=True)
     progress = _Progress(stages)
     with progress.bar, executor:

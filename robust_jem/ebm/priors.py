@@ -36,7 +36,7 @@ def _drawn_labels(weights: Tensor, n: int, generator) -> Tensor:
 
 def _flat_points(x, y, mean: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     "Images as float64 points `[B,D]` and their labels `[B]`, where the prior is."
-    x = as_points(x, bounds=None).to(mean.device)
+    x = as_points(x, beyond=20).to(mean.device)         # draws may leave [-1, 1], but by no scale of grey levels
     if x.shape[1:] != shape:
         raise InputError(f"images: shape {tuple(x.shape)}; expected (B, {', '.join(map(str, shape))})")
     y = as_labels(y, len(x), empty=True, ranged=False)

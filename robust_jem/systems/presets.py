@@ -174,6 +174,7 @@ _SCORE_DIGITS: dict[str, dict] = {
     )},
     "generate": {"score": dict(level_steps=60, relative_step=0.2, denoise=True, precision="float32")},
 }
+_DIGITS_OTHER_KINDS = _FLOW_DIGITS["train"] | _GAN_DIGITS["train"] | _SCORE_DIGITS["train"]
 PRESETS: dict[str, dict[str, dict[str, dict[str, Any]]]] = {
     "paper": {"*": {
         "train": _FLOW_PAPER["train"] | _GAN_PAPER["train"] | _SCORE_PAPER["train"],
@@ -202,7 +203,7 @@ PRESETS: dict[str, dict[str, dict[str, dict[str, Any]]]] = {
                 "*": _DIGITS_BUDGET,
                 "hybrid": _DIGITS,
                 "wide_resnet": _DIGITS_WIDE_RESNET,
-            } | _DIGITS_JEM_ROWS | _DIGITS_LATER | _FLOW_DIGITS["train"] | _GAN_DIGITS["train"] | _SCORE_DIGITS["train"],
+            } | _DIGITS_JEM_ROWS | _DIGITS_LATER | _DIGITS_OTHER_KINDS,
             "generate": {
                 "*": dict(num_samples=360, batch_size=120),
                 "hybrid": dict(attack=dict(eps=0.2), contrast=0.9) | _DIGITS_ASCENT,
