@@ -30,6 +30,10 @@ hybrids: $(VENV)/.installed-run ## JEM's tables and DDLS's mixture on digits, ev
 	$(BIN)/papermill nbs/replication/ddls_mixture.ipynb runs/digits-jem/notebooks/ddls_mixture.ipynb -p figures figures/ddls -k python3
 
 # Executed copies land in the record that `make docs` shows; results in figures/.
+explore: $(VENV)/.installed-run ## what the site's interactive page shows: figures/explore, six minutes of a core; needs CIFAR-10
+	mkdir -p runs/explore
+	$(BIN)/papermill nbs/replication/explore.ipynb runs/explore/explore.ipynb -k python3
+
 benchmark: $(VENV)/.installed-run ## speed against the reference's arithmetic: figures/benchmark*, a quarter of an hour
 	mkdir -p runs/digits-cpu/notebooks
 	$(BIN)/papermill nbs/replication/benchmark.ipynb runs/digits-cpu/notebooks/benchmark.ipynb -k python3
@@ -48,6 +52,9 @@ faults: $(VENV)/.installed-test ## what takes longer: 30 kills, every write that
 
 docs: $(VENV)/.installed-docs replicate ## the site, in _docs/
 	$(BIN)/python docs/build.py
+
+site: $(VENV)/.installed-docs ## check the built site: links, anchors, pictures' texts, sizes, axe-core in Chromium
+	$(BIN)/python docs/check_site.py
 
 counts: $(VENV)/.installed-test ## how readable the exported code is, in numbers: lines, widths, complexity, imports
 	$(BIN)/python docs/counts.py
@@ -83,5 +90,5 @@ $(VENV)/.installed-docs: settings.ini setup.py | $(BIN)/pip
 	@touch $@ $(VENV)/.installed-run $(VENV)/.installed-test
 
 
-.PHONY: help replicate record hybrids benchmark precision test faults docs counts prepare clean
+.PHONY: help replicate record hybrids explore benchmark precision test faults docs site counts prepare clean
 .NOTPARALLEL:

@@ -33,7 +33,7 @@ setup(
     ],
     python_requires=">=" + cfg["min_python"],
     install_requires=cfg["requirements"].split(),
-    extras_require={extra: cfg[f"{extra}_requirements"].split() for extra in ("dev", "docs", "cluster")},
+    extras_require={extra: cfg[f"{extra}_requirements"].split() for extra in ("dev", "docs", "cluster", "hub")},
     packages=[*find_packages(include=["robust_jem", "robust_jem.*"]), "robust_jem.replication"],
     package_dir={"robust_jem.replication": "nbs/replication"},
     package_data={"robust_jem.replication": ["*.ipynb"]},

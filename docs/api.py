@@ -7,6 +7,7 @@ import inspect
 import re
 from importlib import import_module
 from pathlib import Path
+from typing import Annotated, get_args, get_origin
 
 from fastcore.docments import docments
 
@@ -21,6 +22,10 @@ def target(module: str, name: str) -> str:
 def _type(annotation) -> str:
     if annotation is EMPTY or annotation is None:
         return ""
+    if get_origin(annotation) is Annotated:                      # a setting's type, and its range as the help has it
+        kind, *notes = get_args(annotation)
+        ranges = [re.search(r"≥?-?\d.*", getattr(note, "metavar", None) or "") for note in notes]
+        return " ".join([_type(kind), *(found[0].rstrip("]} ") for found in ranges if found)])
     text = annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)
     return re.sub(r"\b(?:\w+\.)+(?=\w)", "", text)               # torch.Tensor → Tensor
 
@@ -86,18 +91,32 @@ def _call(sym, name: str, width: int = 88) -> str:
     return "\n".join(line.rstrip() for line in lines) + ("" if words else ")")
 
 
-def _arguments(sym) -> str:
-    "A table of arguments, or of a dataclass's fields."
+def _comments(sym) -> dict | None:
+    "What stands beside each argument or field; a class has those of the classes that it extends as well."
+    classes = [c for c in reversed(sym.__mro__) if dataclasses.is_dataclass(c)] if dataclasses.is_dataclass(sym) else []
     try:
         comments = docments(sym, full=True)
+        for c in classes:
+            for name, about in docments(c, full=True).items():
+                if about.get("docment") and not (comments.get(name) or {}).get("docment"):
+                    comments[name] = about
     except Exception:                             # builtins and the like have no source to read comments from
+        return None
+    return comments
+
+
+def _arguments(sym) -> str:
+    "A table of arguments, or of a dataclass's fields."
+    comments = _comments(sym)
+    if comments is None:
         return ""
     signature, rows = _signature(sym), []
     for name, p in (signature.parameters if signature else {}).items():
         if name == "self":
             continue
         kind = _type(p.annotation) + ("" if p.default is EMPTY else f" = {_Default(p.default)}")
-        rows.append((_code(name), _code(kind), _text((comments.get(name) or {}).get("docment") or "")))
+        named = f"`` {name} ``"                   # so written, it doesn't become a link to a function of this name
+        rows.append((named, _code(kind), _text((comments.get(name) or {}).get("docment") or "")))
     returned = comments.get("return") or {}
     kind, meaning = _type(returned.get("anno")), returned.get("docment") or ""
     if not inspect.isclass(sym) and (kind or meaning):
@@ -147,6 +166,19 @@ def _source(sym) -> str:
     except (OSError, TypeError):
         return ""
     return f"<details><summary>Source</summary>\n\n```python\n{source}\n```\n\n</details>"
+
+
+def _first_sentence(text: str) -> str:
+    "Of a docstring: what a table has room for."
+    paragraph = " ".join(text.split("\n\n")[0].split())
+    return re.split(r"(?<=\.)\s+(?=[A-Z`\"(])", paragraph)[0]
+
+
+def contents(module: str, names: list[str]) -> str:
+    "A module's functions and classes as a table at the top of its page: each name leads to its section."
+    rows = [(f"[`{name}`](#{target(module, name)})", _text(_first_sentence(_docstring(resolve(module, name)))))
+            for name in names]
+    return "{.names}\n" + _table(("name", "what it is for"), *rows)
 
 
 def document(module: str, name: str, level: int = 3) -> str:

@@ -21,10 +21,12 @@ from pathlib import Path
 import nbformat
 import yaml
 from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError
 from nbdev.config import get_config
 from nbdev.serve import proc_nbs
 
-from api import document, line_number, target
+import explore
+from api import contents, document, line_number, target
 from readme import expand_includes
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -32,8 +34,8 @@ ROOT = Path(__file__).resolve().parent.parent
 RECORDS = [ROOT / "runs" / name for name in ("record", "digits-cpu")]
 RECORD = next((p for p in RECORDS if (p / "notebooks/report.ipynb").exists()), RECORDS[-1])
 STAGES = ("train", "generate", "evaluate", "chains")   # the order of a run's notebooks in the navigation
-GUIDE = ("method", "open_choices", "judging", "generative_models", "why_jem_chains", "cifar10", "speed",
-         "gallery")    # in reading order
+GUIDE = ("method", "your_classifier", "open_choices", "judging", "generative_models", "why_jem_chains", "cifar10",
+         "speed", "gallery")    # in reading order
 ROOMS = {
     "ebm": "The method: ebm",
     "systems": "Systems",
@@ -48,6 +50,7 @@ ROOMS = {
 NBS = ROOT / "nbs"
 BUILD = ROOT / "_build"
 EXECUTED, SOURCE, SITE = BUILD / "executed", BUILD / "source", ROOT / "_docs"
+STATIC = BUILD / "static"            # what the interactive page loads; Sphinx copies it to _static/
 
 DIRECTIVE = re.compile(r"^#\| *([\w-]+):? *(.*)\n?", re.M)
 SKIP = "skip-execution"
@@ -57,12 +60,15 @@ SHOW_DOC = re.compile(r"^show_doc\(([\w.]+)", re.M)
 
 # 1. Run the notebooks ------------------------------------------------------------------------------------------------
 
-def execute(path: Path, package: str, run: bool = True) -> None:
-    "Run one notebook into `EXECUTED`, cells with a directive that tests skip left out; not `run`: only copy it there."
+def execute(path: Path, package: str, run: bool = True) -> str | None:
+    """Run one notebook into `EXECUTED`, cells with a directive that tests skip left out; not `run`: only copy it there.
+
+    Returns what went wrong, if anything did.
+    """
     out = EXECUTED / path.relative_to(NBS)
     key = sha256(path.read_bytes() + package.encode()).hexdigest()
     if out.exists() and nbformat.read(out, as_version=4).metadata.get("made_from") == key:
-        return
+        return None
     nb = nbformat.read(path, as_version=4)
     flags = set(get_config().tst_flags.split())
     for cell in nb.cells:
@@ -72,11 +78,16 @@ def execute(path: Path, package: str, run: bool = True) -> None:
     if run:
         print("running", path.relative_to(NBS), flush=True)
         where = {"metadata": {"path": str(path.parent)}}   # the working directory, as under nbdev_test
-        NotebookClient(nb, timeout=1800, kernel_name="python3", resources=where, skip_cells_with_tag=SKIP).execute()
+        client = NotebookClient(nb, timeout=1800, kernel_name="python3", resources=where, skip_cells_with_tag=SKIP)
+        try:
+            client.execute()
+        except CellExecutionError as e:
+            return f"{path.relative_to(NBS)}\n{e}"
         nb.metadata["made_from"] = key
     split_title(nb)
     out.parent.mkdir(parents=True, exist_ok=True)
     nbformat.write(nb, out)
+    return None
 
 
 def split_title(nb) -> None:
@@ -106,7 +117,10 @@ def execute_all(run: bool) -> list[Path]:
             path.unlink()
     os.environ.pop("MPLBACKEND", None)                 # a headless backend would leave no figures in the cells
     with ThreadPoolExecutor(2) as pool:
-        list(pool.map(lambda path: execute(path, key, run), notebooks))
+        failed = list(filter(None, pool.map(lambda path: execute(path, key, run), notebooks)))
+    if failed:                                         # all of them, so that one more build is enough
+        names = ", ".join(text.partition("\n")[0] for text in failed)
+        sys.exit("\n\n".join([*failed, f"these notebooks fail, so there is no site: {names}"]))
     return sorted(notebooks, key=reading_order)
 
 
@@ -174,6 +188,8 @@ class Links:
             return f"#{label}" if label else f"/{page}.ipynb"
         if path == "CONTRIBUTING.md":
             return "/contributing.md"
+        if path == "nbs/replication/explore.ipynb" and explore.read():
+            return "/explore.md"
         stage = re.fullmatch(r"nbs/replication/(\w+)\.ipynb", path)
         if stage and (page := record_page(stage[1])):
             return page
@@ -194,13 +210,14 @@ def fix_callouts(text: str) -> str:
 
 def adapt(nb, links: Links, module: str = "", title: str | None = None, folder: str = "nbs/replication"):
     "One notebook that nbdev processed, or that papermill ran, as MyST-NB reads it; `title` replaces its own."
-    cells = []
+    cells, told = [], ""
     for cell in in_source_order(nb.cells, module):
         cell.pop("attachments", None)
+        told = last_sentence(cell.source) or told if cell.cell_type == "markdown" else told
         if cell.cell_type == "raw":
             cell = adapt_raw(cell)
         elif cell.cell_type == "code":
-            cell = adapt_code(cell, module)
+            cell = adapt_code(cell, module, told)
         if cell is None or not cell.source.strip():
             continue
         if cell.cell_type == "markdown":
@@ -213,8 +230,25 @@ def adapt(nb, links: Links, module: str = "", title: str | None = None, folder: 
             cells.insert(0, nbformat.v4.new_markdown_cell(f"# {title}"))
         else:
             headed.source = re.sub(r"# .*", lambda _: f"# {title}", headed.source, count=1)
-    nb.cells = cells
+    nb.cells = with_contents(cells, module, [name for name in map(documented, nb.cells) if name])
     return nb
+
+
+def with_contents(cells: list, module: str, names: list[str]) -> list:
+    "A module's page with a table of what it has, after title and summary."
+    if not names:
+        return cells
+    names = sorted(names, key=lambda name: line_number(module, name))
+    return [cells[0], nbformat.v4.new_markdown_cell(contents(module, names)), *cells[1:]]
+
+
+def last_sentence(text: str) -> str:
+    "What a text says last in words, without its markup: what the picture after it is of."
+    prose = re.sub(r"```.*?```|\$\$.*?\$\$|<!--.*?-->|^(#|\||>|:::|\s*[-*] ).*?$", "", text, flags=re.S | re.M)
+    prose = re.sub(r"!?\[([^\]]*)\]\([^)]*\)", r"\1", prose)
+    prose = re.sub(r"\\(\w+)|[`*${}]", lambda m: m[1] or "", prose)
+    sentences = re.split(r"(?<=[.!?:])\s+(?=[A-Z(])", " ".join(prose.split()))
+    return sentences[-1].rstrip(":").strip()
 
 
 def documented(cell) -> str | None:
@@ -241,8 +275,9 @@ def adapt_raw(cell):
     return nbformat.v4.new_markdown_cell(f"# {fields['title']}{summary}")
 
 
-def adapt_code(cell, module: str):
-    "Directives become MyST-NB's tags; `show_doc` becomes a section of the page, with its heading in the contents."
+def adapt_code(cell, module: str, told: str = ""):
+    """Directives become MyST-NB's tags; `show_doc` becomes a section of the page, with its heading in the contents.
+    Pictures get a text: the directive `fig-alt`, else what the page `told` last before them."""
     d = dict(DIRECTIVE.findall(cell.source))
     if d.get("include") == "false" or "hide" in d:
         return None
@@ -258,6 +293,9 @@ def adapt_code(cell, module: str):
         tags.add("hide-input")
     cell.metadata["tags"] = sorted(tags)
     cell.outputs = [o for o in cell.outputs if o.get("name") != "stderr"]      # progress bars
+    if any(kind.startswith("image/") for o in cell.outputs for kind in o.get("data", {})):
+        text = d.get("fig-alt", "").strip("\"' ") or f"Figure: {told or module}"
+        cell.metadata["mystnb"] = {"image": {"alt": text}}
     return cell
 
 
@@ -356,14 +394,26 @@ def navigation(notebooks: list[Path], record: list[str]) -> str:
         return [page_name(p) for p in notebooks if p.parent.name == folder]
 
     rooms = [toctree(title, pages(room)) for room, title in ROOMS.items()]
-    trees = [toctree("Guide", ["Home <self>", *pages("guide")]), *rooms, toctree("Project", [*record, "contributing"])]
+    seen = ["Explore the chains <explore>"] if explore.read() else []
+    guide = toctree("Guide", ["Home <self>", *seen, *pages("guide")])
+    trees = [guide, *rooms, toctree("Project", [*record, "contributing"])]
     return "\n\n".join(filter(None, trees))
+
+
+def write_explore() -> None:
+    "The interactive page, where its chains have been drawn."
+    shutil.rmtree(STATIC, ignore_errors=True)
+    STATIC.mkdir(parents=True)
+    if explore.read():
+        explore.write_assets(STATIC / "explore", "_static/explore")
+        (SOURCE / "explore.md").write_text(explore.markdown("_static/explore"), encoding="utf-8")
 
 
 def write_source(notebooks: list[Path], processed: Path) -> None:
     shutil.rmtree(SOURCE, ignore_errors=True)
     SOURCE.mkdir(parents=True)
     copy_figures()
+    write_explore()
     documents = {p: nbformat.read(processed / p.relative_to(NBS), as_version=4) for p in notebooks}
     pages = {p.relative_to(ROOT).with_suffix("").as_posix(): page_name(p) for p in notebooks}
     links = Links(pages, labels_of(documents))
@@ -380,6 +430,13 @@ def write_source(notebooks: list[Path], processed: Path) -> None:
         nbformat.write(nb, page)
 
 
+def not_found() -> str:
+    "The page for addresses that lead nowhere: it may be shown at any depth, so it names whole addresses."
+    cfg = get_config()
+    page = (ROOT / "docs" / "404.html").read_text(encoding="utf-8")
+    return page.replace("{{home}}", f"{cfg['doc_host']}{cfg['doc_baseurl']}/").replace("{{title}}", cfg["title"])
+
+
 # 4. Sphinx -----------------------------------------------------------------------------------------------------------
 
 def main() -> None:
@@ -392,6 +449,7 @@ def main() -> None:
     places = ["-c", str(ROOT / "docs"), "-d", str(BUILD / "doctrees"), str(SOURCE), str(html)]
     if subprocess.run(sphinx + places).returncode:
         sys.exit("Sphinx warned (above); the last site stays as it was")
+    (html / "404.html").write_text(not_found(), encoding="utf-8")
     (html / ".nojekyll").touch()                       # GitHub Pages would drop folders that start with an underscore
     shutil.rmtree(SITE, ignore_errors=True)
     shutil.move(html, SITE)

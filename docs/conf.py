@@ -22,8 +22,10 @@ myst_heading_anchors = 3
 suppress_warnings = ["myst.header"]
 
 html_theme = "furo"
-html_static_path = ["static"]
+html_static_path = ["static", "../_build/static"]      # ours, and what build.py makes for the interactive page
 html_css_files = ["site.css"]
+html_js_files = [("site.js", {"defer": "defer"})]
+html_use_index = False                                 # modules have tables of their names instead
 html_show_sourcelink = False
 html_copy_source = False
 html_theme_options = {
@@ -42,7 +44,14 @@ _mathjax = Path(_package) / "static" / "mathjax"
 mathjax_path = "mathjax/tex-chtml.js"
 
 
+def level_headings(app, page, template, context, doctree):
+    "The navigation's captions say that they are headings, but not of which level: screen readers need both."
+    tree = context.get("furo_navigation_tree", "")
+    context["furo_navigation_tree"] = tree.replace('role="heading"', 'role="heading" aria-level="2"')
+
+
 def setup(app):
+    app.connect("html-page-context", level_headings, priority=900)         # after the theme has made its tree
     static = Path(app.outdir) / "_static" / "mathjax"
 
     def copy(app, exception):

@@ -26,7 +26,7 @@ class Task:
     @property
     def of(self) -> str:
         "The folder that the stage is about."
-        return next((self.parameters[k] for k in ("out", "run", "runs") if self.parameters.get(k)), "")
+        return next((self.parameters[k] for k in ("out", "run", "runs", "figures") if self.parameters.get(k)), "")
 
     @property
     def part(self) -> Path:

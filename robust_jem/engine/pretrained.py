@@ -6,23 +6,26 @@
 __all__ = ['RobustJEM']
 
 # %% ../../nbs/engine/09_pretrained.ipynb #5e711ccc
-import math
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from ..core.errors import InputError
-from ..core.files import read_json, read_tensors, write_tensors, write_json
+from ..core.files import read_json, read_tensors, write_bytes, write_tensors, write_json
 from ..core.images import load_images
 from ..core.inputs import as_points
 from ..ebm.energy import energy, predict
-from ..ebm.priors import GaussianMixturePrior
+from ..ebm.priors import CompactGaussianPrior, GaussianMixturePrior, prior_from_tensors
 from .runs import Run
 from ..networks.wide_resnet import WideResNet
-from ..systems.catalog import GenerateConfig, configure, load_config
+from ..systems.base import GenerateConfig
+from ..systems.catalog import SYSTEMS, configure, load_config
 from ..systems.hybrid import HybridConfig, build_prior, generate
 
 # %% ../../nbs/engine/09_pretrained.ipynb #131c9f7a
@@ -66,14 +69,22 @@ class RobustJEM:
         return cls(run.model(device), None, config, images.classes, images.shape)
 
     @classmethod
-    def from_pretrained(cls, path_or_hub_id: str | Path, device="cpu") -> "RobustJEM":
-        "From a folder that `save_pretrained` wrote, or the id of one on the Hugging Face hub."
-        folder = _pretrained_folder(path_or_hub_id)
+    def from_pretrained(cls,
+        path_or_hub_id: str | Path, # a folder, or OWNER/NAME on the hub
+        device="cpu",
+        **hub, # how it is fetched: revision, token, cache_dir, force_download, local_files_only
+    ) -> "RobustJEM":
+        """From a folder that `save_pretrained` wrote, or the id of one on the Hugging Face hub.
+
+        Raises `InputError` where it isn't there, or its files are damaged or don't fit each other.
+        """
+        folder = _pretrained_folder(path_or_hub_id, hub)
         meta = read_json(folder / "config.json")
         if "train" not in meta:
             raise InputError(f"{folder}: not made by save_pretrained; for a run folder use RobustJEM.from_run")
         weights = read_tensors(folder / "model.safetensors")[0]
-        fitted = read_tensors(folder / "prior.safetensors")[0] if (folder / "prior.safetensors").exists() else None
+        file = _prior_file(folder, meta)
+        fitted = read_tensors(file)[0] if file else None
         try:
             config = load_config(dict(meta["train"]))
             network = config.network
@@ -88,24 +99,65 @@ class RobustJEM:
     def save_pretrained(self,
         path: str | Path,
         dtype: torch.dtype = torch.float32, # of the weights in the file
-        prior: bool = True, # without it (0.4 GB for CIFAR-10) it is fitted again where the model is used
+        prior: bool | Literal["full", "compact", "none"] = "full", # CIFAR-10: 0.4 GB, 4 MB, or fitted where it is used
+        card: str = "", # the README; empty: a short one, where there is none
     ):
-        "Write config.json, model.safetensors and prior.safetensors; needs a Gaussian prior."
-        if prior and not isinstance(self.prior, GaussianMixturePrior):
-            raise InputError(f"save_pretrained: needs a Gaussian prior, this model has {type(self.prior).__name__}")
+        """Write config.json, model.safetensors, prior.safetensors and README.md; needs a Gaussian prior.
+
+        Raises `InputError` for another prior, or a folder that is a run's or can't be written.
+        """
+        kind = {True: "full", False: "none"}.get(prior, prior)
+        kept = None if kind == "none" else self._prior_to_keep(kind)
         folder = Path(path)
         if (folder / "config.json").exists() and "train" not in read_json(folder / "config.json"):
             raise InputError(f"save_pretrained: {folder} is a run folder, "
                              "whose weights and settings would be overwritten; choose another")
-        if not prior:
+        if kept is None:
             (folder / "prior.safetensors").unlink(missing_ok=True)               # an earlier model's
         weights = {k: v.to(dtype) if v.is_floating_point() else v for k, v in self.model.state_dict().items()}
         write_tensors(folder / "model.safetensors", weights)
-        if prior:
-            fitted = {"mean": self.prior.mean, "factor": self.prior.factor, "weights": self.prior.weights}
-            write_tensors(folder / "prior.safetensors", fitted)
+        if kept is not None:
+            write_tensors(folder / "prior.safetensors", kept.tensors())
         train = self.config.to_dict() | dict(root="", out="")
         write_json(folder / "config.json", {"train": train, "classes": list(self.classes), "shape": list(self.shape)})
+        if card or not (folder / "README.md").exists():
+            write_bytes(folder / "README.md", (card or _short_card(self)).encode())
+
+    def _prior_to_keep(self, kind: str) -> GaussianMixturePrior | CompactGaussianPrior:
+        "The prior as it is to be saved; a compact one stays what it is."
+        if kind not in ("full", "compact"):
+            raise InputError(f"prior: {kind!r} is not accepted; accepted: full, compact, none")
+        if isinstance(self.prior, GaussianMixturePrior):
+            return self.prior if kind == "full" else self.prior.compact(min(60, self.prior.mean.shape[1] - 1))
+        if not isinstance(self.prior, CompactGaussianPrior):
+            raise InputError(f"save_pretrained: needs a Gaussian prior, this model has {type(self.prior).__name__}")
+        return self.prior
+
+    def push_to_hub(self,
+        repo_id: str, # OWNER/NAME; made where it isn't there
+        *,
+        dtype: torch.dtype = torch.float32, # of the weights in the file
+        prior: bool | Literal["full", "compact", "none"] = "compact", # see `save_pretrained`
+        card: str = "", # the README, a folder's say; empty: a short one
+        commit_message: str = "Push model using robust-jem.",
+        private: bool | None = None, # none: as the organisation's default says
+        token: str | None = None, # none: that of `hf auth login`
+        branch: str | None = None, # none: main
+        create_pr: bool | None = None, # as a pull request
+    ) -> str: # the commit's address
+        """Upload what `save_pretrained` writes.
+
+        Raises `InputError` where huggingface_hub is missing, or the hub refuses.
+        """
+        with _hub("push_to_hub"):
+            from huggingface_hub import HfApi
+        with tempfile.TemporaryDirectory() as there:
+            self.save_pretrained(Path(there), dtype, prior, card)
+            with _hub("push_to_hub"):
+                api = HfApi(token=token)
+                repo_id = api.create_repo(repo_id=repo_id, private=private, exist_ok=True).repo_id
+                return str(api.upload_folder(repo_id=repo_id, folder_path=there, commit_message=commit_message,
+                                             revision=branch, create_pr=create_pr))
 
     def _logits(self, x: Tensor) -> Tensor:
         x = as_points(x, beyond=20)                             # samples of "combined" may lie outside of [-1, 1]
@@ -141,21 +193,72 @@ class RobustJEM:
 def _size(shape: tuple[int, ...]) -> str:
     return "x".join(map(str, shape))
 
-def _pretrained_folder(path_or_hub_id: str | Path) -> Path:
+@contextmanager
+def _hub(what: str) -> Iterator[None]:
+    "What huggingface_hub raises in this block, as an `InputError` of one line."
+    try:
+        yield
+    except InputError:
+        raise
+    except ImportError as e:
+        raise InputError(f"{what}: needs huggingface_hub, which isn't installed; pip install 'robust-jem[hub]'") from e
+    except Exception as e:              # of several HTTP libraries, by the hub's version
+        raise InputError(f"{what}: the hub refuses ({type(e).__name__}: {' '.join(str(e).split())[:160]})") from e
+
+def _pretrained_folder(path_or_hub_id: str | Path, hub: dict) -> Path:
     folder = Path(path_or_hub_id)
     if folder.is_dir():
         return folder
     try:
         from huggingface_hub import snapshot_download
-        return Path(snapshot_download(str(path_or_hub_id), allow_patterns=["config.json", "*.safetensors"]))
+        return Path(snapshot_download(str(path_or_hub_id), allow_patterns=["config.json", "*.safetensors"], **hub))
     except Exception as e:
         raise InputError(f"{path_or_hub_id}: no such folder, and not fetched from the hub ({type(e).__name__}); "
                          "accepted: a folder that save_pretrained wrote, or a hub id with huggingface_hub "
                          "installed") from e
 
-def _prior_of(fitted: dict[str, Tensor], meta: dict) -> GaussianMixturePrior:
+def _prior_file(folder: Path, meta: dict) -> Path | None:
+    "The file of a folder's prior: in it, or beside it where folders share one; none where it is to be fitted."
+    name = meta.get("prior", "prior.safetensors")
+    if not isinstance(name, str) or Path(name).name != name:
+        raise InputError(f"{folder / 'config.json'}: prior: {name!r} is not accepted; accepted: the name of a file in "
+                         "the folder, or beside it")
+    places = [folder / name] + ([folder.resolve().parent / name] if "prior" in meta else [])
+    return next((p for p in places if p.is_file()), None)
+
+def _prior_of(fitted: dict[str, Tensor], meta: dict) -> GaussianMixturePrior | CompactGaussianPrior:
     "A saved prior; a `ValueError` where it isn't of the images that the model is for."
-    dim = math.prod(meta["shape"])
-    if fitted["factor"].shape != (len(meta["classes"]), dim, dim) or fitted["mean"].shape != fitted["factor"].shape[:2]:
-        raise ValueError("the prior has another shape than the images")
-    return GaussianMixturePrior(fitted["mean"], fitted["factor"], fitted["weights"], meta["shape"])
+    prior = prior_from_tensors(fitted, tuple(meta["shape"]))
+    if len(prior.mean) != len(meta["classes"]):
+        raise ValueError(f"the prior has {len(prior.mean)} classes")
+    return prior
+
+_CARD = """---
+library_name: robust-jem
+license: apache-2.0
+pipeline_tag: image-classification
+tags: [energy-based-model, adversarial-robustness, image-generation, {system}]
+datasets: [{dataset}]
+---
+# {title} on {dataset}
+
+A Wide-ResNet {depth}-{width} ({parameters:,} parameters) that classifies {shape} images in [-1, 1] into {classes}
+classes; its logits define an energy, from which it draws images.
+
+```python
+from robust_jem.engine.pretrained import RobustJEM
+model = RobustJEM.from_pretrained("OWNER/NAME")          # or a folder
+model.classify(x); model.energy(x); model.generate(y)    # x in [-1, 1]
+```
+
+Nothing was measured for this card. Research use: comparing methods, studying energies and samples.
+Not for decisions about people or safety.
+"""
+
+def _short_card(jem: RobustJEM) -> str:
+    "A model card of what is known without measuring."
+    c = jem.config
+    return _CARD.format(
+        system=c.system, dataset=c.dataset, title=SYSTEMS[c.system].title, depth=c.network.depth, width=c.network.width,
+        parameters=sum(p.numel() for p in jem.model.parameters()), shape=_size(jem.shape), classes=len(jem.classes),
+    )

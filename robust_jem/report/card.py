@@ -15,7 +15,7 @@ import matplotlib.pyplot as plt
 import torch
 
 from ..core.errors import InputError
-from ..core.files import read_tensors, write_bytes, write_json
+from ..core.files import read_json, read_tensors, write_bytes, write_json
 from ..engine.runs import Run
 from ..engine.pretrained import RobustJEM
 from ..judge.ood import SCORES
@@ -358,12 +358,13 @@ def _accuracies(c: dict) -> str:
                     "move them, so its accuracy is overstated.")
     return f"## Accuracy, %\n\n{table}\n\n{percent(c['accuracy'])} % of all {c['n']:,} test images. {attacks}"
 
-def _pretrained_card(run: Run, jem: RobustJEM, folder: str | Path, dtype: torch.dtype) -> str:
+def _pretrained_card(run: Run, jem: RobustJEM, folder: str | Path, dtype: torch.dtype, prior: str) -> str:
     "The README of weights in a folder."
     title, kind = SYSTEMS[run.config.system].title, str(dtype).removeprefix("torch.")
     c = run.scores().get("classification")
+    where = f"lies beside this folder in `{prior}`" if prior else "is fitted again to the data set when first used"
     about = (f"A classifier whose logits define an energy. Weights as {kind}; where its chains start, "
-             "the class-conditional Gaussian prior, is fitted again to the data set when first used.")
+             f"the class-conditional Gaussian prior, {where}.")
     model = _the_model(run, jem.shape, len(jem.classes), f'from_pretrained("{folder}")')
     out = [f"# {title} on {run.config.dataset}", f"> {about}", model, LIMITS]
     if c:
@@ -377,6 +378,7 @@ def write_pretrained(
     run: str | Path, # folder of a trained run
     folder: str | Path, # where to
     dtype: torch.dtype = torch.bfloat16, # of the weights in the file
+    prior: str = "", # name of a file beside the folder that holds a compact prior; empty: fitted where it is used
 ) -> Path: # the folder
     """Weights and their card, to be committed or uploaded: model.safetensors, config.json, README.md.
 
@@ -389,11 +391,13 @@ def write_pretrained(
     if classification and "accuracy" not in classification:
         raise InputError(f"{r.path / 'scores/classification.json'}: isn't finished; "
                          "run the interrupted evaluation to its end first")
-    jem.save_pretrained(folder, dtype, prior=False)
+    jem.save_pretrained(folder, dtype, prior="none")
+    if prior:
+        write_json(out / "config.json", read_json(out / "config.json") | {"prior": prior})
     weights = r.path / "model.safetensors"
     if {t.dtype for t in read_tensors(weights)[0].values() if t.is_floating_point()} == {dtype}:
         write_bytes(out / "model.safetensors", weights.read_bytes())       # to the byte: scores name the file's hash
-    write_bytes(out / "README.md", _pretrained_card(r, jem, folder, dtype).encode())
+    write_bytes(out / "README.md", _pretrained_card(r, jem, folder, dtype, prior).encode())
     log = [r.path / f for f in ("config.json", "summary.json", "metrics.jsonl")]
     for file in (*log, *sorted((r.path / "scores").glob("*.json"))):
         write_bytes(out / "run" / file.relative_to(r.path), file.read_bytes())

@@ -1,0 +1,19 @@
+/* Code and tables that are wider than their frame scroll inside it: let the keyboard reach those, and no others. */
+"use strict";
+
+(() => {
+  function mark() {
+    for (const frame of document.querySelectorAll("article pre, article .table-wrapper, article mjx-container")) {
+      if (frame.scrollWidth > frame.clientWidth) frame.tabIndex = 0;
+      else frame.removeAttribute("tabindex");
+    }
+  }
+  window.addEventListener("load", mark);
+  window.addEventListener("resize", mark);
+  document.addEventListener("toggle", mark, true);             // what was folded has a width only now
+})();
+
+/* From a disk a page may not read others: the search then names the pages it found without a piece of each. */
+if (location.protocol === "file:" && typeof DOCUMENTATION_OPTIONS !== "undefined") {
+  DOCUMENTATION_OPTIONS.SHOW_SEARCH_SUMMARY = false;
+}
