@@ -1,6 +1,6 @@
 """The README's figure: one sample of each class on its way from the prior, by a committed network.
 
-`python docs/figure.py` writes figures/readme.png, in about two minutes of one CPU core; no data set is needed, since the
+`python docs/figure.py` writes figures/readme.png, in about two minutes of one CPU core. No data set is needed: the
 networks in data/pretrained carry where their chains start."""
 import argparse
 from pathlib import Path
