@@ -34,8 +34,8 @@ ROOT = Path(__file__).resolve().parent.parent
 RECORDS = [ROOT / "runs" / name for name in ("record", "digits-cpu")]
 RECORD = next((p for p in RECORDS if (p / "notebooks/report.ipynb").exists()), RECORDS[-1])
 STAGES = ("train", "generate", "evaluate", "chains")   # the order of a run's notebooks in the navigation
-GUIDE = ("method", "your_classifier", "open_choices", "judging", "generative_models", "why_jem_chains", "cifar10",
-         "speed", "gallery")    # in reading order
+GUIDE = ("method", "your_classifier", "open_choices", "judging", "generative_models", "why_jem_chains", "equal_compute",
+         "cifar10", "speed", "gallery")    # in reading order
 ROOMS = {
     "ebm": "The method: ebm",
     "systems": "Systems",

@@ -22,6 +22,7 @@ from robust_jem.app.cli import EXAMPLES, parse
 from robust_jem.app.doctor import DoctorConfig
 from robust_jem.app.export import ExportConfig
 from robust_jem.app.replicate import ReplicateConfig
+from robust_jem.app.sample import SampleConfig
 from robust_jem.bench.benchmark import BenchmarkConfig
 from robust_jem.bench.tune import TuneConfig
 from robust_jem.core import images as core_images
@@ -443,6 +444,7 @@ def test_report_names_every_run_and_why_a_cell_is_empty(cli, evaluated):
 # Help
 
 CONFIG_OF = {
+    "sample": SampleConfig,
     "train": TrainConfig,
     "generate": GenerateConfig,
     "evaluate": EvaluateConfig,

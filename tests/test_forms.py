@@ -179,6 +179,7 @@ REASONS = {
     "zoo.Preprocessed": "a module around a model, as torch calls modules",
     "zoo.load_state": "fills a model's weights",
     "foreign.source_hash": "looks at code",
+    "foreign.on_signed_images": "a module around a model",
     "targets.EvalTarget": "made of a run or a factory's model, which check_classifier has looked at",
     "ood.auroc": "takes scores",
     "likelihood.bits_per_dim": "takes uint8 grey levels alone: dequantise refuses all else",

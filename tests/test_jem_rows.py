@@ -23,11 +23,8 @@ def run(request, made_once):
     "A training that is broken off early: its schedule is that of a whole one's beginning."
 
     def make(folder):
-        train(
-            configure(TrainConfig, request.param, schedule=dict(kind="constant", updates=UPDATES[request.param]), device="cpu",
-                      out=str(folder)),
-            progress=False,
-        )
+        schedule = dict(kind="constant", updates=UPDATES[request.param])
+        train(configure(TrainConfig, request.param, schedule=schedule, device="cpu", out=str(folder)), progress=False)
 
     return Run(made_once(f"row-{request.param}", make))
 

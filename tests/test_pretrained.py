@@ -64,7 +64,7 @@ def accuracy_of_the_card(folder):
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda p: p.name)
 def test_accuracy_of_some_images_is_near_the_cards(folder, cifar10):
     "Within three and a half standard errors; wrong weights, classes or pixels would be far from it."
-    p, n = accuracy_of_the_card(folder), 200
+    p, n = accuracy_of_the_card(folder), 100
     assert abs(measured_accuracy(folder, cifar10, n) - p) < 3.5 * (p * (1 - p) / n) ** 0.5
 
 

@@ -74,13 +74,13 @@ def test_the_loss_is_the_definition_in_float64():
     assert abs(float(single) - total / len(x)) < 1e-4 * total
 
 
-@pytest.mark.parametrize("scaled", [False, True])
-@pytest.mark.parametrize("network", ["dense", "refinenet"])
-def test_an_update_minimises_that_loss(network, scaled):
+@pytest.mark.parametrize("form", [dict(scaled=False), dict(scaled=True), dict(scaled=False, sigma_data=0.6)])
+@pytest.mark.parametrize("network", ["dense", "gated", "refinenet"])
+def test_an_update_minimises_that_loss(network, form):
     "The metric of an update, again from its random numbers, by a float64 copy of the network."
     rng = torch.Generator().manual_seed(1)
     images = images_of(torch.randint(0, 256, (8, 3, 8, 8), dtype=torch.uint8, generator=rng))
-    score = TINY | dict(network=network, stages=2, scaled=scaled, conditional=True)
+    score = TINY | dict(network=network, stages=2, conditional=True) | form
     system, step = in_training("ncsn_conditional", images, score=score, augment__flip=True)
     net = copy.deepcopy(system.network).double()
     state = step.generators["noise"].get_state()
@@ -97,14 +97,23 @@ def test_an_update_minimises_that_loss(network, scaled):
     assert torch.allclose(system.sigmas.double(), sigmas, rtol=1e-6)
     sigma = system.sigmas.double()[level].view(-1, 1, 1, 1)
     noisy = x.double() + sigma * z
+    weight, condition = sigma**2, 2 * level + batch.y
     with torch.no_grad():
-        seen = noisy / (1 + sigma**2).sqrt() if scaled else noisy
-        s = net(seen, 2 * level + batch.y) / (sigma if scaled else 1)
-    expected = (0.5 * sigma**2 * (s + (noisy - x.double()) / sigma**2) ** 2).mean()
+        if "sigma_data" in form:                    # the denoiser of Karras et al. 2022, eq. 7, 8 and table 1
+            both = sigma**2 + 0.36
+            clean = 0.36 / both * noisy + sigma * 0.6 / both.sqrt() * net(noisy / both.sqrt(), condition)
+            s = (clean - noisy) / sigma**2
+            weight = both / (sigma * 0.6) ** 2 * sigma**4       # of the denoiser's error, as one of the score's
+        elif form["scaled"]:
+            s = net(noisy / (1 + sigma**2).sqrt(), condition) / sigma
+        else:
+            s = net(noisy, condition)
+    expected = (0.5 * weight * (s + (noisy - x.double()) / sigma**2) ** 2).mean()
     assert abs(float(row["loss"]) - float(expected)) < 1e-4 * float(expected)
 
 
-def test_the_learned_score_of_a_gaussian_is_the_closed_form():
+@pytest.mark.parametrize("form", [dict(scaled=True, sigma_data=0.0), dict(scaled=False, sigma_data=0.2)])
+def test_the_learned_score_of_a_gaussian_is_the_closed_form(form):
     "Images are Gaussian, so with noise they are too: s(x) = -(Σ + σ²I)⁻¹(x - μ)."
     pixels = 4
     generator = torch.Generator().manual_seed(0)
@@ -115,8 +124,8 @@ def test_the_learned_score_of_a_gaussian_is_the_closed_form():
     def draw(n):
         return (mean + torch.randn(n, pixels, generator=generator) @ factor.T).view(n, 1, 2, 2)
 
-    score = dict(network="dense", channels=64, stages=1, levels=5, sigma_max=1.0, sigma_min=0.05, scaled=True,
-                 dequantize=False)
+    score = dict(network="dense", channels=64, stages=1, levels=5, sigma_max=1.0, sigma_min=0.05,
+                 dequantize=False) | form
     updates = 1400
     system, step = in_training("ncsn", images_of(to_uint8(draw(100))), score=score, optimizer__ema_decay=0.99)
     labels = torch.zeros(256, dtype=torch.int64)
@@ -254,6 +263,7 @@ def test_classes_are_asked_for_or_drawn(here):
         (["--score.levels", "0"], ["levels: 0 is outside"]),
         (["--score.network", "refinenet", "--score.stages", "5"], ["stages: 5 is outside 1..4"]),
         (["--score.norm", "batch"], ["norm", "instance", "none"]),
+        (["--score.sigma-data", "0.5", "--score.scaled"], ["sigma_data: 0.5", "scaled"]),
     ],
 )
 def test_bad_settings_are_one_line(refused, argv, says):

@@ -2,8 +2,10 @@
 "use strict";
 
 (() => {
+  const FRAMES = "article pre, article .table-wrapper, article .math-wrapper, article mjx-container";
+
   function mark() {
-    for (const frame of document.querySelectorAll("article pre, article .table-wrapper, article mjx-container")) {
+    for (const frame of document.querySelectorAll(FRAMES)) {
       if (frame.scrollWidth > frame.clientWidth) frame.tabIndex = 0;
       else frame.removeAttribute("tabindex");
     }

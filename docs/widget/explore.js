@@ -1,4 +1,4 @@
-/* The interactive page: reads window.EXPLORE (figures/explore/explore.json) and draws one chain. No library, no request. */
+/* The interactive page: reads window.EXPLORE (figures/explore/explore.json) and draws one chain. No library, no call. */
 "use strict";
 
 (() => {
@@ -53,7 +53,9 @@
   }
 
   function check(name, value) {
-    for (const input of root.querySelectorAll(`input[name=explore-${name}]`)) input.checked = input.value === String(value);
+    for (const input of root.querySelectorAll(`input[name=explore-${name}]`)) {
+      input.checked = input.value === String(value);
+    }
   }
 
   /* Another row has other stages: stay as far along the chain as before. */
@@ -87,7 +89,8 @@
       + `<line class="real" x1="0" x2="120" y1="${y(real)}" y2="${y(real)}"/>`
       + ["joint", "marginal"].map((name) => `<polyline class="${name}" points="${points(curves[name])}"/>`).join("");
     svg.setAttribute("aria-label", `E(x) goes from ${number(curves.marginal[0])} to ${number(curves.marginal.at(-1))}, `
-      + `E(x, y) from ${number(curves.joint[0])} to ${number(curves.joint.at(-1))}; real images have ${number(real)} on average`);
+      + `E(x, y) from ${number(curves.joint[0])} to ${number(curves.joint.at(-1))}; `
+      + `real images have ${number(real)} on average`);
     const [top, bottom] = root.querySelectorAll(".explore-scale span");
     [top.textContent, bottom.textContent] = [`highest ${number(high)}`, `lowest ${number(low)}`];
   }
@@ -97,7 +100,8 @@
       const p = probability(logits, y);
       const bar = make("span", { class: "explore-bar", style: `width: ${(100 * p).toFixed(1)}%` });
       const attributes = y === state.label ? { class: "wanted" } : {};
-      return make("tr", attributes, make("th", { scope: "row" }, name), make("td", {}, bar), make("td", {}, p.toFixed(3)));
+      const cells = [make("th", { scope: "row" }, name), make("td", {}, bar), make("td", {}, p.toFixed(3))];
+      return make("tr", attributes, ...cells);
     }));
   }
 
@@ -107,7 +111,8 @@
     const stage = stages[state.stage];
     const logits = logitsAt(state.stage);
     const name = data.classes[state.label];
-    const values = { marginal: marginal(logits), joint: joint(logits, state.label), wanted: probability(logits, state.label) };
+    const y = state.label;
+    const values = { marginal: marginal(logits), joint: joint(logits, y), wanted: probability(logits, y) };
     for (const [key, value] of Object.entries({ ...state, row: row().key })) check(key, value);
     root.querySelectorAll(".explore-images [role=img]").forEach((element, chain) => {
       show(element, state.stage, chain);
@@ -169,10 +174,12 @@
     return true;
   }
 
-  options("row", data.rows.map((entry) => [entry.key, entry.title]), (key) => choose(data.rows.findIndex((r) => r.key === key)));
+  const rows = data.rows.map((entry) => [entry.key, entry.title]);
+  const chains = Array.from({ length: data.chains }, (_, i) => [i, make("span", { role: "img" })]);
+  options("row", rows, (key) => choose(data.rows.findIndex((entry) => entry.key === key)));
   options("label", data.classes.map((name, i) => [i, name]), (i) => { state.label = i; });
   options("statistics", Object.entries(NAMES), (name) => { state.statistics = name; });
-  options("chain", Array.from({ length: data.chains }, (_, i) => [i, make("span", { role: "img" })]), (i) => { state.chain = i; });
+  options("chain", chains, (i) => { state.chain = i; });
   slider.addEventListener("input", () => { stop(); go(Number(slider.value)); });
   find("[data-play]").addEventListener("click", play);
   for (const button of root.querySelectorAll("[data-move]")) {

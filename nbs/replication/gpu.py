@@ -32,7 +32,7 @@ from robust_jem.bench.scaling import random_images
 from robust_jem.bench.tune import TuneConfig, markdown, tune
 from robust_jem.core.config import merged, unfolded
 from robust_jem.core.files import read_json, write_bytes, write_json, write_tensors
-from robust_jem.core.images import Batches, Images, load_images
+from robust_jem.core.images import Batches, Images, data_root, load_images
 from robust_jem.engine import runs
 from robust_jem.engine.checkpoints import TrainState
 from robust_jem.engine.pretrained import RobustJEM
@@ -255,7 +255,7 @@ def in_two_bytes(v: torch.Tensor) -> torch.Tensor:
 def nearness_to(images: Images, args) -> Nearness:
     "The distance by which walks are chosen."
     precision = "float32" if args.dry else "bfloat16"
-    return Nearness(feature_extractor(args.extractor, precision=precision), images, on_device())
+    return Nearness(feature_extractor(args.extractor, precision=precision), images, on_device(), data_root() / ".cache")
 
 
 def compute(args):

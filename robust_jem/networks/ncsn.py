@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NORMS', 'InstanceNormPlus', 'ScaleShift', 'ResidualBlock', 'ConvolutionUnits', 'ChainedPool', 'RefineBlock',
-           'check_sizes', 'ScoreNet', 'DenseBlock', 'DenseScoreNet']
+           'check_sizes', 'ScoreNet', 'DenseBlock', 'GatedBlock', 'DenseScoreNet']
 
 # %% ../../nbs/networks/03_ncsn.ipynb #cb0da19d
 import math
@@ -231,6 +231,22 @@ class DenseBlock(nn.Module):
             h = layer(F.elu(norm(h, condition)))
         return x + h
 
+class GatedBlock(nn.Module):
+    "Layer norm, scale and shift by condition, one linear layer times SiLU of another, a third, plus the input."
+
+    def __init__(self,
+        width: int, # of the layers
+        conditions: int, # noise levels, or noise levels times classes
+    ):
+        super().__init__()
+        self.centre = nn.LayerNorm(width, elementwise_affine=False)
+        self.norm = ScaleShift(width, conditions)
+        self.spread, self.gather = nn.Linear(width, 2 * width), nn.Linear(width, width)
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        values, gates = self.spread(self.norm(self.centre(x), condition)).chunk(2, dim=1)
+        return x + self.gather(values * F.silu(gates))
+
 class DenseScoreNet(nn.Module):
     """Images `[B,C,H,W]` in [-1,1] plus noise, and conditions `[B]`, to vectors `[B,C,H,W]`; for a few hundred pixels.
 
@@ -241,13 +257,15 @@ class DenseScoreNet(nn.Module):
         shape: tuple[int, int, int], # (C, H, W) of the images
         conditions: int = 10, # noise levels, or noise levels times classes
         width: int = 512, # of the layers
-        blocks: int = 3, # of two layers each
+        blocks: int = 3, # of two layers each, or of three where they are gated
+        gated: bool = False, # blocks in which one layer gates another (Shazeer 2020)
     ):
         super().__init__()
         check_sizes(conditions=(conditions, None), width=(width, None), blocks=(blocks, None))
         pixels = math.prod(shape)
         self.first = nn.Linear(pixels, width)
-        self.blocks = nn.ModuleList([DenseBlock(width, conditions) for _ in range(blocks)])
+        block = GatedBlock if gated else DenseBlock
+        self.blocks = nn.ModuleList([block(width, conditions) for _ in range(blocks)])
         self.norm = ScaleShift(width, conditions)
         self.last = nn.Linear(width, pixels)
 

@@ -252,8 +252,13 @@ def configure(
     stage = kind.__name__.removesuffix("Config").lower()
     for_dataset = PRESETS[preset].get(dataset.partition("@")[0], PRESETS[preset].get("*", {}))
     budget = for_dataset.get(stage, {})
-    base = dict(system=system, dataset=dataset, preset=preset) | SYSTEMS[system].train if kind is TrainConfig else {}
-    variant = f"{changes.get('method', 'energy')}-unconditional" if changes.get("conditional") is False else ""
+    base = {}
+    if kind is TrainConfig:
+        base = dict(system=system, dataset=dataset, preset=preset) | SYSTEMS[system].train
+    elif kind is GenerateConfig:
+        base = dict(method=next(iter(SYSTEMS[system].methods), "energy"))
+    method = changes.get("method", base.get("method"))
+    variant = f"{method}-unconditional" if changes.get("conditional") is False else ""
     layers = [budget.get(name, {}) for name in ("*", SYSTEMS[system].family, system, variant)]
     return config_class(kind, system).from_dict(merged(base, *layers, unfolded(changes)))
 

@@ -32,17 +32,21 @@ class Score(Config):
     sigma_min: float = option(0.02, 1e-9)  # smallest noise, on the [-1,1] scale (NCSN: 0.01 on [0,1])
     levels: int = option(10, 1, 10_000)  # of noise, geometric from the largest to the smallest (NCSN)
     conditional: bool = False  # a score of x given y for each class
-    network: Literal["refinenet", "dense"] = "refinenet"  # dense: for images of a few pixels (NCSN: refinenet)
+    network: Literal["refinenet", "dense", "gated"] = "refinenet"  # the others: for a few pixels (NCSN: refinenet)
     channels: int = option(128, 1)  # of the RefineNet at full resolution (NCSN), or of a dense layer
     stages: int = option(4, 1, 100)  # of the RefineNet, at most 4 (NCSN), or a dense network's residual blocks
     norm: Literal["instance", "none"] = "instance"  # of the RefineNet; none: scale and shift by level (NCSN: instance)
     scaled: bool = False  # the network sees x/√(1+σ²), and what it says is divided by σ (NCSN: no)
+    sigma_data: float = option(0.0, 0)  # images' standard deviation: scaled and weighted by it (Karras et al.); 0: no
     dequantize: bool = True  # uniform noise of one grey level on real images (NCSN's code)
 
     def __post_init__(self):
         if self.sigma_min > self.sigma_max or (self.levels > 1 and self.sigma_min == self.sigma_max):
             raise InputError(f"sigma_min: {self.sigma_min:g} isn't below sigma_max {self.sigma_max:g}; "
                              "accepted: noise levels from large to small")
+        if self.scaled and self.sigma_data:
+            raise InputError(f"sigma_data: {self.sigma_data:g} scales the network by itself; accepted: sigma_data 0, "
+                             "or scaled false")
 
     @property
     def sigmas(self) -> Tensor: # float64 [levels], falling
@@ -74,10 +78,18 @@ def denoising_loss(
     x: Tensor, # clean images [B,C,H,W]
     sigma: Tensor, # noise levels [B]
     z: Tensor, # standard normal noise, like x
+    sigma_data: float = 0.0, # standard deviation s of the images: weighted by (σ² + s²)/s² as well; 0: not
 ) -> Tensor: # [], half the mean over pixels of (σ s(x + σz) + z)²
-    "Denoising score matching, weighted by σ² (Song and Ermon 2019, eq. 5 and 6, by pixel)."
+    """Denoising score matching, weighted by σ² (Song and Ermon 2019, eq. 5 and 6, by pixel).
+
+    With `sigma_data` the weight is that of Karras et al. (2022, table 1): for a Gaussian every level's least loss
+    is the same share of what is left to learn.
+    """
     sigma = sigma.view(-1, *[1] * (x.ndim - 1))
-    return (sigma * score(x + sigma * z) + z).square().mean() / 2
+    missed = (sigma * score(x + sigma * z) + z).square()
+    if sigma_data:
+        missed = missed * (1 + (sigma / sigma_data).square())
+    return missed.mean() / 2
 
 # %% ../../nbs/systems/07_score.ipynb #8b48ab5f
 def annealed_langevin(
@@ -108,8 +120,8 @@ def build_score_net(config: ScoreConfig, images: Images) -> ScoreNet | DenseScor
     conditions = c.levels * (images.num_classes if c.conditional else 1)
     with torch.random.fork_rng(devices=[]):
         torch.random.default_generator.manual_seed(config.seed)     # torch.manual_seed would seed the GPU's as well
-        if c.network == "dense":
-            return DenseScoreNet(images.shape, conditions, c.channels, c.stages)
+        if c.network != "refinenet":
+            return DenseScoreNet(images.shape, conditions, c.channels, c.stages, c.network == "gated")
         return ScoreNet(conditions, c.channels, c.stages, c.norm, images.shape[0])
 
 def dequantized(
@@ -161,7 +173,8 @@ class Ncsn(System):
         level = torch.randint(c.score.levels, (len(x),), device=x.device, generator=noise)
         z = torch.randn(x.shape, device=x.device, generator=noise)
         self.network.train()
-        loss = denoising_loss(partial(self.score, level, y=batch.y), x, self.sigmas[level], z)
+        score = partial(self.score, level, y=batch.y)
+        loss = denoising_loss(score, x, self.sigmas[level], z, c.score.sigma_data)
         norm = step.optimize("network", loss)
         if self.average is not None:
             self.average.update_parameters(self.network)
@@ -178,7 +191,7 @@ class Ncsn(System):
         "Network, noise levels, averaging."
         c, schedule, decay = config.score, config.schedule, config.optimizer.ema_decay
         length = f"{schedule.updates:,} updates" if schedule.updates else f"{schedule.epochs} epochs"
-        kind = "RefineNet" if c.network == "refinenet" else "dense network"
+        kind = "RefineNet" if c.network == "refinenet" else f"{c.network} network"
         levels = f"{c.levels} noise levels {c.sigma_max:g} to {c.sigma_min:g}"
         return {
             "network": f"{kind} of {c.channels} channels and {c.stages} stages, {levels}, {length}",
@@ -207,11 +220,19 @@ class Ncsn(System):
     ) -> Tensor: # [B,C,H,W]
         "∂ log p/∂x of the images with noise of a level, or of those of a class."
         condition = level * self.classes + y if self.config.score.conditional else level
-        sigma, scaled = self.sigmas[level].view(-1, 1, 1, 1), self.config.score.scaled
+        sigma, spread = self.sigmas[level].view(-1, 1, 1, 1), self.config.score.sigma_data
+        if spread:
+            size = (sigma**2 + spread**2).sqrt()
+            return self._said(x / size, condition) * spread / (sigma * size) - x / size**2
+        if self.config.score.scaled:
+            return self._said(x / (1 + sigma**2).sqrt(), condition) / sigma
+        return self._said(x, condition)
+
+    def _said(self, x: Tensor, condition: Tensor) -> Tensor:
+        "What the network says, in float32."
         half = self.runtime.precision != "float32"
         with torch.autocast(x.device.type, torch.bfloat16, enabled=half):
-            out = self.network(x / (1 + sigma**2).sqrt() if scaled else x, condition).float()
-        return out / sigma if scaled else out
+            return self.network(x, condition).float()
 
     # samples
     @torch.no_grad()
