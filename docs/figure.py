@@ -1,7 +1,7 @@
 """The README's figure: one sample of each class on its way from the prior, by a committed network.
 
-`python docs/figure.py` writes figures/readme.png. It needs where CIFAR-10's chains start: the data set at
-$ROBUST_JEM_DATA or ./data, unless the network's folder carries its prior. About two minutes of one CPU core."""
+`python docs/figure.py` writes figures/readme.png, in about two minutes of one CPU core. No data set is needed: the
+networks in data/pretrained carry where their chains start."""
 import argparse
 from pathlib import Path
 

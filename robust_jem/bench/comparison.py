@@ -64,8 +64,7 @@ def choose_walk(
     def measure():
         config = run.config
         system = run.system(runtime=at)
-        rows, best = sweep(system, nearness, config.dataset, config.preset, walks, number, run=str(run.path),
-                           batch_size=min(number, 500))
+        rows, best = sweep(system, nearness, config.dataset, config.preset, walks, number, run=str(run.path))
         return dict(rows=rows, best=best)
 
     return _cache(run, at).get("walks", settings, measure)["best"]

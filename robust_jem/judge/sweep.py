@@ -112,7 +112,7 @@ def sweep(
     preset: str,
     walks: Walks, # method, step size, lengths
     number: int = 500, # samples of each walk
-    **changes, # other settings of the drawing, such as batch_size
+    **changes, # other settings of the drawing; batches are those of the preset, as batch norm may depend on them
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]: # a row for each walk and length, and the best of them
     """Which walk, and how long, brings a system's samples nearest to the data.
 
