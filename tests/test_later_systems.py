@@ -3,6 +3,7 @@
 import copy
 import shutil
 
+import pandas as pd
 import pytest
 import torch
 from torch import nn
@@ -10,6 +11,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from robust_jem.app.replicate import notebook_path
 from robust_jem.bench.compute import budget_of, spent, trainings, update_flops
 from robust_jem.core.config import merged
 from robust_jem.core.errors import InputError
@@ -258,6 +260,29 @@ def test_a_budget_is_spent_and_shared(source, here):
         + sum(4 * update_flops(second, (1, 8, 8), 10, steps) for steps in grown), rel=0.05)
     with pytest.raises(InputError, match="less than one update of robust_jem"):
         trainings("robust_jem", "digits", "cpu", 1.0, (1, 8, 8), "runs", **changes)
+
+
+def test_the_study_runs_and_goes_on(runs, here):
+    "The notebook on digits with a tiny budget; what is there is not made again, and an unknown parameter is refused."
+    papermill = pytest.importorskip("papermill")
+    small = merged(SMALL, dict(schedule=dict(updates=0), optimizer=dict(batch_size=32), log_every=1))
+    device = small.pop("device")
+    asked = dict(worth=500, systems=["robust_classifier", "dat"], runs="study", figures="figures", num_samples=120,
+                 looked_at=40, attacked=20, device=device, extractor=f"classifier:{runs / 'judge'}",
+                 settings=small)
+    where = dict(kernel_name="python3", cwd=str(here), progress_bar=False)
+    papermill.execute_notebook(notebook_path("equal_compute"), "out.ipynb", asked, **where)
+    table = pd.read_csv("figures/table.csv").set_index("name")
+    assert set(table.index) == {"robust_classifier", "dat"} and (table["PFLOP"] > 0).all()
+    assert table.filter(like="FD").notna().all(axis=None) and table["PGD-20, l2 1"].between(0, 1).all()
+    assert {p.name for p in (here / "figures").iterdir()} == {"table.csv", "curves.png", "trade.png"}
+    trained = {p: p.stat().st_mtime_ns for p in (here / "study").rglob("model.safetensors")}
+    assert len(trained) == 3                    # the first stage of DAT among them
+    papermill.execute_notebook(notebook_path("equal_compute"), "again.ipynb", asked, **where)
+    assert trained == {p: p.stat().st_mtime_ns for p in (here / "study").rglob("model.safetensors")}
+    assert pd.read_csv("figures/table.csv").set_index("name").equals(table)
+    with pytest.raises(papermill.PapermillExecutionError, match="wrth: unknown parameter"):
+        papermill.execute_notebook(notebook_path("equal_compute"), "wrong.ipynb", {"wrth": 1}, **where)
 
 
 def test_settings_of_every_preset():
