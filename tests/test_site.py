@@ -63,10 +63,10 @@ def test_notebook_draws_any_networks(tmp_path, here):
     for system in ("robust_classifier", "robust_jem"):
         config = configure(TrainConfig, system, "digits", "cpu")
         model = RobustJEM(build_model(config, images), None, config, images.classes, images.shape)
-        model.save_pretrained(tmp_path / system, prior=False)
+        model.save_pretrained(tmp_path / "networks" / system, prior=False)
     settings = {"chain.outer_steps": 5, "attack.steps": 4}
     rows = ["robust_classifier attack", "robust_jem energy", "robust_jem combined"]
-    asked = dict(out=str(tmp_path / "out"), folders=str(tmp_path / "{system}"), rows=rows, chains=2, stages=6,
+    asked = dict(out=str(tmp_path / "out"), folders=str(tmp_path / "networks/{system}"), rows=rows, chains=2, stages=6,
                  real_images=2, settings=settings)
     papermill.execute_notebook(REPO / "nbs/replication/explore.ipynb", tmp_path / "explore.ipynb", asked,
                                kernel_name="python3", progress_bar=False)

@@ -44,7 +44,7 @@ def version_of(
     return None
 
 def _versions() -> list[str]:
-    home = Path(importlib.util.find_spec("robust_jem").origin).parent
+    home = Path(importlib.util.find_spec("robust_jem.core").origin).parent.parent
     needed = " · ".join(f"{name} {version_of(name) or 'missing'}" for name in ("torch", "torchvision"))
     there = {name: version_of(name) for name in _OPTIONAL}
     optional = ", ".join(f"{name} {version}" for name, version in there.items() if version) or "none"

@@ -13,6 +13,7 @@ import sys
 import time
 from concurrent.futures import Future
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -130,7 +131,7 @@ def _holds(file: Path, config: Config) -> bool:
 
 def notebook_path(name: str) -> Path:
     "A replication notebook: from the repository, or as installed beside the package."
-    here = Path(sys.modules["robust_jem"].__file__).parent
+    here = Path(find_spec("robust_jem.core").origin).parent.parent      # robust_jem may also be a folder beside
     places = (here.parent / "nbs/replication" / f"{name}.ipynb", here / "replication" / f"{name}.ipynb")
     found = [p for p in places if p.exists()]
     if not found:

@@ -213,7 +213,7 @@ def _owner(file: Path) -> str:
 def source_version() -> str:
     "The git commit that runs, with `+changes` where files were edited, or the installed release; read once a process."
     try:
-        here = Path(find_spec("robust_jem").origin).parent
+        here = Path(find_spec("robust_jem.core").origin).parent.parent      # robust_jem may also be a folder beside
         if not (here.parent / "nbs").is_dir():   # installed: any repository around it is another's
             return f"release {importlib.metadata.version('robust_jem')}"
         changed = _git(here, "status", "--porcelain", "--untracked-files=no", "--", "nbs", "robust_jem")
