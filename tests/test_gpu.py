@@ -69,6 +69,33 @@ def test_pilots_and_judge(here, image_tree, gpu, command):
     assert scores == {"classification", "held-out", "prior", "energy"}
 
 
+@pytest.mark.long
+def test_second_stages_and_equal_compute(here, image_tree, gpu, command):
+    "The best second stage is taken up by `compute`, which trains what is missing; all is judged and brought back."
+    image_tree("cifar10", classes=[f"c{i}" for i in range(4)], train=40, test=8, size=16)
+    judge = ("train --system wide_resnet --dataset cifar10 --preset cifar10-cpu --network.depth 10 --network.width 1 "
+             "--optimizer.batch-size 16 "
+             "--schedule.epochs 1 --schedule.warmup-steps 0 --device cpu --out judge").split()
+    assert subprocess.run([*command.argv, *judge], cwd=here, env=command.env).returncode == 0
+    asked = ("--dry", "--runs", "runs", "--worth", 200, "--looked-at", 20, "--extractor", "classifier:judge")
+    gpu("second", "out", *asked, "--second", "as the preset", "JEM++'s likelihood")
+    found = json.loads((here / "runs/second.json").read_text())
+    assert [row["name"] for row in found["second"]] == ["as the preset", "JEM++'s likelihood"]
+    assert found["best"] in found["second"]
+    gpu("compute", "out", *asked, "--systems", "robust_jem_fast", "sada_jem")
+    fast = json.loads((here / "runs/robust_jem_fast-s0/config.json").read_text())
+    density = found["best"]["changes"].get("objective", {}).get("density", "discrimination")
+    assert fast["objective"]["density"] == density and fast["source"].endswith("first-stages/robust_jem_fast-s0")
+    before = (here / "runs/sada_jem-s0/model.safetensors").stat().st_mtime_ns
+    gpu("compute", "out", *asked, "--systems", "sada_jem", "dat")
+    assert (here / "runs/sada_jem-s0/model.safetensors").stat().st_mtime_ns == before
+    gpu("judge", "out", "--dry", "--runs", "runs", "--extractor", "classifier:judge", "--more", "--autoattacked", 2,
+        "--systems", "robust_jem_fast", "dat")
+    for system in ("robust_jem_fast", "dat"):
+        kept = {p.stem for p in (here / f"runs/back/{system}-s0/comparison").glob("*.json")}
+        assert kept == {"walks", "classifier", "autoattack-linf", "autoattack-l2"}
+
+
 def test_trunk_is_made_for_an_older_pytorch(tmp_path, gpu):
     "Scripts of F.interpolate name an operator that PyTorch 2.11 lacks; the copy doesn't, and computes the same."
     class Resize(torch.nn.Module):
