@@ -502,7 +502,7 @@ class Hybrid(System):
         parts = hot.update(y, x_clean, x_adversarial, x_real, x_sampled, y_real, y_sampled)
         self._updated(step)
         if self.growing is not None:
-            parts["chain_steps"] = torch.tensor(float(self.growing.length), device=x.device)
+            parts["chain_steps"] = self.growing.steps.float()
             self.growing.observe(*parts.pop("log_densities"), step.world.mean)
         if x_sampled is not None and len(x_sampled) > 1:
             parts["sampled_std"] = x_sampled.std(0).mean()
