@@ -242,6 +242,7 @@ class DrawnSheet:
                      va="bottom")
         return fig
 
+# %% ../../nbs/app/05_sample.ipynb #2554a884
 def draw_sheet(
     jem: RobustJEM, # what to draw from
     classes: tuple[str, ...] = (), # those to draw; none: all
@@ -268,6 +269,7 @@ def paper_networks(
     found = {name: Path(folder) / f"{system}-cifar10-cpu" for name, system, _ in FIGURES}
     return found if all((path / "config.json").is_file() for path in found.values()) else {}
 
+# %% ../../nbs/app/05_sample.ipynb #d6b8dd58
 def draw_samples(
     config: SampleConfig,
     progress: bool = True, # show a bar with the time left

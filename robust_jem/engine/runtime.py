@@ -253,6 +253,7 @@ class Accelerated(nn.Module):
         except AttributeError:
             return getattr(super().__getattr__("model"), name)      # stem, trunk, features, …: the network's own
 
+# %% ../../nbs/engine/01_runtime.ipynb #96c631df
 def _rounded_copy(trunk: nn.Module, dtype: torch.dtype) -> nn.Module:
     "A copy with rounded convolutions; the norms are the network's own, so their modes and statistics are too."
     shared = {id(m): m for m in trunk.modules() if isinstance(m, (_BatchNorm, nn.GroupNorm))}

@@ -316,6 +316,7 @@ class Head(nn.Module):
         "Features `[B,C_i,H_i,W_i]` of each scale to logits `[B,K]`."
         return self.linear(torch.cat([scale(f) for scale, f in zip(self.scales, features)], 1))
 
+# %% ../../nbs/systems/04_flow.ipynb #476e5924
 class MultiScale(nn.Module):
     """An invertible map between images and latent variables, their Gaussians, and where asked for a classifier's head.
 
