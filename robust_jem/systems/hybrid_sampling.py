@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['run_chains', 'generate', 'walk_length', 'step_of', 'share_done', 'is_pictured', 'drawing_described', 'drawing_advice']
 
-# %% ../../nbs/systems/02_hybrid_sampling.ipynb #2cedecf5
+# %% ../../nbs/systems/02_hybrid_sampling.ipynb #947afe89
 import dataclasses
 from collections.abc import Callable
 
@@ -20,7 +20,7 @@ from ..ebm.energy import score_of, untouched
 from ..ebm.samplers import normalised_ascent, proximal_sgld, sgld
 from .hybrid_settings import Chain, HybridConfig, HybridSampling
 
-# %% ../../nbs/systems/02_hybrid_sampling.ipynb #811e3bfb
+# %% ../../nbs/systems/02_hybrid_sampling.ipynb #369254f6
 def run_chains(
     model: nn.Module,
     x: Tensor, # starts [B,C,H,W]
@@ -50,7 +50,7 @@ def run_chains(
     return proximal_sgld(score, x, outer_steps=chain.outer_steps, inner_steps=chain.inner_steps,
                          clip=chain.gradient_clip, **args)
 
-# %% ../../nbs/systems/02_hybrid_sampling.ipynb #4dc539f4
+# %% ../../nbs/systems/02_hybrid_sampling.ipynb #832bbaab
 def _check_drawing(how, trained, prior):
     if not (isinstance(how, str) or hasattr(how, "to_dict")) or not (trained is None or hasattr(trained, "step_size")):
         raise InputError(f"how, trained: {type(how).__name__} and {type(trained).__name__} are not accepted; accepted: "
@@ -106,7 +106,7 @@ def generate(
             x = normalised_ascent(climbed, x, how.ascent.steps, how.ascent.step_size, on_step=on_step)
     return x
 
-# %% ../../nbs/systems/02_hybrid_sampling.ipynb #6e940400
+# %% ../../nbs/systems/02_hybrid_sampling.ipynb #3f1dfa4a
 def walk_length(how: HybridSampling) -> int:
     "The steps of a drawing's chain or ascent."
     return {"attack": 0, "ascent": how.ascent.steps}.get(how.method, how.chain.outer_steps)
@@ -128,7 +128,7 @@ def is_pictured(how: HybridSampling, stage: str) -> bool:
     round_numbers = {a * 10**b for a in (1, 2, 5) for b in range(4)}
     return step_of(stage) in {0, walk_length(how)} | round_numbers
 
-# %% ../../nbs/systems/02_hybrid_sampling.ipynb #7c206703
+# %% ../../nbs/systems/02_hybrid_sampling.ipynb #e4fff8cb
 def drawing_described(
     config: HybridConfig, # of the training
     how: HybridSampling,
