@@ -52,6 +52,16 @@ class Module:
         return [line for line in text.splitlines() if line.strip() and not re.match(r"# %%|#\|", line)]
 
     @property
+    def cells(self) -> dict[str, int]:
+        "Lines of each exported cell, but for blank ones, by the first class or function in it."
+        found = {}
+        for cell in re.split(r"^# %% .*\n", self.text, flags=re.M)[1:]:
+            lines = [line for line in cell.splitlines() if line.strip() and not line.startswith("#|")]
+            named = re.search(r"^(?:class|def) (\w+)", cell, re.M)
+            found[f"{self.name}.{named[1] if named else lines[0][:40] if lines else ''}"] = len(lines)
+        return found
+
+    @property
     def imported_names(self) -> list[tuple[str, str]]:
         "Every import from the package, inside functions too: the full name, and the name it gets here."
         here, found = ["robust_jem", *self.name.split(".")[:-1]], []
@@ -137,6 +147,7 @@ def counts() -> dict[str, str]:
     widths = [len(line) for module in modules for line in module.lines]
     complexity, function = complexities()[0]
     fan_out, widest = max((len(module.imports), module.name) for module in modules)
+    cell, first = max((n, name) for module in modules for name, n in module.cells.items())
     upward = [f"{module.name} → {used}" for module in modules for used in module.upward_imports]
     private = [f"{module.name}: {name}" for module in modules for name in module.private_imports]
     return {
@@ -144,6 +155,7 @@ def counts() -> dict[str, str]:
         "lines": f"{len(widths):,}",
         "mean width": f"{sum(widths) / len(widths):.1f} columns, longest {max(widths)}",
         **{f"lines over {limit} columns": str(sum(w > limit for w in widths)) for limit in WIDTHS},
+        "longest cell": f"{cell} lines ({first})",
         "worst branch complexity": f"{complexity} ({function})",
         "lines with `;`": str(sum(module.semicolon_lines for module in modules)),
         "walruses": str(sum(module.walruses for module in modules)),

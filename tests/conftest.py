@@ -20,7 +20,7 @@ import torch
 from filelock import FileLock
 from PIL import Image
 
-from robust_jem.app import replicate
+from robust_jem.app import plan
 from robust_jem.app.cli import main
 from robust_jem.core.files import read_tensors
 from robust_jem.engine.runs import Run
@@ -313,7 +313,7 @@ def never(*_, **__):
 def refused(cli, here, monkeypatch):
     "Run a command that must fail before it does anything; its message must say all of `says`."
     # a replication that isn't refused fails here, not in ten minutes
-    monkeypatch.setattr(replicate, "notebook_path", never)
+    monkeypatch.setattr(plan, "notebook_path", never)
 
     def check(*argv, says):
         before = snapshot(here)

@@ -25,7 +25,7 @@ from unittest import mock
 import torch
 from conftest import Fresh, make_runs, make_tree, snapshot
 
-from robust_jem.app import cli, replicate
+from robust_jem.app import cli, plan
 from robust_jem.bench.benchmark import BenchmarkConfig
 from robust_jem.core import files, images as core_images
 from robust_jem.core.errors import InputError
@@ -645,8 +645,8 @@ def calls_of_core(t):
             partial(core_images.Batches, t.raw, t.y, 5, 0), partial(core_images.Batches, t.raw, t.y[:3], 2, 0)),
         "configuration": (
             partial(configure, TrainConfig, "jem2"), partial(configure, TrainConfig, preset="tpu"),
-            partial(configure, TrainConfig, epocs=1), partial(replicate.ReplicateConfig, seeds=(0, 0)),
-            partial(replicate.ReplicateConfig, systems="jempp"), partial(tables.ReportConfig, runs=5),
+            partial(configure, TrainConfig, epocs=1), partial(plan.ReplicateConfig, seeds=(0, 0)),
+            partial(plan.ReplicateConfig, systems="jempp"), partial(tables.ReportConfig, runs=5),
             partial(BenchmarkConfig, policies=("float64/off",)), partial(BenchmarkConfig, batches=(1,)),
             partial(configure, TrainConfig, ["jem"]), partial(configure, TrainConfig, dataset=["digits"]),
             partial(sample_plan, "jem2", "digits", "cpu"), partial(BenchmarkConfig, precision="float64")),
@@ -1026,7 +1026,7 @@ def unaffected():
     never = mock.Mock(side_effect=AssertionError("a notebook was started"))
     # imported modules leave no files behind
     bytecode = mock.patch.object(sys, "dont_write_bytecode", True)
-    notebooks = mock.patch.object(replicate, "notebook_path", never)
+    notebooks = mock.patch.object(plan, "notebook_path", never)
     with mock.patch.dict(os.environ, environment(), clear=True), notebooks, bytecode:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -21,7 +21,7 @@ from PIL import Image
 from robust_jem.app.cli import EXAMPLES, parse
 from robust_jem.app.doctor import DoctorConfig
 from robust_jem.app.export import ExportConfig
-from robust_jem.app.replicate import ReplicateConfig
+from robust_jem.app.plan import ReplicateConfig
 from robust_jem.app.sample import SampleConfig
 from robust_jem.bench.benchmark import BenchmarkConfig
 from robust_jem.bench.tune import TuneConfig

@@ -17,13 +17,12 @@ from conftest import one_line, snapshot
 from faults import CONFIG, SHORT, lines, options, running, undisturbed, until
 from PIL import Image
 
-from robust_jem.app.replicate import ReplicateConfig
-from robust_jem.core.errors import InputError
+from robust_jem.app.plan import ReplicateConfig
+from robust_jem.core.errors import InputError, OutOfTime
 from robust_jem.core.files import read_tensors, write_tensors
 from robust_jem.core.images import load_images
 from robust_jem.engine import runtime
 from robust_jem.engine.runs import Run
-from robust_jem.engine.runtime import OutOfTime
 from robust_jem.engine.pretrained import RobustJEM
 from robust_jem.engine.train import train
 from robust_jem.systems.hybrid_settings import HybridRecovery

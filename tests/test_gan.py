@@ -9,7 +9,7 @@ import torch
 from torch.distributions import MultivariateNormal
 from torch.nn import functional as F
 
-from robust_jem.app.replicate import ReplicateConfig, plan
+from robust_jem.app.plan import ReplicateConfig, plan
 from robust_jem.core.config import merged
 from robust_jem.core.errors import InputError
 from robust_jem.core.images import Images

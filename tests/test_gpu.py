@@ -9,7 +9,7 @@ import zipfile
 import pytest
 import torch
 
-from robust_jem.app.replicate import notebook_path
+from robust_jem.app.plan import notebook_path
 from robust_jem.engine.pretrained import RobustJEM
 
 SCRIPT = notebook_path("train").parent / "gpu.py"

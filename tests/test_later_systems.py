@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from robust_jem.app.replicate import notebook_path
+from robust_jem.app.plan import notebook_path
 from robust_jem.bench.compute import budget_of, spent, trainings, update_flops
 from robust_jem.core.config import merged
 from robust_jem.core.errors import InputError

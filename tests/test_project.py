@@ -135,3 +135,22 @@ def test_ruff_has_nothing_to_say(folder):
 @pytest.mark.parametrize("module", MODULES.values(), ids=MODULES)
 def test_private_names_stay_in_their_module(module):
     assert module.private_imports == []
+
+
+# A system is one class, and the interface that it implements is long.
+SYSTEMS = {"systems.base.System", "systems.hybrid.EnergyClassifier", "systems.flow.FlowSystem", "systems.gan.Sngan",
+           "systems.latent.Ddls", "systems.score.Ncsn"}
+
+
+@pytest.mark.parametrize("module", MODULES.values(), ids=MODULES)
+def test_cells_say_one_thing(module):
+    assert {name: lines for name, lines in module.cells.items() if lines > 100 and name not in SYSTEMS} == {}
+
+
+# They build the paper's model, draw from it or describe it, and so know its settings and its sampling beside all else.
+MANY_PARTS = {"engine.pretrained", "judge.targets", "report.card"}
+
+
+@pytest.mark.parametrize("module", MODULES.values(), ids=MODULES)
+def test_modules_know_few_others(module):
+    assert len(module.imports) <= 10 or module.name in MANY_PARTS, sorted(module.imports)

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from robust_jem.app.replicate import ReplicateConfig
+from robust_jem.app.plan import ReplicateConfig
 from robust_jem.core.config import folded, unfolded
 from robust_jem.core.errors import InputError
 from robust_jem.core.images import Batches, augment, to_uint8, to_unit

@@ -16,7 +16,7 @@ import pytest
 from conftest import REPO, snapshot
 
 from robust_jem.app import replicate as command_line
-from robust_jem.app.replicate import ReplicateConfig, Stage, plan
+from robust_jem.app.plan import ReplicateConfig, Stage, notebook_path, plan
 from robust_jem.core.files import write_json
 from robust_jem.engine.runs import Run
 from robust_jem.report.tables import ReportConfig
@@ -146,7 +146,7 @@ def test_plan_trains_samples_and_scores_each_row_once(config):
     for chain in first:
         assert judges[0] == f"classifier:{chain[0].parameters['out']}"
         assert chain[0].parameters["seed"] not in config.seeds
-    assert all(command_line.notebook_path(s.notebook).is_file() for s in stages_of(config))
+    assert all(notebook_path(s.notebook).is_file() for s in stages_of(config))
     assert report.notebook == "report"
 
 
@@ -272,7 +272,7 @@ def small_plan(here, command, monkeypatch):
             write_small_notebook(path, sources.get(name, LOG))
             return path
 
-        monkeypatch.setattr(command_line, "notebook_path", find)
+        monkeypatch.setattr("robust_jem.app.plan.notebook_path", find)
         monkeypatch.setattr(command_line, "plan", stages)
         return started
 

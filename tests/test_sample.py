@@ -12,7 +12,8 @@ from conftest import REPO
 from PIL import Image
 
 from robust_jem.app import sample
-from robust_jem.app.replicate import ReplicateConfig, cifar10_figures
+from robust_jem.app.plan import ReplicateConfig
+from robust_jem.app.replicate import cifar10_figures
 from robust_jem.app.sample import SampleConfig, draw_images, draw_samples, half_blocks, terminal_pictures, terminal_text
 from robust_jem.app.stage import run_notebook
 from robust_jem.core.errors import InputError

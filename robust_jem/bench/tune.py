@@ -98,7 +98,7 @@ def measure_variant(config: TuneConfig, network: str, variant: str, device: torc
         write_bytes(Path(config.out) / f"profile-{label}.txt", kernel_table(works["one gradient"][0], device).encode())
     return out
 
-
+# %% ../../nbs/bench/06_tune.ipynb #0fb56be2
 def choice(found: dict) -> dict[str, str]:
     "For each network the variant whose whole update is fastest, of those that are as near to float64 as eager is."
     bound = 1.5 * found["agreement"].get("eager", {"gradient": float("inf")})["gradient"]

@@ -92,6 +92,7 @@ def our_works(
         "scoring": scoring,
     }
 
+# %% ../../nbs/bench/02_workloads.ipynb #b7e70d39
 def side_by_side(
     config: TrainConfig, # network, batch, attack, sampler
     policies: dict[str, Policy], # ours, by name

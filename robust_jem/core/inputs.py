@@ -64,6 +64,7 @@ def as_tensor(value, what: str) -> Tensor:
         return value.clone()
     return value
 
+# %% ../../nbs/core/06_inputs.ipynb #adc0250c
 def _check_shape(x: Tensor, what: str):
     if x.ndim != 4:
         raise InputError(f"{what}: shape {tuple(x.shape)}; expected images [N,C,H,W]")
@@ -113,6 +114,7 @@ def check_bounds(bounds: tuple[float, float] | None):
     if not (pair and all(isinstance(v, numbers.Real) and math.isfinite(v) for v in bounds) and bounds[0] < bounds[1]):
         raise InputError(f"bounds: {bounds!r} is not accepted; accepted: (low, high) with low < high, or none")
 
+# %% ../../nbs/core/06_inputs.ipynb #a5ebb94d
 def as_points(
     x, # [N,…]: images [N,C,H,W], or points of any other shape
     what: str = "images", # how the message calls them

@@ -128,6 +128,7 @@ def climb(
             adv = _clip(x0 + ball.project(adv + step * ball.ascent(g) - x0, eps), bounds)
     return adv
 
+# %% ../../nbs/ebm/02_attacks.ipynb #ba7b1eec
 class _AttackLoss:
     "The cross-entropy of an attack's labels; the first logits are looked at."
 

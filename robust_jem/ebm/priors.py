@@ -15,7 +15,7 @@ from ..core.errors import InputError
 from ..core.inputs import as_images, as_labels, as_number, as_points, check_generator, check_label_range
 from ..core.images import to_unit
 
-# %% ../../nbs/ebm/01_priors.ipynb #21dcc289
+# %% ../../nbs/ebm/01_priors.ipynb #8af66938
 def _count(n: int, generator, device) -> int:
     "How many labels are asked for."
     check_generator(generator, device)
@@ -43,6 +43,29 @@ def _flat_points(x, y, mean: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, Te
     check_label_range(y.cpu(), len(mean))
     return x.flatten(1).double(), y.to(mean.device)
 
+# %% ../../nbs/ebm/01_priors.ipynb #21dcc289
+def _class_counts(y: Tensor, num_classes: int, jitter: float) -> Tensor:
+    "Images a class `[K]`, once a fit's arguments are found to be usable."
+    as_number(jitter, "jitter", above=True)                 # covariances may be singular
+    as_number(num_classes, "num_classes", 1, whole=True)
+    check_label_range(y, num_classes)
+    counts = torch.bincount(y, minlength=num_classes)
+    if counts.min() < 2:
+        few = int(counts.argmin())
+        raise InputError(f"class {few} has {int(counts.min())} images; a covariance needs at least two")
+    return counts
+
+def _correlated(z: Tensor, factor: Tensor) -> Tensor:
+    "factor z for noise z `[n,D]`, in blocks: the zeros above a factor's diagonal cost nothing."
+    n, dim = z.shape
+    block = max(256, -(-dim // 8))
+    x = torch.empty(n, dim, device=z.device)
+    for row in range(0, dim, block):
+        end = row + block                 # rows row..end of a lower triangular factor end at column `end`
+        x[:, row:end] = z[:, :end] @ factor[row:end, :end].T
+    return x
+
+# %% ../../nbs/ebm/01_priors.ipynb #cd3cb5d2
 class GaussianMixturePrior:
     "Class-conditional Gaussians with full covariance (JEM++): `sample(y)` draws images `[B,C,H,W]` clipped to [-1,1]."
 
@@ -72,7 +95,7 @@ class GaussianMixturePrior:
         """
         x = as_images(x)
         y = as_labels(y, len(x), ranged=False).to(x.device)
-        counts = cls._class_counts(y, num_classes, jitter)
+        counts = _class_counts(y, num_classes, jitter)
         x = to_unit(x) if x.dtype == torch.uint8 else x
         flat = x.flatten(1)
         eye = torch.eye(flat.shape[1], dtype=torch.float64, device=x.device)
@@ -85,18 +108,6 @@ class GaussianMixturePrior:
             covariance = centred.T @ centred / (len(centred) - 1)
             factor[k] = torch.linalg.cholesky(covariance + jitter * eye)
         return cls(mean, factor, counts.double() / len(y), x.shape[1:])
-
-    @staticmethod
-    def _class_counts(y: Tensor, num_classes: int, jitter: float) -> Tensor:
-        "Images a class `[K]`, once `fit`'s arguments are found to be usable."
-        as_number(jitter, "jitter", above=True)                 # covariances may be singular
-        as_number(num_classes, "num_classes", 1, whole=True)
-        check_label_range(y, num_classes)
-        counts = torch.bincount(y, minlength=num_classes)
-        if counts.min() < 2:
-            few = int(counts.argmin())
-            raise InputError(f"class {few} has {int(counts.min())} images; a covariance needs at least two")
-        return counts
 
     def to(self,
         device, # where to draw
@@ -123,19 +134,9 @@ class GaussianMixturePrior:
         first = 0
         for k, n in enumerate(torch.bincount(labels, minlength=num_classes).tolist()):
             if n:
-                x[first:first + n] = self._correlate(z[first:first + n], k)
+                x[first:first + n] = self.mean[k] + _correlated(z[first:first + n], self.factor[k])
             first += n
         return torch.empty_like(x).index_copy_(0, order, x.clamp_(-1, 1)).view(-1, *self.shape)
-
-    def _correlate(self, z: Tensor, k: int) -> Tensor:
-        "mean_k + factor_k z for noise z `[n,D]`, in blocks: the zeros above the factor's diagonal cost nothing."
-        factor, (n, dim) = self.factor[k], z.shape
-        block = max(256, -(-dim // 8))
-        x = torch.empty(n, dim, device=z.device)
-        for row in range(0, dim, block):
-            end = row + block                 # rows row..end of a lower triangular factor end at column `end`
-            x[:, row:end] = z[:, :end] @ factor[row:end, :end].T
-        return x + self.mean[k]
 
     def log_prob(self,
         x: Tensor, # images [B,C,H,W]
@@ -165,20 +166,7 @@ class GaussianMixturePrior:
         Means and each class's total variance stay (but for the floor). An eigendecomposition a class: for CIFAR-10
         two minutes on one core. Raises `InputError` for a rank outside 1..D-1, or a floor that isn't above 0.
         """
-        rank, dim = as_number(rank, "rank", 1, whole=True), self.mean.shape[1]
-        as_number(floor, "floor", above=True)
-        if rank >= dim:
-            raise InputError(f"rank: {rank} is outside 1..{dim - 1} for {dim} pixel values")
-        colours = _colour_axes(self.factor, self.shape)
-        directions, spread = [], []
-        for factor in self.factor.double():
-            variance, vectors = torch.linalg.eigh(factor @ factor.T)            # smallest first
-            leading = (vectors[:, -rank:] * variance[-rank:].sqrt()).T.flip(0)
-            rest = _spectrum(factor.T, colours, self.shape) - _spectrum(leading, colours, self.shape)
-            directions.append(leading.to(dtype))
-            spread.append(rest.clamp_min(floor).sqrt().to(dtype))
-        kept = self.mean.to(dtype), torch.stack(directions), torch.stack(spread), colours.float()
-        return CompactGaussianPrior(*kept, self.weights, self.shape)
+        return _compacted(self, rank, floor, dtype)
 
 # %% ../../nbs/ebm/01_priors.ipynb #be225111
 def _cosines(n: int, device) -> Tensor:
@@ -206,6 +194,7 @@ def _spectrum(rows: Tensor, colours: Tensor, shape: tuple[int, int, int]) -> Ten
     "The diagonal `[D]` of `B rowsᵀ rows Bᵀ`: the variances in frequencies of the covariance `rowsᵀ rows`."
     return _frequencies(rows, colours, shape).square().sum(0)
 
+# %% ../../nbs/ebm/01_priors.ipynb #a47f29a0
 class CompactGaussianPrior:
     "Class-conditional Gaussians in few numbers: `sample(y)` draws images `[B,C,H,W]` clipped to [-1,1]."
 
@@ -286,6 +275,25 @@ class CompactGaussianPrior:
         scaled = _frequencies(eye.double(), self.colours.double(), self.shape) * self.spread[k].double()
         return directions.T @ directions + scaled @ scaled.T
 
+# %% ../../nbs/ebm/01_priors.ipynb #49940a6f
+def _compacted(prior: GaussianMixturePrior, rank: int, floor: float, dtype: torch.dtype) -> CompactGaussianPrior:
+    "See `GaussianMixturePrior.compact`."
+    rank, dim = as_number(rank, "rank", 1, whole=True), prior.mean.shape[1]
+    as_number(floor, "floor", above=True)
+    if rank >= dim:
+        raise InputError(f"rank: {rank} is outside 1..{dim - 1} for {dim} pixel values")
+    colours = _colour_axes(prior.factor, prior.shape)
+    directions, spread = [], []
+    for factor in prior.factor.double():
+        variance, vectors = torch.linalg.eigh(factor @ factor.T)            # smallest first
+        leading = (vectors[:, -rank:] * variance[-rank:].sqrt()).T.flip(0)
+        rest = _spectrum(factor.T, colours, prior.shape) - _spectrum(leading, colours, prior.shape)
+        directions.append(leading.to(dtype))
+        spread.append(rest.clamp_min(floor).sqrt().to(dtype))
+    kept = prior.mean.to(dtype), torch.stack(directions), torch.stack(spread), colours.float()
+    return CompactGaussianPrior(*kept, prior.weights, prior.shape)
+
+# %% ../../nbs/ebm/01_priors.ipynb #ffc402f6
 def prior_from_tensors(
     tensors: dict[str, Tensor], # that `tensors()` of either Gaussian prior gave
     shape: tuple[int, int, int], # (C, H, W)

@@ -24,8 +24,7 @@ from ..ebm.energy import energy, predict
 from ..ebm.priors import CompactGaussianPrior, GaussianMixturePrior, prior_from_tensors
 from .runs import Run
 from ..networks.wide_resnet import WideResNet
-from ..systems.base import GenerateConfig
-from ..systems.catalog import SYSTEMS, configure, load_config
+from ..systems.catalog import SYSTEMS, GenerateConfig, configure, load_config
 from ..systems.hybrid_sampling import generate
 from ..systems.hybrid_settings import HybridConfig, build_prior
 
@@ -47,14 +46,8 @@ class RobustJEM:
     def prior(self):
         "Where chains start."
         if self._prior is None:
-            images = load_images(self.config.dataset, self.config.root or None)
-            if (images.classes, images.shape) != (self.classes, self.shape):
-                here, then = (", ".join(classes[:3]) for classes in (images.classes, self.classes))
-                here = f"{len(images.classes)} classes of {_size(images.shape)} images ({here} …)"
-                then = f"{len(self.classes)} of {_size(self.shape)} ({then} …)"
-                raise InputError(f"prior: {self.config.dataset} here has {here}, the model was trained on {then}; "
-                                 "point $ROBUST_JEM_DATA to that data set")
-            self._prior = build_prior(self.config, images, next(self.model.parameters()).device)
+            device = next(self.model.parameters()).device
+            self._prior = _fitted_prior(self.config, self.classes, self.shape, device)
         return self._prior
 
     @classmethod
@@ -79,23 +72,7 @@ class RobustJEM:
 
         Raises `InputError` where it isn't there, or its files are damaged or don't fit each other.
         """
-        folder = _pretrained_folder(path_or_hub_id, hub)
-        meta = read_json(folder / "config.json")
-        if "train" not in meta:
-            raise InputError(f"{folder}: not made by save_pretrained; for a run folder use RobustJEM.from_run")
-        weights = read_tensors(folder / "model.safetensors")[0]
-        file = _prior_file(folder, meta)
-        fitted = read_tensors(file)[0] if file else None
-        try:
-            config = load_config(dict(meta["train"]))
-            network = config.network
-            model = WideResNet(network.depth, network.width, len(meta["classes"]), meta["shape"][0], network.norm)
-            model.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in weights.items()})
-            prior = fitted and _prior_of(fitted, meta).to(device)
-        except (KeyError, IndexError, TypeError, ValueError, RuntimeError) as e:
-            said = str(e).splitlines()[-1].strip()[:100]
-            raise InputError(f"{folder}: its files don't fit each other ({said})") from e
-        return cls(model.to(device), prior, config, meta["classes"], meta["shape"])
+        return cls(*_read_pretrained(_pretrained_folder(path_or_hub_id, hub), device))
 
     def save_pretrained(self,
         path: str | Path,
@@ -108,31 +85,8 @@ class RobustJEM:
         Raises `InputError` for another prior, or a folder that is a run's or can't be written.
         """
         kind = {True: "full", False: "none"}.get(prior, prior)
-        kept = None if kind == "none" else self._prior_to_keep(kind)
-        folder = Path(path)
-        if (folder / "config.json").exists() and "train" not in read_json(folder / "config.json"):
-            raise InputError(f"save_pretrained: {folder} is a run folder, "
-                             "whose weights and settings would be overwritten; choose another")
-        if kept is None:
-            (folder / "prior.safetensors").unlink(missing_ok=True)               # an earlier model's
-        weights = {k: v.to(dtype) if v.is_floating_point() else v for k, v in self.model.state_dict().items()}
-        write_tensors(folder / "model.safetensors", weights)
-        if kept is not None:
-            write_tensors(folder / "prior.safetensors", kept.tensors())
-        train = self.config.to_dict() | dict(root="", out="")
-        write_json(folder / "config.json", {"train": train, "classes": list(self.classes), "shape": list(self.shape)})
-        if card or not (folder / "README.md").exists():
-            write_bytes(folder / "README.md", (card or _short_card(self)).encode())
-
-    def _prior_to_keep(self, kind: str) -> GaussianMixturePrior | CompactGaussianPrior:
-        "The prior as it is to be saved; a compact one stays what it is."
-        if kind not in ("full", "compact"):
-            raise InputError(f"prior: {kind!r} is not accepted; accepted: full, compact, none")
-        if isinstance(self.prior, GaussianMixturePrior):
-            return self.prior if kind == "full" else self.prior.compact(min(60, self.prior.mean.shape[1] - 1))
-        if not isinstance(self.prior, CompactGaussianPrior):
-            raise InputError(f"save_pretrained: needs a Gaussian prior, this model has {type(self.prior).__name__}")
-        return self.prior
+        kept = None if kind == "none" else _prior_to_keep(self, kind)
+        _write_pretrained(self, Path(path), dtype, kept, card)
 
     def push_to_hub(self,
         repo_id: str, # OWNER/NAME; made where it isn't there
@@ -161,11 +115,7 @@ class RobustJEM:
                                              revision=branch, create_pr=create_pr))
 
     def _logits(self, x: Tensor) -> Tensor:
-        x = as_points(x, beyond=20)                             # samples of "combined" may lie outside of [-1, 1]
-        if x.shape[1:] != self.shape:
-            expected = f"(B, {', '.join(map(str, self.shape))})"
-            raise InputError(f"images: shape {tuple(x.shape)}; expected {expected}")
-        parameter = next(self.model.parameters())
+        x, parameter = _of_shape(x, self.shape), next(self.model.parameters())
         return self.model(x.to(parameter.device, parameter.dtype))
 
     @torch.no_grad()
@@ -191,21 +141,7 @@ class RobustJEM:
         how = configure(GenerateConfig, of.system, of.dataset, of.preset, method=method, **changes)
         return generate(self.model, self.prior, y, how, trained=of.chain, generator=generator, on_stage=on_stage)
 
-def _size(shape: tuple[int, ...]) -> str:
-    return "x".join(map(str, shape))
-
-@contextmanager
-def _hub(what: str) -> Iterator[None]:
-    "What huggingface_hub raises in this block, as an `InputError` of one line."
-    try:
-        yield
-    except InputError:
-        raise
-    except ImportError as e:
-        raise InputError(f"{what}: needs huggingface_hub, which isn't installed; pip install 'robust-jem[hub]'") from e
-    except Exception as e:              # of several HTTP libraries, by the hub's version
-        raise InputError(f"{what}: the hub refuses ({type(e).__name__}: {' '.join(str(e).split())[:160]})") from e
-
+# %% ../../nbs/engine/09_pretrained.ipynb #e7f58623
 def _pretrained_folder(path_or_hub_id: str | Path, hub: dict) -> Path:
     folder = Path(path_or_hub_id)
     if folder.is_dir():
@@ -218,6 +154,26 @@ def _pretrained_folder(path_or_hub_id: str | Path, hub: dict) -> Path:
                          "accepted: a folder that save_pretrained wrote, or a hub id with huggingface_hub "
                          "installed") from e
 
+def _read_pretrained(folder: Path, device) -> tuple:
+    "What `RobustJEM` is made of, from a folder's files; an `InputError` where they don't fit each other."
+    meta = read_json(folder / "config.json")
+    if "train" not in meta:
+        raise InputError(f"{folder}: not made by save_pretrained; for a run folder use RobustJEM.from_run")
+    weights = read_tensors(folder / "model.safetensors")[0]
+    file = _prior_file(folder, meta)
+    fitted = read_tensors(file)[0] if file else None
+    try:
+        config = load_config(dict(meta["train"]))
+        network = config.network
+        model = WideResNet(network.depth, network.width, len(meta["classes"]), meta["shape"][0], network.norm)
+        model.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in weights.items()})
+        prior = fitted and _prior_of(fitted, meta).to(device)
+    except (KeyError, IndexError, TypeError, ValueError, RuntimeError) as e:
+        said = str(e).splitlines()[-1].strip()[:100]
+        raise InputError(f"{folder}: its files don't fit each other ({said})") from e
+    return model.to(device), prior, config, meta["classes"], meta["shape"]
+
+# %% ../../nbs/engine/09_pretrained.ipynb #f101704f
 def _prior_file(folder: Path, meta: dict) -> Path | None:
     "The file of a folder's prior: in it, or beside it where folders share one; none where it is to be fitted."
     name = meta.get("prior", "prior.safetensors")
@@ -234,6 +190,59 @@ def _prior_of(fitted: dict[str, Tensor], meta: dict) -> GaussianMixturePrior | C
         raise ValueError(f"the prior has {len(prior.mean)} classes")
     return prior
 
+def _fitted_prior(config: HybridConfig, classes: tuple[str, ...], shape: tuple[int, int, int], device):
+    "Fitted to the data set of the training; an `InputError` where another one is here under its name."
+    images = load_images(config.dataset, config.root or None)
+    if (images.classes, images.shape) != (classes, shape):
+        here, then = (", ".join(names[:3]) for names in (images.classes, classes))
+        here = f"{len(images.classes)} classes of {_size(images.shape)} images ({here} …)"
+        then = f"{len(classes)} of {_size(shape)} ({then} …)"
+        raise InputError(f"prior: {config.dataset} here has {here}, the model was trained on {then}; "
+                         "point $ROBUST_JEM_DATA to that data set")
+    return build_prior(config, images, device)
+
+def _of_shape(x: Tensor, shape: tuple[int, int, int]) -> Tensor:
+    x = as_points(x, beyond=20)                             # samples of "combined" may lie outside of [-1, 1]
+    if x.shape[1:] != shape:
+        raise InputError(f"images: shape {tuple(x.shape)}; expected (B, {', '.join(map(str, shape))})")
+    return x
+
+def _size(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape))
+
+# %% ../../nbs/engine/09_pretrained.ipynb #52eaadc1
+def _prior_to_keep(jem: RobustJEM, kind: str) -> GaussianMixturePrior | CompactGaussianPrior:
+    "The prior as it is to be saved; a compact one stays what it is."
+    if kind not in ("full", "compact"):
+        raise InputError(f"prior: {kind!r} is not accepted; accepted: full, compact, none")
+    if isinstance(jem.prior, GaussianMixturePrior):
+        return jem.prior if kind == "full" else jem.prior.compact(min(60, jem.prior.mean.shape[1] - 1))
+    if not isinstance(jem.prior, CompactGaussianPrior):
+        raise InputError(f"save_pretrained: needs a Gaussian prior, this model has {type(jem.prior).__name__}")
+    return jem.prior
+
+def _write_pretrained(
+    jem: RobustJEM,
+    folder: Path,
+    dtype: torch.dtype, # of the weights in the file
+    prior: GaussianMixturePrior | CompactGaussianPrior | None, # none: it is fitted where the model is used
+    card: str, # the README; empty: a short one, where there is none
+):
+    if (folder / "config.json").exists() and "train" not in read_json(folder / "config.json"):
+        raise InputError(f"save_pretrained: {folder} is a run folder, "
+                         "whose weights and settings would be overwritten; choose another")
+    if prior is None:
+        (folder / "prior.safetensors").unlink(missing_ok=True)               # an earlier model's
+    weights = {k: v.to(dtype) if v.is_floating_point() else v for k, v in jem.model.state_dict().items()}
+    write_tensors(folder / "model.safetensors", weights)
+    if prior is not None:
+        write_tensors(folder / "prior.safetensors", prior.tensors())
+    train = jem.config.to_dict() | dict(root="", out="")
+    write_json(folder / "config.json", {"train": train, "classes": list(jem.classes), "shape": list(jem.shape)})
+    if card or not (folder / "README.md").exists():
+        write_bytes(folder / "README.md", (card or _short_card(jem)).encode())
+
+# %% ../../nbs/engine/09_pretrained.ipynb #3b05be18
 _CARD = """---
 library_name: robust-jem
 license: apache-2.0
@@ -263,3 +272,16 @@ def _short_card(jem: RobustJEM) -> str:
         system=c.system, dataset=c.dataset, title=SYSTEMS[c.system].title, depth=c.network.depth, width=c.network.width,
         parameters=sum(p.numel() for p in jem.model.parameters()), shape=_size(jem.shape), classes=len(jem.classes),
     )
+
+# %% ../../nbs/engine/09_pretrained.ipynb #42d488f0
+@contextmanager
+def _hub(what: str) -> Iterator[None]:
+    "What huggingface_hub raises in this block, as an `InputError` of one line."
+    try:
+        yield
+    except InputError:
+        raise
+    except ImportError as e:
+        raise InputError(f"{what}: needs huggingface_hub, which isn't installed; pip install 'robust-jem[hub]'") from e
+    except Exception as e:              # of several HTTP libraries, by the hub's version
+        raise InputError(f"{what}: the hub refuses ({type(e).__name__}: {' '.join(str(e).split())[:160]})") from e

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from ..core.cache import ResultCache
-from ..core.errors import InputError
+from ..core.errors import InputError, OutOfTime
 from ..core.files import fingerprint, source_version, read_json, read_tensors, write_json, write_tensors
 from ..core.images import Images, data_root, load_images
 from ..core.inputs import as_labels
-from .runtime import Execution, OutOfTime, Policy, as_written
+from .runtime import Execution, Policy, as_written
 from ..systems.base import GenerateConfig, System, TrainConfig, differences
 from ..systems.catalog import build_system, load_config, load_sampling
 

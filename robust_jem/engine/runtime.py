@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['resolve_device', 'fast_bfloat16', 'Policy', 'tuned_compile', 'choose_policy', 'Accelerated', 'UpdateView',
-           'out_of_memory', 'at_a_size_that_fits', 'OutOfTime', 'Deadline', 'Interrupted', 'StopRequest', 'Execution',
-           'as_written', 'keep_freed_memory', 'executing']
+           'out_of_memory', 'at_a_size_that_fits', 'Deadline', 'StopRequest', 'Execution', 'as_written',
+           'keep_freed_memory', 'executing']
 
 # %% ../../nbs/engine/01_runtime.ipynb #9a9cfd7a
 import copy
@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..core.errors import InputError
+from ..core.errors import InputError, Interrupted
 from ..core.files import read_json
 from .distributed import World, join_world
 from .graphs import Captured
@@ -253,6 +253,7 @@ class Accelerated(nn.Module):
         except AttributeError:
             return getattr(super().__getattr__("model"), name)      # stem, trunk, features, …: the network's own
 
+# %% ../../nbs/engine/01_runtime.ipynb #96c631df
 def _rounded_copy(trunk: nn.Module, dtype: torch.dtype) -> nn.Module:
     "A copy with rounded convolutions; the norms are the network's own, so their modes and statistics are too."
     shared = {id(m): m for m in trunk.modules() if isinstance(m, (_BatchNorm, nn.GroupNorm))}
@@ -301,9 +302,6 @@ def at_a_size_that_fits(
         warnings.warn(f"out of memory: going on with batches of {batch_size}")
 
 # %% ../../nbs/engine/01_runtime.ipynb #7f82c198
-class OutOfTime(Exception):
-    "The time limit is reached; what is finished is kept, and the same command goes on from there."
-
 class Deadline:
     """`minutes` from now (0: never).
 
@@ -334,13 +332,6 @@ class Deadline:
         return now + self.longest + self.reserve > self.end
 
 # %% ../../nbs/engine/01_runtime.ipynb #0f53e640
-class Interrupted(KeyboardInterrupt):
-    "Stopped by a signal; its number is in `signal`."
-
-    def __init__(self, number: int, message: str = "interrupted"):
-        super().__init__(message)
-        self.signal = number
-
 class StopRequest:
     "In `with StopRequest() as stop:`, SIGINT and SIGTERM only set `stop.signal`; a second one raises `Interrupted`."
     signal: int | None = None

@@ -15,12 +15,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..core.errors import InputError
+from ..core.errors import InputError, OutOfTime
 from ..core.files import exclusive, fingerprint, read_json, read_tensors, write_tensors
 from ..core.images import progress_bar, to_uint8
 from ..core.random import stream
 from .runs import Run, provenance
-from .runtime import Execution, OutOfTime, at_a_size_that_fits, executing
+from .runtime import Execution, at_a_size_that_fits, executing
 from ..systems.base import RUNTIME_FIELDS, GenerateConfig, differences
 from ..systems.catalog import load_sampling
 
@@ -52,6 +52,7 @@ def generate_samples(
                 draw(size)
     return folder
 
+# %% ../../nbs/engine/08_sample.ipynb #1f9ee93a
 def _is_same_set(folder: Path, config: GenerateConfig, run: Run) -> bool:
     "Whether a finished set is of these weights; an `InputError` where it is one of other settings."
     summary = read_json(folder / "summary.json")
@@ -65,6 +66,7 @@ def _is_same_set(folder: Path, config: GenerateConfig, run: Run) -> bool:
         raise InputError(f"name: {folder} holds samples with other settings ({said}); give another name or remove it")
     return summary.get("weights") == run.weights                    # else they are of an earlier training: draw anew
 
+# %% ../../nbs/engine/08_sample.ipynb #886988d2
 class SampleSet:
     "One set being drawn, in batches of `size`."
 
@@ -76,21 +78,19 @@ class SampleSet:
         self.images = run.images()
         self.batches = -(-config.num_samples // size)               # whole ones; the surplus is cut off in the end
         self.y = torch.arange(self.batches * size) % self.images.num_classes
-        what = {k: v for k, v in config.to_dict().items() if k not in RUNTIME_FIELDS}
-        what |= {"weights": run.weights, "size": size, "precision": runtime.precision}
-        self.parts = folder / f"parts-{fingerprint(what)}"
+        self.parts = _Parts(config, run, folder, runtime, size)
 
     def draw(self, progress: bool):
         "Draw the batches that aren't there, and put the set together."
         self._warn_of_other_images()
-        left = [i for i in range(self.batches) if not self._is_whole(i)]        # a damaged part is drawn again
+        left = [i for i in range(self.batches) if not self.parts.is_whole(i)]
         self.world.wait()                                               # all have looked before process 0 writes
         initial = min((self.batches - len(left)) * self.size, self.config.num_samples)
         with progress_bar(total=self.config.num_samples, initial=initial, unit="img", disable=not progress,
                           desc=f"{self.config.label} samples of {self.run.config.system}") as self.bar:
             self._draw_batches(left, last=self.began)
         if self.world.main:
-            self._finish()
+            _store(self)
 
     def _draw_batches(self, left: list[int], last: float):
         for first in range(0, len(left), self.world.size):
@@ -107,7 +107,7 @@ class SampleSet:
                 if i == 0:
                     tensors["strip"] = torch.stack(list(strip.values()))
                 meta = {"outside": float(outside[k]), "stages": list(strip), "seconds": seconds}
-                write_tensors(self._file(i), tensors, meta)
+                write_tensors(self.parts.file(i), tensors, meta)
             last = time.perf_counter()
             self.bar.update(min((done + len(now)) * self.size, self.config.num_samples) - self.bar.n)
             if first + len(now) < len(left):
@@ -122,14 +122,6 @@ class SampleSet:
     def _not_finite(self) -> str:
         return (f"samples: some pixels of {self.run.path}'s aren't numbers; its weights are broken, "
                 f"or it diverges while drawing: try {self.system.drawing_advice(self.config)}--precision float32")
-
-    def _file(self, i: int) -> Path:
-        return self.parts / f"{i:05}.safetensors"
-
-    def _is_whole(self, i: int) -> bool:
-        with suppress(InputError):
-            return bool(read_tensors(self._file(i)))
-        return False
 
     def _warn_of_other_images(self):
         before, now = self.run.summary.get("fingerprint", self.images.fingerprint), self.images.fingerprint
@@ -162,24 +154,48 @@ class SampleSet:
         outside = torch.where(x.isfinite().all(), (x.abs() > 1).float().mean(), torch.nan)
         return to_uint8(x), outside.view(1), strip
 
-    def _finish(self):
-        "Put the parts together."
-        config, kept = self.config, [read_tensors(self._file(i)) for i in range(self.batches)]
-        seconds = sum(meta["seconds"] for _, meta in kept)
-        x = torch.cat([tensors["x"] for tensors, _ in kept])
-        tensors = dict(x=x[:config.num_samples], y=self.y[:config.num_samples], strip=kept[0][0]["strip"])
-        summary = dict(
-            config=config.to_dict(),
-            stages=kept[0][1]["stages"],
-            weights=self.run.weights,
-            share_outside=sum(meta["outside"] for _, meta in kept) / self.batches,
-            batch_size=self.size,
-            seconds=round(seconds, 2),
-            images_per_second=round(self.batches * self.size / seconds, 1),
-            processes=self.world.size,
-            fingerprint=self.images.fingerprint,
-            **provenance(self.runtime.device, self.runtime.policy),
-        )
-        self.run.save_samples(config.label, tensors, summary)
-        for old in self.folder.glob("parts-*"):
-            shutil.rmtree(old)
+# %% ../../nbs/engine/08_sample.ipynb #c6d49146
+class _Parts:
+    "A set's finished batches: a file each, in a folder named after all that they depend on."
+
+    def __init__(self, config: GenerateConfig, run: Run, folder: Path, runtime: Execution, size: int):
+        what = {k: v for k, v in config.to_dict().items() if k not in RUNTIME_FIELDS}
+        what |= {"weights": run.weights, "size": size, "precision": runtime.precision}
+        self.folder = folder / f"parts-{fingerprint(what)}"
+
+    def file(self, i: int) -> Path:
+        return self.folder / f"{i:05}.safetensors"
+
+    def is_whole(self, i: int) -> bool:
+        "Whether a part is there and can be read; a damaged one is drawn again."
+        with suppress(InputError):
+            return bool(read_tensors(self.file(i)))
+        return False
+
+    def read(self, n: int) -> tuple[list[dict[str, Tensor]], list[dict]]:
+        "Tensors and notes of all `n` parts, in order."
+        kept = [read_tensors(self.file(i)) for i in range(n)]
+        return [tensors for tensors, _ in kept], [meta for _, meta in kept]
+
+def _store(drawn: SampleSet):
+    "Put the parts together, and remove them."
+    config, run = drawn.config, drawn.run
+    tensors, notes = drawn.parts.read(drawn.batches)
+    seconds = sum(note["seconds"] for note in notes)
+    x = torch.cat([part["x"] for part in tensors])
+    whole = dict(x=x[:config.num_samples], y=drawn.y[:config.num_samples], strip=tensors[0]["strip"])
+    summary = dict(
+        config=config.to_dict(),
+        stages=notes[0]["stages"],
+        weights=run.weights,
+        share_outside=sum(note["outside"] for note in notes) / drawn.batches,
+        batch_size=drawn.size,
+        seconds=round(seconds, 2),
+        images_per_second=round(drawn.batches * drawn.size / seconds, 1),
+        processes=drawn.world.size,
+        fingerprint=drawn.images.fingerprint,
+        **provenance(drawn.runtime.device, drawn.runtime.policy),
+    )
+    run.save_samples(config.label, whole, summary)
+    for old in drawn.folder.glob("parts-*"):
+        shutil.rmtree(old)

@@ -12,14 +12,14 @@ import time
 from contextlib import nullcontext
 from pathlib import Path
 
-from ..core.errors import InputError
+from ..core.errors import InputError, Interrupted, OutOfTime
 from ..core.files import exclusive, write_json, write_tensors
 from ..core.images import Batches, Images, augment, load_images, progress_bar, to_unit
 from .checkpoints import TrainState
 from .recovery import Health
 from .run_log import RunLog
 from .runs import Run, provenance
-from .runtime import Deadline, Execution, Interrupted, OutOfTime, StopRequest, executing
+from .runtime import Deadline, Execution, StopRequest, executing
 from ..systems.base import Schedule, TrainConfig
 from ..systems.catalog import SYSTEMS
 
@@ -74,13 +74,11 @@ def with_source(
     return dataclasses.replace(config, source_weights=found)
 
 # %% ../../nbs/engine/07_train.ipynb #f3c22a8f
-_GOES_ON = "the same command goes on from there"
-
 class Training:
     "One run in training: everything that the loop holds together."
 
     def __init__(self, config: TrainConfig, runtime: Execution, images: Images, stop: StopRequest):
-        self.config, self.runtime, self.images, self.stop = config, runtime, images, stop
+        self.config, self.runtime, self.images = config, runtime, images
         self.world = runtime.world
         folder = Path(config.folder)
         resumes = (folder / "config.json").exists() and Run(folder).checkpoints()
@@ -90,7 +88,7 @@ class Training:
         self.per_epoch = len(self.batches)
         self.total = config.schedule.updates or config.schedule.epochs * self.per_epoch
         self.health = Health(self.state.system)
-        self.pause = Deadline(config.checkpoint_minutes)
+        self.ending = _Ending(config, runtime, stop)
 
     def fresh_state(self) -> TrainState:
         "The state that the run began with."
@@ -157,64 +155,88 @@ class Training:
 
     def save_and_stop(self):
         "Between two updates: save where it is due, and end where that is asked for."
+        where = f"update {self.state.step} of {self.total}"
         if self.ends_epoch or self.state.step == self.total:
             self.save()
             if self.state.step < self.total:
-                self._stop(*self._asked_to_stop())
-        elif (self.is_logged or self.world.size == 1) and self._may_stop():
-            ending, late = self._asked_to_stop()
-            if ending or late or self.world.agree(self.pause.passed(), self.runtime.device):
+                self.ending.end(self.log.run.path, where, *self.ending.asked_for())
+        elif (self.is_logged or self.world.size == 1) and self.ending.is_possible:
+            signalled, late = self.ending.asked_for()
+            if signalled or late or self.ending.save_is_due():
                 self.save()
-            self._stop(ending, late)
-
-    def _may_stop(self) -> bool:
-        "Without any of these, no process needs to be asked."
-        c = self.config
-        return bool(self.stop.signal or c.max_minutes or c.checkpoint_minutes or self.world.size > 1)
-
-    def _asked_to_stop(self) -> tuple[bool, bool]:
-        "Whether there was a signal, and whether the time is over: process 0's answers."
-        ending = self.world.agree(bool(self.stop.signal), self.runtime.device)
-        return ending, self.world.agree(self.runtime.deadline.reached(), self.runtime.device)
-
-    def _stop(self, ending: bool, late: bool):
-        folder, update = self.log.run.path, f"update {self.state.step} of {self.total}"
-        if ending:
-            raise Interrupted(self.stop.signal or 15, f"{folder}: interrupted at {update} and saved; {_GOES_ON}")
-        if late:
-            limit = f"max_minutes {self.config.max_minutes:g}"
-            raise OutOfTime(f"{folder}: stopped at {update} after {limit}; {_GOES_ON}")
+            self.ending.end(self.log.run.path, where, signalled, late)
 
     def save(self):
         "Write a checkpoint, and note how long that takes."
         before = time.perf_counter()
         self.state.seconds = before - self.began
         self.log.save()
-        self.runtime.deadline.reserve = 1 + 2 * (time.perf_counter() - before)
+        self.ending.saved(time.perf_counter() - before)
+
+# %% ../../nbs/engine/07_train.ipynb #7260b210
+class _Ending:
+    "What may end a run, or have it saved, between two updates: process 0's answers."
+
+    def __init__(self, config: TrainConfig, runtime: Execution, stop: StopRequest):
+        self.config, self.runtime, self.stop = config, runtime, stop
+        self.pause = Deadline(config.checkpoint_minutes)
+
+    @property
+    def is_possible(self) -> bool:
+        "Without any of these, no process needs to be asked."
+        c = self.config
+        return bool(self.stop.signal or c.max_minutes or c.checkpoint_minutes or self.runtime.world.size > 1)
+
+    def asked_for(self) -> tuple[bool, bool]:
+        "Whether there was a signal, and whether the time is over."
+        signalled = self._agreed(bool(self.stop.signal))
+        return signalled, self._agreed(self.runtime.deadline.reached())
+
+    def save_is_due(self) -> bool:
+        "Whether the last checkpoint is as old as it may get."
+        return self._agreed(self.pause.passed())
+
+    def _agreed(self, mine: bool) -> bool:
+        return self.runtime.world.agree(mine, self.runtime.device)
+
+    def saved(self, seconds: float):
+        "A checkpoint took so long; before the time is over, there must be as much left for another."
+        self.runtime.deadline.reserve = 1 + 2 * seconds
         self.pause.restart()
 
-    def write_result(self):
-        "Summary and weights."
-        state, folder = self.state, self.log.run.path
-        seen = state.step * self.config.optimizer.batch_size
-        parameters = {id(p): p.numel() for o in state.optimizers.values() for g in o.param_groups for p in g["params"]}
-        summary = dict(
-            system=self.config.system,
-            dataset=self.config.dataset,
-            fingerprint=self.images.fingerprint,
-            updates=state.step,
-            images_seen=seen,
-            seconds=round(state.seconds, 2),
-            processes=self.world.size,
-            images_per_second=round(seen / state.seconds, 1) if seen else 0,
-            parameters=sum(parameters.values()),
-            recoveries=len(state.events),
-        )
-        if state.events:
-            summary["events"] = state.events
-        write_json(folder / "summary.json", summary | provenance(self.runtime.device, self.runtime.policy))
-        write_tensors(folder / "model.safetensors", state.system.weights())       # last: it marks the run as trained
+    def end(self, folder: Path, update: str, signalled: bool, late: bool):
+        "Raise what ends the run, if anything does."
+        goes_on = "the same command goes on from there"
+        if signalled:
+            raise Interrupted(self.stop.signal or 15, f"{folder}: interrupted at {update} and saved; {goes_on}")
+        if late:
+            limit = f"max_minutes {self.config.max_minutes:g}"
+            raise OutOfTime(f"{folder}: stopped at {update} after {limit}; {goes_on}")
 
+# %% ../../nbs/engine/07_train.ipynb #9ac53389
+def _write_result(training: Training):
+    "Summary and weights."
+    state, folder = training.state, training.log.run.path
+    seen = state.step * training.config.optimizer.batch_size
+    parameters = {id(p): p.numel() for o in state.optimizers.values() for g in o.param_groups for p in g["params"]}
+    summary = dict(
+        system=training.config.system,
+        dataset=training.config.dataset,
+        fingerprint=training.images.fingerprint,
+        updates=state.step,
+        images_seen=seen,
+        seconds=round(state.seconds, 2),
+        processes=training.world.size,
+        images_per_second=round(seen / state.seconds, 1) if seen else 0,
+        parameters=sum(parameters.values()),
+        recoveries=len(state.events),
+    )
+    if state.events:
+        summary["events"] = state.events
+    write_json(folder / "summary.json", summary | provenance(training.runtime.device, training.runtime.policy))
+    write_tensors(folder / "model.safetensors", state.system.weights())       # last: it marks the run as trained
+
+# %% ../../nbs/engine/07_train.ipynb #0ab8f90f
 def train(
     config: TrainConfig, # everything the run depends on
     progress: bool = True, # show a bar with the time left
@@ -246,5 +268,5 @@ def _train(config: TrainConfig, runtime: Execution, progress: bool) -> Path:
         training.run(progress)
         if world.main:
             training.log.close()
-            training.write_result()
+            _write_result(training)
     return folder

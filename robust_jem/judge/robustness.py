@@ -121,6 +121,7 @@ def _attack_batch(model: nn.Module, x: Tensor, y: Tensor, restarts: int, targete
         standing = _logits(model, attacked_x, " of attacked images").argmax(1) == y
     return torch.stack([attacked, blind, standing.sum()])
 
+# %% ../../nbs/judge/05_robustness.ipynb #5f921bc6
 def _as_radius(eps, norm: str) -> float:
     "A radius on the [-1,1] scale; a warning where it covers that whole scale, as 8 for 8/255 does."
     eps = as_number(eps, "eps")
@@ -177,6 +178,7 @@ def robust_accuracy(
                       "softmax saturates); scale the logits down, or see autoattack_accuracy")
     return right / len(x)
 
+# %% ../../nbs/judge/05_robustness.ipynb #4619cc59
 MASKED = 0.01        # the share of zero gradients from which a robustness number is called masked
 
 def zero_gradients(

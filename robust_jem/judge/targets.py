@@ -17,10 +17,9 @@ from ..core.images import Images, load_images, to_uint8
 from ..core.random import stream
 from ..engine.runs import Run
 from ..engine.runtime import Execution
-from .foreign import check_classifier, import_model, on_signed_images, rounded_hash, source_hash
+from .foreign import check_classifier, named_classifier, rounded_hash, source_hash
 from .ood import ood_scores
 from .probes import CLASSIFIER, capabilities_of
-from .zoo import in_a_zoo, zoo_model
 from ..systems.catalog import SYSTEMS, EvaluateConfig, GenerateConfig, TrainConfig, configure
 from ..systems.hybrid_sampling import generate
 from ..systems.hybrid_settings import build_prior
@@ -81,7 +80,9 @@ class EvalTarget:
         "A classifier that a factory makes, or that another library has by name."
         images = load_images(config.model_data, config.root or None)
         preset = "cpu" if config.model_data.startswith("digits") else "paper"
-        made, net = _made(config, images, at.device)
+        made, net = named_classifier(
+            config.model, images, config.model_inputs, config.root or None, at.device,
+        )
         answers = check_classifier(net, images, config.model)
         model = at.accelerate(net)
         asked = configure(TrainConfig, "robust_jem", config.model_data, preset, seed=config.seed, root=config.root)
@@ -102,11 +103,3 @@ class EvalTarget:
             precision=at.policy.precision,
         )
         return cls(config.model, model, images, asked, chain, prior, sets, settings, at)
-
-def _made(config: EvaluateConfig, images: Images, device: torch.device) -> tuple[nn.Module, nn.Module]:
-    "The classifier that is named, and the same as a module that takes float32 images in [-1,1]."
-    if in_a_zoo(config.model):
-        made = zoo_model(config.model, images, config.model_inputs, config.root or None).to(device)
-        return made, on_signed_images(made, "signed")
-    made = import_model(config.model).to(device).eval()
-    return made, on_signed_images(made, config.model_inputs)

@@ -86,6 +86,9 @@ if triton is not None:
         z = value * scale[None, :] + offset[None, :]
         tl.store(y + at, tl.where(z > 0, z, slope * z).to(y.dtype.element_ty), mask=inside)
 
+# %% ../../nbs/networks/01_fused.ipynb #c353260d
+if triton is not None:
+
     @triton.jit
     def _gradient_sums_kernel(dy, s, p0, p1, weight, shift, sums, M, C, count, eps, slope,
                               BATCH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):
@@ -128,6 +131,9 @@ if triton is not None:
         if HAS_STREAM:
             g += tl.load(ds + at, mask=inside, other=0.0).to(tl.float32)
         tl.store(dx + at, g.to(dx.dtype.element_ty), mask=inside)
+
+# %% ../../nbs/networks/01_fused.ipynb #1e8195cb
+if triton is not None:
 
     @triton.jit
     def _stem_kernel(x, weight, bias, y, M, H, W, stride_n, stride_c, stride_h, stride_w,
@@ -181,7 +187,7 @@ def _matrix(x: Tensor) -> Tensor:
     "An activation [N,C,H,W] whose memory is the matrix [N·H·W, C]."
     return x if x.is_contiguous(memory_format=torch.channels_last) else x.contiguous(memory_format=torch.channels_last)
 
-
+# %% ../../nbs/networks/01_fused.ipynb #fb6a58ef
 class _NormAct(torch.autograd.Function):
 
     @staticmethod
@@ -240,7 +246,7 @@ class _NormAct(torch.autograd.Function):
         dweight, dshift = (sums[1], sums[0]) if wanted else (None, None)
         return dx, dresidual, bias, dweight, dshift, None, None, None, None, None
 
-
+# %% ../../nbs/networks/01_fused.ipynb #3228cff1
 class _Stem(torch.autograd.Function):
 
     @staticmethod

@@ -308,6 +308,7 @@ model = RobustJEM.{load}
 model.classify(x); model.energy(x); model.generate(y)          # x in [-1, 1]
 ```"""
 
+# %% ../../nbs/report/05_card.ipynb #a83ad440
 _PICTURES = ("robustness", "calibration", "detection", "distal", "landscape", "neighbours")
 
 def model_card(f: SuiteResults) -> str:

@@ -70,6 +70,7 @@ def wanted_rows(
     rows.append(WantedRow("bare prior samples", reference, "prior"))
     return rows
 
+# %% ../../nbs/report/03_tables.ipynb #9ddf6667
 def _mean_std(values: list[float]) -> dict:
     "Mean and standard deviation over seeds; none of one."
     return {
@@ -126,6 +127,7 @@ def _row(results: pd.DataFrame, wanted: WantedRow, eps: list[str], paper_accurac
             out[OUTSIDE] = _mean_std(outside)
     return out | _bits_cells(results, wanted)
 
+# %% ../../nbs/report/03_tables.ipynb #505dbafd
 def _radii(runs: list[Run]) -> list[str]:
     "Training's radius; 8/255 of the unit range and the paper's where all were measured there."
     ours = [r for r in runs if system_class(r.config.system).radius(r.config) is not None]
@@ -157,6 +159,7 @@ def _cost(run: Run) -> dict:
         "sampling precisions": sorted({s["precision"] for s in drawn}),
     }
 
+# %% ../../nbs/report/03_tables.ipynb #f1b820f1
 def table1(
     groups: Groups, # from `collect`
     published: tuple[Row, ...] = TABLE1, # whose numbers stand beside ours; HYBRIDS: JEM's
@@ -230,6 +233,7 @@ def _prior_note(groups: Groups) -> list[str]:
                 f"Chains of {' and '.join(uniform)} start from uniform noise instead."]
     return []
 
+# %% ../../nbs/report/03_tables.ipynb #5092a4a9
 def _drawn_with(c: TrainConfig, how: GenerateConfig, seeds: list[int]) -> str:
     "How a sample set was drawn, from its settings."
     many = "s" if len(seeds) > 1 else ""
@@ -255,6 +259,7 @@ def _sample_notes(system: str, mine: list[Run]) -> list[str]:
         notes.append(f"{title}, {name}: {_drawn_with(mine[0].config, first, seeds)}.")
     return notes
 
+# %% ../../nbs/report/03_tables.ipynb #b8dce6ac
 def _mean_curve(results: pd.DataFrame, system: str) -> dict[str, float]:
     "Accuracy under attack by radius, over the runs of a system, where all were measured."
     part = results[(results["system"] == system) & results["metric"].str.startswith(ATTACKED)]

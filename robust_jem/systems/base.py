@@ -53,6 +53,7 @@ class OptimizerConfig(Config):
             raise InputError("ema_decay: 1 would keep the first update's weights; "
                              "accepted: 0 (none) to below 1, such as 0.999")
 
+# %% ../../nbs/systems/00_base.ipynb #7cd5bf85
 @settings
 class Schedule(Config):
     "How long a training is, and how the learning rate goes."
@@ -70,6 +71,7 @@ class Recovery(Config):
     lr: float = option(0.5, 0, 1)  # factor of the learning rate, each time
     snapshot_every: int = option(50, 1)  # updates between the states that a run can go back to
 
+# %% ../../nbs/systems/00_base.ipynb #04a3c4c4
 @settings
 class TrainConfig(RuntimeConfig):
     "What a training depends on, whatever the system; one of a kind adds what is its own."
@@ -94,6 +96,7 @@ class TrainConfig(RuntimeConfig):
         "Of the run."
         return self.out or f"runs/{self.dataset}-{self.preset}/{self.system}-s{self.seed}"
 
+# %% ../../nbs/systems/00_base.ipynb #6bbc2c2b
 @settings
 class GenerateConfig(RuntimeConfig):
     "How samples are drawn from a finished run, whatever the system; one of a kind adds what is its own."

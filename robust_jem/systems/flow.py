@@ -316,6 +316,29 @@ class Head(nn.Module):
         "Features `[B,C_i,H_i,W_i]` of each scale to logits `[B,K]`."
         return self.linear(torch.cat([scale(f) for scale, f in zip(self.scales, features)], 1))
 
+# %% ../../nbs/systems/07_flow.ipynb #476e5924
+def _scales(
+    flow: Flow,
+    shape: tuple[int, int, int], # (C, H, W) of the images
+) -> tuple[list[list[nf.flows.Flow]], list[int], list[tuple[int, int, int]]]:
+    "Layers of each scale, the channels of its features, and the shape of each group of latent variables."
+    (c, h, w), levels = shape, len(flow.blocks)
+    scales, features, latents = [], [], []
+    for i, blocks in enumerate(flow.blocks):
+        last = i == levels - 1
+        if flow.kind == "glow":
+            scales.append(glow_scale(4 * c, blocks, flow))
+        else:
+            scales.append(residual_scale((c, h, w), blocks, flow, i == 0, last))
+        if flow.kind == "glow" or not last:
+            c, h, w = 4 * c, h // 2, w // 2
+        if flow.factor_out and not last:
+            c = c // 2
+            latents.append((c, h, w))
+        features.append(c)
+    return scales, features, [*latents, (c, h, w)]
+
+# %% ../../nbs/systems/07_flow.ipynb #c194f098
 class MultiScale(nn.Module):
     """An invertible map between images and latent variables, their Gaussians, and where asked for a classifier's head.
 
@@ -335,22 +358,11 @@ class MultiScale(nn.Module):
         if h % 2**halvings or w % 2**halvings:
             raise InputError(f"flow.blocks: {levels} scales halve an image {halvings} times, and {h}x{w} pixels "
                              "don't divide; give fewer")
-        scales, features, latents = [], [], []
-        for i, blocks in enumerate(flow.blocks):
-            last = i == levels - 1
-            if flow.kind == "glow":
-                scales.append(glow_scale(4 * c, blocks, flow))
-            else:
-                scales.append(residual_scale((c, h, w), blocks, flow, i == 0, last))
-            if flow.kind == "glow" or not last:
-                c, h, w = 4 * c, h // 2, w // 2
-            if flow.factor_out and not last:
-                c = c // 2
-                latents.append((c, h, w))
-            features.append(c)
+        scales, features, latents = _scales(flow, shape)
         self.scales = nn.ModuleList(map(nn.ModuleList, scales))
         classes = num_classes if flow.conditional else None
-        self.bases = nn.ModuleList(nf.distributions.GlowBase(s, classes) for s in [*latents, (c, h, w)])
+        self.bases = nn.ModuleList(nf.distributions.GlowBase(s, classes) for s in latents)
+        c, h, w = latents[-1]
         if flow.components and c * h * w > 1024:
             raise InputError(f"flow.components: {flow.components} full covariances of {c * h * w} dimensions are for "
                              "images of at most 1024; accepted: 0")

@@ -200,6 +200,7 @@ class Sngan(System):
         labels = y.to(z.device) if how.conditional else self._random_labels(len(y), rng)
         return self.generator(z, labels)
 
+# %% ../../nbs/systems/08_gan.ipynb #b27a7fb4
 class ConditionalSngan(Sngan):
     "A spectrally normalised GAN of classes: conditional batch norm, and a projection critic (Miyato and Koyama 2018)."
     sampling_class = ConditionalGanSampling

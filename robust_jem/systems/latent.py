@@ -222,6 +222,7 @@ class Ddls(System):
         steps = {how.chain.steps} | {a * 10**b for a in (1, 2, 5) for b in range(4)}
         return not stage.startswith("step ") or int(stage.removeprefix("step ")) in steps
 
+# %% ../../nbs/systems/09_latent.ipynb #3fb4f249
 def build_head(
     config: DdlsConfig, # its width, and the seed
     features: int, # how many of the critic it sees

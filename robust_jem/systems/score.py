@@ -277,6 +277,7 @@ class Ncsn(System):
             return 0.0
         return 1.0 if stage == "denoised" else int(stage.removeprefix("level ")) / self.config.score.levels
 
+# %% ../../nbs/systems/10_score.ipynb #6af9f88b
 class ConditionalNcsn(Ncsn):
     "The same with classes, of which samples are asked."
     sampling_class = ConditionalSampling
