@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def bounds(settings: Path) -> list[str]:
-    "`name==bound` for each `name>=bound` under any key that ends in `requirements`; upper bounds and pins stay with pip."
+    "`name==bound` for each `name>=bound` in the lists of requirements; upper bounds and pins stay with pip."
     ini = ConfigParser(delimiters=["="])
     ini.read(settings, encoding="utf-8")
     groups = [value for key, value in ini["DEFAULT"].items() if key.endswith("requirements")]
