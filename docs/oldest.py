@@ -1,4 +1,4 @@
-"""Print settings.ini's lower bounds as pip's constraints, so that a test can install the oldest versions that it admits:
+"""Print settings.ini's lower bounds as pip's constraints, to install the oldest versions that it admits:
 
     python docs/oldest.py > constraints.txt
     PIP_CONSTRAINT=constraints.txt make test PYTHON=python3.10
