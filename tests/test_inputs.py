@@ -43,7 +43,7 @@ from robust_jem.judge.curves import masking_verdict
 from robust_jem.judge.foreign import check_classifier, import_model
 from robust_jem.networks.wide_resnet import WideResNet
 from robust_jem.systems.catalog import TrainConfig, configure
-from robust_jem.systems.hybrid import generate, run_chains
+from robust_jem.systems.hybrid_sampling import generate, run_chains
 
 N = 40
 
