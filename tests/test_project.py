@@ -50,6 +50,12 @@ def test_readme_matches_index():
     run("docs/readme.py", "--check")
 
 
+def test_oldest_versions_are_the_lower_bounds():
+    settings = (ROOT / "settings.ini").read_text(encoding="utf-8")
+    bounds = set(re.findall(r"(\S+)>=(\S+)", settings))
+    assert {tuple(line.split("==")) for line in run("docs/oldest.py").splitlines()} == bounds
+
+
 def test_every_module_is_in_a_room_and_every_room_is_a_package():
     assert {m.split(".")[0] for m in MODULES} == set(ROOMS) and all(m.count(".") == 1 for m in MODULES)
     assert all((PACKAGE / room / "__init__.py").read_text(encoding="utf-8").strip() == "" for room in ROOMS)
