@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from numbers import Integral, Real
 from pathlib import Path
 from urllib.error import URLError
 
@@ -312,8 +313,10 @@ def augment(
     "Random crop after reflection padding, and random horizontal flip, one draw an image (JEM++: pad 4, flip)."
     if not isinstance(x, Tensor) or x.ndim != 4:
         raise InputError(f"images: {tuple(getattr(x, 'shape', ()))}; expected a tensor [B,C,H,W]")
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise InputError(f"generator: {type(generator).__name__} is not accepted; accepted: a torch.Generator")
     b, _, h, w = x.shape
-    if not 0 <= pad < min(h, w):
+    if isinstance(pad, bool) or not isinstance(pad, Integral) or not 0 <= pad < min(h, w):
         raise InputError(f"pad: {pad} is outside 0..{min(h, w) - 1} for {h}x{w} images")
     def draw(high):
         return torch.randint(high, (b, 1), device=x.device, generator=generator)
@@ -334,6 +337,8 @@ def add_noise(
     "Add Gaussian noise; the result isn't clamped, as in JEM's public code."
     if not isinstance(x, Tensor) or not x.is_floating_point():
         raise InputError(f"images: {getattr(x, 'dtype', type(x).__name__)}; expected floats, see to_unit")
+    if isinstance(std, bool) or not isinstance(std, Real) or not 0 <= std < math.inf:
+        raise InputError(f"std: {std!r} is not accepted; accepted: a number of at least 0")
     if std == 0:
         return x
     return torch.randn(x.shape, device=x.device, dtype=x.dtype, generator=generator).mul_(std).add_(x)
@@ -344,6 +349,7 @@ def dequantise(
     generator: torch.Generator | None = None, # on the images' device
 ) -> Tensor: # float32 in [-1 - 1/255, 1 + 1/255], same shape
     "Images at a uniformly random place within their grey levels' cells: `to_unit(x)` plus noise in ±1/255."
+    _check_tensor("dequantise", x)
     noise = torch.rand(x.shape, device=x.device, generator=generator)
     return to_unit(x).add_(noise.sub_(0.5).div_(127.5))
 
@@ -371,9 +377,11 @@ class Batches:
         rank: int = 0, # of several processes, this one: it gets every `size`-th image of each batch
         size: int = 1, # how many processes there are
     ):
+        for what, tensor in (("images", x), ("labels", y)):
+            _check_tensor(what, tensor)
         if len(x) != len(y) or y.ndim != 1 or y.is_floating_point():
             raise InputError(f"labels: {y.dtype} {tuple(y.shape)} for {len(x)} images; expected one whole number each")
-        if not 1 <= batch_size <= len(x):
+        if isinstance(batch_size, bool) or not isinstance(batch_size, Integral) or not 1 <= batch_size <= len(x):
             raise InputError(f"batch_size: {batch_size} is outside 1..{len(x)}, the number of training images")
         self.x, self.y = x.to(device), y.to(device)
         self.batch_size, self.seed, self.rank, self.size = batch_size, seed, rank, size
