@@ -160,8 +160,11 @@ def _torchvision(name: str, root: Path, download: bool) -> Images:
     return Images(name, classes=tuple(getattr(data, "classes", map(str, range(10)))), **found)
 
 # %% ../../nbs/core/04_images.ipynb #6dff47e0
-def _listing(folder: Path) -> list[tuple[str, int, int]]:
-    "Relative path, size and modification time of every file below a folder, sorted."
+def _listing(folder: Path) -> list[tuple[str, int, int, int]]:
+    """Relative path, size, and times of modification and change of every file below a folder, sorted.
+
+    What a copy writes into a file while it keeps the date shows in the time of change.
+    """
     found, stack = [], [str(folder)]
     while stack:
         with os.scandir(stack.pop()) as entries:
@@ -172,7 +175,8 @@ def _listing(folder: Path) -> list[tuple[str, int, int]]:
                         stack.append(entry.path)
                     elif entry.is_file():
                         about = entry.stat()
-                        found.append((entry.path[len(str(folder)) + 1:], about.st_size, about.st_mtime_ns))
+                        place = entry.path[len(str(folder)) + 1:]
+                        found.append((place, about.st_size, about.st_mtime_ns, about.st_ctime_ns))
                     else:
                         raise InputError(f"{entry.path}: neither a file nor a folder; remove it")
                 except OSError as e:

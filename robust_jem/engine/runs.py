@@ -70,6 +70,10 @@ class RunFolder:
                              "accepted: a folder that `robust-jem train` made")
         values = read_json(self.path / "config.json")
         self.pretrained = isinstance(values.get("train"), dict) and "classes" in values      # by save_pretrained
+        lacking = {"system", "dataset"} - set(values["train"] if self.pretrained else values)
+        if lacking:
+            raise InputError(f"{self.path / 'config.json'}: lacks {' and '.join(sorted(lacking))}; expected the file "
+                             "that `robust-jem train` or save_pretrained wrote")
         self.config = load_config(values["train"] if self.pretrained else values)
 
     @classmethod
@@ -270,7 +274,11 @@ class Run(RunImages):
 
     def drawn_with(self, name: str) -> GenerateConfig:
         "The configuration of a sample set."
-        return load_sampling(self._sample_set(name)[1]["config"], self.config.system)
+        how = self._sample_set(name)[1].get("config")
+        if not isinstance(how, dict):
+            raise InputError(f"{self.path / 'samples' / name / 'summary.json'}: lacks config; remove its folder, and "
+                             "draw the samples again")
+        return load_sampling(how, self.config.system)
 
     def strip(self, name: str) -> tuple[list[str], Tensor]:
         "Stage names, and ten chains at these stages `[stages,10,C,H,W]`."
