@@ -73,6 +73,7 @@ class Entry:
         module = self.kind.partition(":")[0] if isinstance(self.kind, str) else self.kind.__module__
         return module.rpartition(".")[2]
 
+# %% ../../nbs/systems/03_catalog.ipynb #cat-hybrids
 _CLASSIFIER = dict(objective=dict(clean_weight=1.0, adversarial_weight=0.0, likelihood_weight=0.0))
 _ROBUST = dict(objective=dict(likelihood_weight=0.0))
 _JEMPP = dict(objective=dict(clean_weight=1.0, adversarial_weight=0.0))
@@ -85,6 +86,8 @@ _JEM = merged(_JEMPP, dict(
 ))
 _FACTORED = merged(_JEM, dict(objective=dict(clean_weight=0.0, conditional=True)))
 _IGEBM = merged(_FACTORED, dict(chain=dict(outer_steps=60), objective=dict(energy_penalty=1.0)))
+
+# %% ../../nbs/systems/03_catalog.ipynb #cat-later
 # The later systems: SADA-JEM and M-EBM add to JEM++, DAT goes on from a classifier that is robust in L2.
 _SADA_JEM = merged(_JEMPP, dict(
     objective=dict(sharpness=2.0),
@@ -110,6 +113,8 @@ _TOLD_APART = dict(
 _DAT = merged(_L2, _TOLD_APART)
 # Ours: the same second stage for the paper's attacks, the density learnt from images as they are.
 _FAST = merged(_TOLD_APART, dict(augment=dict(likelihood=False)))
+
+# %% ../../nbs/systems/03_catalog.ipynb #cat-table
 SYSTEMS: dict[str, Entry] = {
     "wide_resnet": Entry("Wide-ResNet", "Zagoruyko and Komodakis 2016", _CLASSIFIER),
     "robust_classifier": Entry("Single Robust Classifier", "Santurkar et al. 2019", _ROBUST, ("attack",)),
@@ -126,6 +131,8 @@ SYSTEMS: dict[str, Entry] = {
         "Robust JEM, fast", "this project", _FAST, ("ascent",), source_system="robust_classifier",
     ),
 }
+
+# %% ../../nbs/systems/03_catalog.ipynb #cat-others
 _ADAM = dict(kind="adam", lr=1e-3, weight_decay=0.0)
 _GLOW = dict(augment=dict(pad=0), optimizer=_ADAM, flow=dict(kind="glow", factor_out=True))
 _RESIDUAL = dict(
@@ -177,6 +184,7 @@ _SCORES: dict[str, Entry] = {
 }
 SYSTEMS |= _FLOWS | _GANS | _SCORES
 
+# %% ../../nbs/systems/03_catalog.ipynb #cat-find
 def register(
     name: str, # by which it is asked for
     entry: Entry,

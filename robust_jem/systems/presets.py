@@ -22,6 +22,13 @@ _DIGITS = dict(
     replay=dict(size=1000),
 )
 _DIGITS_WIDE_RESNET = dict(network=dict(width=2), augment=dict(noise=0.1), schedule=dict(epochs=15))
+_DIGITS_SCORES = dict(
+    attack_eps=(0.1, 0.2, 0.3, 0.4), l2_eps=(0.5, 1.0, 1.5, 2.0), restarts=5, num_restarts=360,
+    autoattack_eps=(0.2, 0.3), num_autoattack=120,
+    strangers=("rotated", "interpolations", "uniform noise", "constant"), num_strangers=360, splits=1,
+)
+
+# %% ../../nbs/systems/02_presets.ipynb #pre-jem-rows
 # Chains from uniform noise: clamped, moving far, with noise enough to spread. nbs/guide/why_jem_chains.ipynb has why.
 _DIGITS_JEM = dict(
     chain=dict(step_size=1.0, outer_steps=10, bounds=True, noise_std=0.05),
@@ -45,11 +52,8 @@ _DIGITS_JEM_DRAWN = {
     "jem_factored": dict(precision="float32", chain=dict(outer_steps=100)),
     "igebm": dict(precision="float32", chain=dict(outer_steps=120, noise_std=0.03)),
 }
-_DIGITS_SCORES = dict(
-    attack_eps=(0.1, 0.2, 0.3, 0.4), l2_eps=(0.5, 1.0, 1.5, 2.0), restarts=5, num_restarts=360,
-    autoattack_eps=(0.2, 0.3), num_autoattack=120,
-    strangers=("rotated", "interpolations", "uniform noise", "constant"), num_strangers=360, splits=1,
-)
+
+# %% ../../nbs/systems/02_presets.ipynb #pre-colour
 _CPU_BUDGET = dict(optimizer=dict(batch_size=128), schedule=dict(kind="cosine", warmup_steps=100, epochs=2))
 _CPU = dict(
     network=dict(depth=10, width=2),
@@ -76,6 +80,9 @@ _CIFAR10_CPU = dict(
     optimizer=dict(lr=0.05, batch_size=64),
     schedule=dict(kind="cosine", epochs=8, warmup_steps=400),
 )
+_ADAM = dict(optimizer=dict(lr=1e-4))                                                    # as in JEM
+
+# %% ../../nbs/systems/02_presets.ipynb #pre-later
 # The later systems, of which some change what the others of a preset share. 1 is L2 0.5 of images in [0,1].
 _L2_ATTACK = dict(attack=dict(eps=1.0, step_size=None))
 _SECOND_STAGE = dict(chain=dict(step_size=0.4, outer_steps=12), schedule=dict(warmup_steps=50))
@@ -103,7 +110,8 @@ _DIGITS_LATER = {
     "robust_jem_fast": _DIGITS_SECOND,
 }
 _DIGITS_ASCENT = dict(ascent=dict(steps=10, step_size=0.05))
-_ADAM = dict(optimizer=dict(lr=1e-4))                                                    # as in JEM
+
+# %% ../../nbs/systems/02_presets.ipynb #pre-flows
 # The systems of other kinds: dataset -> stage -> family or system -> changes.
 # Flows on CIFAR-10: Glow's public code has these and no number of epochs; Residual Flow's has them all, and its hybrid
 # no logits but crops (rtqichen/residual-flows, train_img.py).
@@ -140,6 +148,8 @@ _FLOW_DIGITS: dict[str, dict] = {
     },
     "generate": {"flow": dict(temperature=0.85)},
 }
+
+# %% ../../nbs/systems/02_presets.ipynb #pre-gans
 _GAN_SCHEDULE = dict(kind="linear", warmup_steps=0)
 _GAN_RATES = dict(lr=2e-4, batch_size=64)
 _HEAD_RATES = dict(lr=1e-3, batch_size=64)
@@ -166,6 +176,8 @@ _GAN_DIGITS: dict[str, dict] = {
     },
     "generate": {"latent": dict(chain=dict(steps=100, step_size=0.05))},
 }
+
+# %% ../../nbs/systems/02_presets.ipynb #pre-scores
 _SCORE_PAPER: dict[str, dict] = {"train": {"score": dict(schedule=dict(updates=200_000))}, "generate": {}}
 _SCORE_DIGITS: dict[str, dict] = {
     "train": {"score": dict(
@@ -174,6 +186,8 @@ _SCORE_DIGITS: dict[str, dict] = {
     )},
     "generate": {"score": dict(level_steps=60, relative_step=0.2, denoise=True, precision="float32")},
 }
+
+# %% ../../nbs/systems/02_presets.ipynb #pre-all
 _DIGITS_OTHER_KINDS = _FLOW_DIGITS["train"] | _GAN_DIGITS["train"] | _SCORE_DIGITS["train"]
 PRESETS: dict[str, dict[str, dict[str, dict[str, Any]]]] = {
     "paper": {"*": {
