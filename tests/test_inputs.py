@@ -43,6 +43,7 @@ from robust_jem.judge.sample_scores import (
 )
 from robust_jem.judge.curves import masking_verdict
 from robust_jem.judge.foreign import check_classifier, import_model
+from robust_jem.judge.likelihood import bits_per_dim
 from robust_jem.judge.sweep import FrechetTo
 from robust_jem.networks.wide_resnet import WideResNet
 from robust_jem.report.figures import SuiteResults
@@ -477,6 +478,18 @@ def test_every_module_is_in_its_own_mode_afterwards(fails, digits):
         assert state(model) == before
 
 
+class Density(nn.Module):
+    "A normalised density that may only be asked in evaluation mode, as one with dropout."
+
+    def log_density(self, x, y=None):
+        return x.new_full((len(x),), torch.nan) if self.training else x.flatten(1).sum(1)
+
+
+def test_a_density_is_asked_in_evaluation_mode(digits):
+    density = Density().train()
+    assert bits_per_dim(density, digits.test_x[:4]).isfinite().all() and density.training
+
+
 def test_modes_are_back_when_an_evaluation_within_another_fails():
     model = Frozen()
     before = state(model)
@@ -883,6 +896,14 @@ ODD_CALLS = {
     "fewer than no strangers": lambda d, m: ood_images("rotated", d.test_x, -3),
     "labels as floats in a data set": lambda d, m: Images(
         "mine", d.train_x, d.train_y.float(), d.test_x, d.test_y, d.classes),
+    "arrays in a data set": lambda d, m: Images(
+        "mine", d.train_x.numpy(), d.train_y, d.test_x, d.test_y, d.classes),
+    "lists in a data set": lambda d, m: Images(
+        "mine", d.train_x, d.train_y.tolist(), d.test_x, d.test_y, d.classes),
+    "chains of another shape": lambda d, m: ReplayBuffer(4, UniformPrior((1, 8, 8))).fill(
+        torch.zeros(4, 3, 8, 8), [0, 1, 2, 3]),
+    "grey levels as floats for bits": lambda d, m: bits_per_dim(Density(), to_unit(d.test_x[:2])),
+    "bits in batches of none": lambda d, m: bits_per_dim(Density(), d.test_x[:2], batch_size=0),
     "labels in a column in a data set": lambda d, m: Images(
         "mine", d.train_x, d.train_y[:, None], d.test_x, d.test_y, d.classes),
     "weights that don't exist yet": lambda d, m: accuracy(

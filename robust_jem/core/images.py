@@ -94,6 +94,8 @@ class Images:
             object.__setattr__(self, "fingerprint", found)
 
     def _check_split(self, where: str, x: Tensor, y: Tensor):
+        for tensor in (x, y):
+            _check_tensor(where, tensor)
         if x.dtype != torch.uint8 or x.ndim != 4:
             raise InputError(f"{where}: expects uint8 images [N,C,H,W], got {x.dtype} {tuple(x.shape)}")
         if x.shape[-1] != x.shape[-2]:

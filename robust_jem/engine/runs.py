@@ -249,9 +249,10 @@ class Run(RunImages):
         Raises `InputError` for other images or labels: floats would be read as grey levels.
         """
         x, y = tensors["x"], tensors["y"]
-        if x.dtype != torch.uint8 or x.ndim != 4:
-            raise InputError(f"samples: {x.dtype} {tuple(x.shape)}; expected uint8 images [N,C,H,W], see to_uint8")
-        as_labels(y, len(x))
+        if not isinstance(x, Tensor) or x.dtype != torch.uint8 or x.ndim != 4:
+            raise InputError(f"samples: {type(x).__name__} {getattr(x, 'dtype', '')} {tuple(getattr(x, 'shape', ()))}; "
+                             "expected a tensor of uint8 images [N,C,H,W], see to_uint8")
+        tensors = tensors | {"y": as_labels(y, len(x))}
         write_tensors(self.path / "samples" / name / "images.safetensors", tensors)
         write_json(self.path / "samples" / name / "summary.json", summary)       # last: it marks the set as finished
 
