@@ -335,7 +335,7 @@ def as_number(
         raise InputError(f"{what}: {value} is not finite; accepted: {needed}")
     if value < low or above and value == low:
         raise InputError(f"{what}: {value} is too low; accepted: {needed}")
-    most = 2**63 - 1 if isinstance(value, numbers.Integral) else 1e30              # what torch's integers and float32 can hold
+    most = 2**63 - 1 if isinstance(value, numbers.Integral) else 1e30      # what int64 and float32 hold
     if abs(value) > most:
         raise InputError(f"{what}: {value:.3g} is too high; accepted: {needed}, and at most {most:.2g}")
     return value
