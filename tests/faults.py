@@ -42,7 +42,7 @@ from robust_jem.judge import calibration, diversity, extractors, ood, robustness
 from robust_jem.judge import evaluate as judge_evaluate
 from robust_jem.networks import wide_resnet
 from robust_jem.report import tables
-from robust_jem.systems import hybrid
+from robust_jem.systems import hybrid_sampling
 from robust_jem.systems.catalog import EvaluateConfig, GenerateConfig, TrainConfig, configure, sample_plan
 
 REPO = Path(__file__).resolve().parent.parent
@@ -953,7 +953,7 @@ def calls_of_runs(t):
     other = RobustJEM(t.model, UniformPrior((1, 8, 8)), t.run.config, t.images.classes, (1, 8, 8))
 
     def generate(*a, **kw):
-        return hybrid.generate(t.model, t.prior, t.y, *a, **kw)
+        return hybrid_sampling.generate(t.model, t.prior, t.y, *a, **kw)
 
     def fit(**kw):
         return train(configure(TrainConfig, **{"out": "new"} | kw), progress=False)

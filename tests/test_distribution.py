@@ -50,7 +50,7 @@ def measure(norm, at):
     adv, sampled = (x + 0.1 * torch.randn(x.shape, generator=g, dtype=torch.float64) for _ in range(2))
     mine = slice(at.world.rank, None, at.world.size)
     network.train()
-    loss, _ = system.loss(y[mine], x[mine], adv[mine], x[mine], sampled[mine])
+    loss, _ = system.hot_paths(state.stepper).loss(y[mine], x[mine], adv[mine], x[mine], sampled[mine])
     state.stepper.optimize("network", loss)
     gradient = torch.cat([p.grad.flatten() for p in network.parameters()])
     state.stepper.average(system.statistics())

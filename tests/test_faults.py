@@ -26,7 +26,7 @@ from robust_jem.engine.runs import Run
 from robust_jem.engine.runtime import OutOfTime
 from robust_jem.engine.pretrained import RobustJEM
 from robust_jem.engine.train import train
-from robust_jem.systems.hybrid import HybridRecovery
+from robust_jem.systems.hybrid_settings import HybridRecovery
 from robust_jem.systems.catalog import EvaluateConfig, GenerateConfig, TrainConfig, configure
 
 QUIET = pytest.mark.filterwarnings("ignore::UserWarning")

@@ -33,7 +33,8 @@ from robust_jem.judge.ood import detect_ood, ood_images, ood_scores
 from robust_jem.judge.robustness import accuracy, autoattack_accuracy, robust_accuracy, zero_gradients
 from robust_jem.judge.sample_scores import quality, reference_statistics
 from robust_jem.judge.foreign import check_classifier
-from robust_jem.systems.hybrid import Chain, generate, run_chains
+from robust_jem.systems.hybrid_sampling import generate, run_chains
+from robust_jem.systems.hybrid_settings import Chain
 
 K, N = 4, 12
 
@@ -157,13 +158,13 @@ TABLE = {
     "extractors.extract_once": ("x", lambda s: extract_once(Pixels(), s.x, None)[0]),
     "sample_scores.quality": ("x", lambda s: quality(Pixels(), s.x, REFERENCE)["FD-pixels"]),
     "foreign.check_classifier": ("m", lambda s: check_classifier(s.model, IMAGES, "mine")),
-    "hybrid.run_chains": ("mxy", lambda s: run_chains(s.model, s.x, CHAIN, s.y, generator())),
-    "hybrid.generate": ("my", lambda s: generate(
+    "hybrid_sampling.run_chains": ("mxy", lambda s: run_chains(s.model, s.x, CHAIN, s.y, generator())),
+    "hybrid_sampling.generate": ("my", lambda s: generate(
         s.model, PRIOR, s.y, generator=generator(), attack={"steps": 2, "statistics": None},
         chain={"outer_steps": 2, "inner_steps": 1, "statistics": None})),
 }
 # These want labels of every class; the others want labels that are mostly right.
-EVEN = ("priors", "replay", "diversity", "hybrid.generate")
+EVEN = ("priors", "replay", "diversity", "hybrid_sampling.generate")
 
 REASONS = {
     "extractors.Extractor": "its methods are called by extract, which has looked at the images",
@@ -198,8 +199,8 @@ REASONS = {
     "wide_resnet.WideResNet": "a module: types and shapes are checked, ranges aren't, for it trains on noisy images",
     "fused.can_fuse": "looks at layers",
     "fused.fused_forward": "a network's own forward pass on a GPU",
-    "hybrid.HotPaths": "an update's own parts, in a block of trusted_inputs",
-    "hybrid.Hybrid": "a system, called by the loop; log_density is energy, sample is generate",
+    "hybrid_update.HotPaths": "an update's own parts, in a block of trusted_inputs",
+    "hybrid.EnergyClassifier": "a system, called by later stages; log_density is energy, sample is generate",
 }
 def modules_of(room):
     "The names of a room's modules."
@@ -210,7 +211,7 @@ MODULES = {
     "ebm": modules_of("ebm"),
     "judge": modules_of("judge"),
     "networks": ("wide_resnet", "fused"),       # the others are layers of systems, called by these
-    "systems": ("hybrid",),
+    "systems": ("hybrid_settings", "hybrid_sampling", "hybrid_update", "hybrid"),
 }
 TAKEN = {"x", "x0", "y", "model", "x_clean", "inside"}
 
@@ -306,7 +307,7 @@ LABELS = {
 # Of these, too few labels are as many as are wanted.
 DRAWS = (
     "priors.GaussianMixturePrior.sample", "priors.CompactGaussianPrior.sample", "priors.UniformPrior.sample",
-    "hybrid.generate",
+    "hybrid_sampling.generate",
 )
 # A buffer doesn't know how many classes there are; of AutoAttack's few labels no fewer are given.
 UNTOLD = {("replay.ReplayBuffer.fill", "out of range"), ("robustness.autoattack_accuracy", "too few")}
@@ -512,7 +513,7 @@ def test_any_number_of_classes(name, classes):
     y = model(X).argmax(1)
     got = outcome(name, model=model, **({} if name == "foreign.check_classifier" else {"y": y}))
     few = name == "robustness.autoattack_accuracy" and classes < 4
-    if few or name in ("foreign.check_classifier", "hybrid.generate"):            # these have classes of their own
+    if few or name in ("foreign.check_classifier", "hybrid_sampling.generate"):   # these have classes of their own
         return
     assert not isinstance(got, InputError), got
     assert torch.as_tensor(got).isfinite().all()

@@ -48,7 +48,7 @@ from robust_jem.judge.sweep import FrechetTo
 from robust_jem.networks.wide_resnet import WideResNet
 from robust_jem.report.figures import SuiteResults
 from robust_jem.systems.catalog import TrainConfig, configure
-from robust_jem.systems.hybrid import generate, run_chains
+from robust_jem.systems.hybrid_sampling import generate, run_chains
 
 N = 40
 

@@ -12,7 +12,7 @@ from robust_jem.engine.runs import Run
 from robust_jem.engine.sample import generate_samples
 from robust_jem.engine.train import train
 from robust_jem.systems.catalog import GenerateConfig, TrainConfig, configure
-from robust_jem.systems.hybrid import generate
+from robust_jem.systems.hybrid_sampling import generate
 
 ROWS = ("jem", "jem_factored", "igebm")
 UPDATES = dict(jem=80, jem_factored=120, igebm=120)     # of the class-conditional rows each takes twice as long

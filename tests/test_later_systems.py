@@ -77,8 +77,9 @@ def test_sam_is_the_two_pass_formula():
     system, step = in_training("sada_jem", objective=dict(sharpness=0.3), chain=dict(outer_steps=0))
     start = copy.deepcopy(system.network).double().train()
     images = []
-    loss = system.loss
-    system.loss = lambda y, *x, energies=None: images.append((y, x)) or loss(y, *x, energies=energies)
+    hot = system.hot_paths(step)
+    loss = hot.loss
+    hot.loss = lambda y, *x, energies=None: images.append((y, x)) or loss(y, *x, energies=energies)
     system.update(a_batch(), step)
     (y, (clean, _, real, sampled, *_)), again = images
     assert torch.equal(again[1][0], clean)
@@ -114,8 +115,9 @@ def test_sams_second_pass_leaves_the_running_statistics_of_the_first():
 def test_sada_jem_sees_fewer_images_in_the_likelihood_and_none_of_them_augmented():
     system, step = in_training("sada_jem", augment=dict(pad=2, flip=True), replay=dict(batch_size=24))
     seen = []
-    loss = system.loss
-    system.loss = lambda y, *x, energies=None: seen.append(x) or loss(y, *x, energies=energies)
+    hot = system.hot_paths(step)
+    loss = hot.loss
+    hot.loss = lambda y, *x, energies=None: seen.append(x) or loss(y, *x, energies=energies)
     system.update(a_batch(), step)
     clean, adversarial, real, sampled, *labels = seen[0]
     assert len(clean) == 64 and len(real) == len(sampled) == 24 and adversarial is None and labels == [None, None]
@@ -124,11 +126,11 @@ def test_sada_jem_sees_fewer_images_in_the_likelihood_and_none_of_them_augmented
 
 
 def test_m_ebms_penalty():
-    system, _ = in_training("m_ebm")
+    system, step = in_training("m_ebm")
     x, z, y = torch.randn(5, 1, 8, 8).clamp(-1, 1), torch.randn(5, 1, 8, 8).clamp(-1, 1), torch.arange(5)
     system.network.eval()
     network = copy.deepcopy(system.network).double()
-    loss, _ = system.loss(y, x, None, x, z)
+    loss, _ = system.hot_paths(step).loss(y, x, None, x, z)
     real, sampled = (network(v.double()).logsumexp(1) for v in (x, z))
     expected = F.cross_entropy(network(x.double()), y) - real.mean() + sampled.mean()
     expected += 0.5 * (real.square().mean() + sampled.square().mean())
@@ -151,7 +153,7 @@ def test_dats_loss_and_negatives():
     system.growing.length = 0
     assert torch.equal(system.hot_paths(step).chain(x, y), x)
 
-    loss, _ = system.loss(y, None, x, -x, negatives)
+    loss, _ = system.hot_paths(step).loss(y, None, x, -x, negatives)
     real, sampled = network(-x.double()).logsumexp(1), network(negatives.double()).logsumexp(1)
     told_apart = F.binary_cross_entropy_with_logits(real, torch.ones_like(real))
     told_apart += F.binary_cross_entropy_with_logits(sampled, torch.zeros_like(sampled))

@@ -18,8 +18,8 @@ from robust_jem.ebm.attacks import pgd
 from robust_jem.ebm.priors import UniformPrior
 from robust_jem.ebm.samplers import proximal_sgld, sgld
 from robust_jem.judge import sample_scores
-from robust_jem.systems.hybrid import Chain
-from robust_jem.systems.hybrid import METHODS, generate
+from robust_jem.systems.hybrid_sampling import generate
+from robust_jem.systems.hybrid_settings import METHODS, Chain
 
 modest = settings(max_examples=30, deadline=None, derandomize=True)
 

@@ -21,7 +21,7 @@ from robust_jem.ebm.samplers import proximal_sgld, sgld
 from robust_jem.judge.robustness import accuracy, autoattack_accuracy, robust_accuracy
 from robust_jem.report.tables import ReportConfig
 from robust_jem.systems.catalog import PRESETS, SYSTEMS, EvaluateConfig, GenerateConfig, TrainConfig, configure
-from robust_jem.systems.hybrid import HybridConfig
+from robust_jem.systems.hybrid_settings import HybridConfig
 
 modest = settings(max_examples=30, deadline=None, derandomize=True)
 seeds = st.integers(0, 2**32)

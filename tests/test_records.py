@@ -26,7 +26,7 @@ from robust_jem.engine.sample import generate_samples
 from robust_jem.judge.extractors import feature_extractor
 from robust_jem.systems import hybrid
 from robust_jem.systems.catalog import TrainConfig, build_system, configure
-from robust_jem.systems.hybrid import HybridConfig, HybridSampling
+from robust_jem.systems.hybrid_settings import HybridConfig, HybridSampling
 
 SMALL = ("--num-samples", 12, "--batch-size", 3, "--chain.outer-steps", 1, "--device", "cpu")
 

@@ -16,7 +16,7 @@ from robust_jem.core.images import load_images
 from robust_jem.engine.pretrained import RobustJEM
 from robust_jem.systems.base import TrainConfig
 from robust_jem.systems.catalog import configure
-from robust_jem.systems.hybrid import build_model
+from robust_jem.systems.hybrid_settings import build_model
 
 sys.path.insert(0, str(REPO / "docs"))
 import api  # noqa: E402
@@ -282,7 +282,7 @@ def test_a_modules_table_names_what_it_has():
 
 
 def test_settings_are_documented_with_their_ranges():
-    table = api.document("systems.hybrid", "Attack")
+    table = api.document("systems.hybrid_settings", "Attack")
     assert "| `` eps `` | `float ≥0 = 0.1` | radius on the [-1,1] scale (paper) |" in table
     assert "| `` step_size `` | `float \\| None ≥1e-09 = None` | none: 2.5 eps / steps |" in table
     assert "_ArgConfig" not in table

@@ -20,7 +20,7 @@ from ..engine.checkpoints import TrainState
 from ..engine.runtime import Execution, Policy, choose_policy
 from ..judge.sample_scores import frechet_distance, moments
 from ..systems.catalog import TrainConfig
-from ..systems.hybrid import generate
+from ..systems.hybrid_sampling import generate
 
 # %% ../../nbs/bench/02_workloads.ipynb #176c4c73
 WORKLOADS = ("sampler", "attack", "update", "prior", "generation", "scoring")

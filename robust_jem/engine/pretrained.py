@@ -26,7 +26,8 @@ from .runs import Run
 from ..networks.wide_resnet import WideResNet
 from ..systems.base import GenerateConfig
 from ..systems.catalog import SYSTEMS, configure, load_config
-from ..systems.hybrid import HybridConfig, build_prior, generate
+from ..systems.hybrid_sampling import generate
+from ..systems.hybrid_settings import HybridConfig, build_prior
 
 # %% ../../nbs/engine/09_pretrained.ipynb #131c9f7a
 class RobustJEM:

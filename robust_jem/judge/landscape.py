@@ -18,7 +18,7 @@ from ..engine.runtime import at_a_size_that_fits
 from .sample_scores import draw_test_images, reference_choice
 from .targets import EvalTarget
 from ..systems.catalog import EvaluateConfig
-from ..systems.hybrid import run_chains
+from ..systems.hybrid_sampling import run_chains
 
 # %% ../../nbs/judge/15_landscape.ipynb #f3a31156
 @trusted_inputs()

@@ -22,7 +22,8 @@ from .ood import ood_scores
 from .probes import CLASSIFIER, capabilities_of
 from .zoo import in_a_zoo, zoo_model
 from ..systems.catalog import SYSTEMS, EvaluateConfig, GenerateConfig, TrainConfig, configure
-from ..systems.hybrid import build_prior, generate
+from ..systems.hybrid_sampling import generate
+from ..systems.hybrid_settings import build_prior
 
 # %% ../../nbs/judge/12_targets.ipynb #e8ecc7d9
 @dataclass

@@ -23,7 +23,8 @@ from .figures import SuiteResults, distal_sheet, draw, reliability, robustness_c
 from .results import SAMPLE_SCORES
 from .tables import grid_markdown
 from ..systems.catalog import SYSTEMS, TrainConfig, system_class
-from ..systems.hybrid import Hybrid, HybridConfig
+from ..systems.hybrid import Hybrid
+from ..systems.hybrid_settings import HybridConfig
 
 # %% ../../nbs/report/05_card.ipynb #2a75dd3c
 def percent(
