@@ -575,10 +575,47 @@ def commands():
     for name, write in hostile.EXTRACTORS.items():
         found[f"extractor: {name}"] = lambda here, write=write: write(here / "net.pt"), evaluate_with("net.pt")
     no_settings = Path("runs/robust_jem/samples/energy/summary.json")
-    found |= models_from_elsewhere()
+    found |= models_from_elsewhere() | later_commands(small)
     nowhere = ["evaluate", "--run", "runs/pets", "--root", "nowhere", "--device", "cpu"]
     found["data that moved"] = data_that_moved, nowhere
     found["samples: no settings"] = lambda _: no_settings.write_text("{}"), evaluate_with("classifier:runs/judge")
+    return found
+
+
+LATER = (
+    "sample", "sample nowhere", "sample runs/robust_jem", "sample pretrained --classes 10",
+    "sample pretrained --per-class 101", "sample pretrained --out sheet.txt", "sample pretrained --animate sheet.png",
+    "sample pretrained --device gpu", "sample pretrained --out pretrained/config.json/sheet.png",
+    "export", "export nowhere", "export runs", "export runs/judge", "export runs/robust_jem --name gan",
+    "export runs/robust_jem --to jpg", "export runs/robust_jem --name a/b", "export runs/robust_jem/samples",
+    "export runs/robust_jem --out runs/robust_jem/config.json", "doctor --device gpu", "doctor nowhere",
+    *(f"evaluate --model-data digits --device cpu --out judged --model {model}" for model in (
+        "timm:", "torchvision:", "robustbench:", "torchvision:nosuch", "torchvision:resnet18",
+        "torchvision:resnet18@nowhere.pt", "torchvision:resnet18@runs")),
+)
+PRETRAINED = {"cut off": lambda b: b[:60], "empty": lambda b: b"", "a list": lambda b: b"[1]"}
+
+
+def with_pretrained(here, file="", damage=None):
+    "A pretrained folder beside the runs, one file of which is damaged."
+    RobustJEM.from_run("runs/robust_jem").save_pretrained("pretrained")
+    if file:
+        path = here / "pretrained" / file
+        path.write_bytes(damage(path.read_bytes()))
+
+
+def later_commands(small):
+    "Those of `sample`, `export` and `doctor`, of models from other libraries, and of later systems."
+    found = {line: (with_pretrained if "pretrained" in line else None, line.split()) for line in LATER}
+    for system in ("sada_jem", "m_ebm", "l2_robust_classifier", "dat", "robust_jem_fast"):
+        for wrong in ("--attack.eps nan", "--augment.pad 8", "--optimizer.batch-size 5000"):
+            argv = ["train", *small, "--system", system, "--out", "new", *wrong.split()]
+            found[f"{system} {wrong}"] = None, argv
+    found["growth below chance"] = None, ["train", *small, "--system", "dat", "--out", "new", "--chain.growth", "0.3"]
+    for file in ("config.json", "model.safetensors", "prior.safetensors"):
+        for name, damage in PRETRAINED.items():
+            prepare = partial(with_pretrained, file=file, damage=damage)
+            found[f"pretrained {file}: {name}"] = prepare, ["sample", "pretrained", "--device", "cpu"]
     return found
 
 
@@ -771,6 +808,8 @@ def calls_of_inputs(t):
             *(partial(robustness.accuracy, m, raw, wrong) for wrong in labels),
             *(partial(robustness.robust_accuracy, m, raw, wrong, 0.1) for wrong in labels),
             *(partial(robustness.autoattack_accuracy, m, raw, wrong, 0.1) for wrong in labels),
+            partial(robustness.accuracy, m, raw, y.to("meta")), partial(robustness.robust_accuracy, m, raw, y, 0.1,
+                                                                        seed="a"),
             partial(calibration.calibration, t.logits, y[:, None]), partial(calibration.calibration, t.logits, t.real),
             partial(diversity.class_frechet, f[:4], y[:, None], f[:4], y, 10)),
         "pixels": (

@@ -534,6 +534,8 @@ CONFIGS = {
     "a number as text": lambda c: json.dumps(c | {"optimizer": c["optimizer"] | {"lr": "0.1"}}).encode(),
     "true as a number": lambda c: json.dumps(c | {"schedule": c["schedule"] | {"epochs": True}}).encode(),
     "null": lambda c: json.dumps(c | {"seed": None}).encode(),
+    "no settings": lambda c: b"{}",
+    "no system": lambda c: json.dumps({k: v for k, v in c.items() if k != "system"}).encode(),
     "NaN": lambda c: json.dumps(c | {"optimizer": c["optimizer"] | {"lr": float("nan")}}).encode(),
     "Infinity": lambda c: json.dumps(c | {"recovery": c["recovery"] | {"gap_limit": float("inf")}}).encode(),
     "a nested list": lambda c: json.dumps(c | {"schedule": c["schedule"] | {"milestones": [[1]]}}).encode(),

@@ -11,6 +11,7 @@ import warnings
 from contextlib import nullcontext
 from types import SimpleNamespace
 
+import pandas as pd
 import pytest
 import torch
 from torch import nn
@@ -285,7 +286,14 @@ LABELS = {
     "uint8": (lambda y: y.to(torch.uint8), True),
     "numpy": (lambda y: y.numpy(), True),
     "list": (lambda y: y.tolist(), True),
+    "backwards in memory": (lambda y: y.numpy()[::-1].copy()[::-1], True),
+    "of another byte order": (lambda y: y.numpy().astype(">i4"), True),
+    "uint16": (lambda y: y.numpy().astype("uint16"), True),
+    "column of a table": (lambda y: pd.Series(y.numpy(), index=range(5, 5 + len(y))), True),
+    "list of tensors": (lambda y: list(y), True),
     "float": (lambda y: y.float(), False),
+    "complex": (lambda y: y.to(torch.complex64), False),
+    "meta": (lambda y: y.to("meta"), False),
     "column": (lambda y: y[:, None], False),
     "one-hot": (lambda y: torch.eye(K).long()[y], False),
     "out of range": (lambda y: torch.where(y == 3, 4, y), False),
@@ -328,6 +336,9 @@ PIXELS = {
     "list": (lambda: X.tolist(), True),
     "float64": (lambda: X.double(), True),
     "not contiguous": (lambda: X.to(memory_format=torch.channels_last), True),
+    "backwards in memory": (lambda: X.numpy()[::-1].copy()[::-1], True),
+    "of another byte order": (lambda: X.numpy().astype(">f4"), True),
+    "list of tensors": (lambda: list(X), True),
     "with a gradient": (lambda: X.clone().requires_grad_(), True),
     "0..1": (lambda: X8 / 255, False),
     "0..255": (lambda: X8.float(), False),
@@ -338,13 +349,17 @@ PIXELS = {
     "channels last": (lambda: torch.full((N, 8, 8, 3), -0.5), False),
     "text": (lambda: "digits", False),
     "none": (lambda: None, False),
+    "one pixel NaN": (lambda: torch.where(torch.arange(X.numel()).view_as(X) == 7, torch.nan, X), False),
+    "meta": (lambda: X.to("meta"), False),
+    "float8": (lambda: X.to(torch.float8_e4m3fn), False),
+    "no pixels": (lambda: X[..., :0], False),
     "complex": (lambda: X.to(torch.complex64), False),
     "sparse": (lambda: X.to_sparse(), False),
 }
 # Chains are stored as they are, once their type and shape fit.
 STORES = {
     "replay.ReplayBuffer.store": {"uint8": False, "numpy uint8": False, "0..1": None, "0..255": None, "NaN": None,
-                                  "infinite": None},
+                                  "infinite": None, "one pixel NaN": None},
     "replay.ReplayBuffer.fill": {"0..1": None, "0..255": None},
     "samplers.mala": {"one image": None, "float64": None, "0..1": None, "0..255": None},     # of any law
     "attacks.attack_start": {"one image": None, "float64": None},            # any points; other random numbers

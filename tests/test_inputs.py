@@ -16,12 +16,14 @@ from PIL import Image
 from torch import nn
 
 from robust_jem.app.cli import main
+from robust_jem.bench.comparison import all_logits
 from robust_jem.core.errors import InputError
 from robust_jem.core.files import fingerprint, read_json, write_json
-from robust_jem.core.images import Images, add_noise, augment, load_images, to_uint8, to_unit
+from robust_jem.core.images import Batches, Images, add_noise, augment, load_images, to_uint8, to_unit
 from robust_jem.core.inputs import evaluating
-from robust_jem.ebm.attacks import pgd
+from robust_jem.ebm.attacks import attack_start, climb, pgd
 from robust_jem.ebm.energy import conditional_density, detect, joint_energy, marginal_energy
+from robust_jem.ebm.growth import GrowingLength, area_under_roc
 from robust_jem.ebm.objectives import Terms, hybrid_loss
 from robust_jem.ebm.priors import GaussianMixturePrior, UniformPrior
 from robust_jem.ebm.replay import ReplayBuffer
@@ -41,7 +43,10 @@ from robust_jem.judge.sample_scores import (
 )
 from robust_jem.judge.curves import masking_verdict
 from robust_jem.judge.foreign import check_classifier, import_model
+from robust_jem.judge.likelihood import bits_per_dim
+from robust_jem.judge.sweep import FrechetTo
 from robust_jem.networks.wide_resnet import WideResNet
+from robust_jem.report.figures import SuiteResults
 from robust_jem.systems.catalog import TrainConfig, configure
 from robust_jem.systems.hybrid_sampling import generate, run_chains
 
@@ -330,6 +335,20 @@ def test_a_model_is_known_by_its_code_and_its_weights(here, cli, monkeypatch):
     assert changed[1]["answers"] == changed[0]["answers"] != plain["answers"]
 
 
+def test_what_other_code_left_behind_is_not_in_the_card(here, cli, monkeypatch):
+    "A part that isn't measured again, while another is."
+    monkeypatch.syspath_prepend(str(here))
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    (here / "parts.py").write_text("scale = 1\n")
+    argv = ["evaluate", "--model", "judged:make", "--model-data", "digits", "--out", "judged", "--device", "cpu"]
+    for factor, part in ((1, "distal"), (2, "calibration")):
+        (here / "judged.py").write_text(CODE.format(seed=0, factor=factor))
+        for name in ("judged", "parts"):
+            monkeypatch.delitem(sys.modules, name, raising=False)
+        assert cli(*argv, "--suite", part).code == 0
+        assert list(SuiteResults("judged").parts) == [part]
+
+
 def test_samples_drawn_again_are_judged_again_by_the_suite(evaluated, cli):
     "Other images under the same settings."
     argv = ["evaluate", evaluated, "--suite", "landscape", "--device", "cpu", "--attack-steps", 1]
@@ -402,13 +421,13 @@ class Frozen(nn.Module):
             nn.Flatten(),
             nn.Linear(144, 10),
         )
-        self.fails = False
+        self.fails = None
         self.train()
         self.net[1].eval()
 
     def forward(self, x):
         if self.fails:
-            raise ValueError("out of order")
+            raise self.fails
         return self.net(x)
 
 
@@ -432,7 +451,7 @@ def state(model):
     )
 
 
-@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("fails", [None, ValueError("out of order"), KeyboardInterrupt(), MemoryError()], ids=repr)
 def test_every_module_is_in_its_own_mode_afterwards(fails, digits):
     model = Frozen()
     model.fails = fails
@@ -448,14 +467,27 @@ def test_every_module_is_in_its_own_mode_afterwards(fails, digits):
         lambda: detect_ood(model, x, {"same": x}),
         lambda: check_classifier(model, digits, "frozen"),
         lambda: extract(extractor, x),
+        lambda: all_logits(model, x),
     )
     for measure in measures:
         if fails:
-            with pytest.raises(ValueError):
+            with pytest.raises((ValueError, KeyboardInterrupt, MemoryError)):
                 measure()
         else:
             measure()
         assert state(model) == before
+
+
+class Density(nn.Module):
+    "A normalised density that may only be asked in evaluation mode, as one with dropout."
+
+    def log_density(self, x, y=None):
+        return x.new_full((len(x),), torch.nan) if self.training else x.flatten(1).sum(1)
+
+
+def test_a_density_is_asked_in_evaluation_mode(digits):
+    density = Density().train()
+    assert bits_per_dim(density, digits.test_x[:4]).isfinite().all() and density.training
 
 
 def test_modes_are_back_when_an_evaluation_within_another_fails():
@@ -598,6 +630,26 @@ def test_unusable_models_are_one_line(forward, says, here, cli, monkeypatch):
     assert done.code == 2 and says in done.err and len(done.err.strip().splitlines()) == 1, done.err
 
 
+def test_a_mark_before_the_settings_is_read_over(tmp_path):
+    "Editors on Windows write one."
+    (tmp_path / "config.json").write_bytes(b'\xef\xbb\xbf{"seed": 3}')
+    assert read_json(tmp_path / "config.json") == {"seed": 3}
+
+
+@pytest.mark.parametrize("file", ["summary.json", "samples/energy/summary.json"])
+def test_a_summary_that_lacks_something_is_named_by_the_suite(file, runs, cli):
+    (runs / "robust_jem" / file).write_text("{}")
+    done = cli("evaluate", "runs/robust_jem", "--suite", "calibration", "--device", "cpu")
+    assert done.code == 2 and f"{file}: lacks" in done.err and len(done.err.strip().splitlines()) == 1, done.err
+
+
+def test_a_report_names_the_damaged_file_alone(evaluated, cli):
+    "Removing the scores, which was said to help, wouldn't."
+    (evaluated / "summary.json").write_text("[]")
+    done = cli("report", "--runs", evaluated.parent)
+    assert done.code == 2 and "summary.json: holds a list" in done.err and "remove the scores" not in done.err
+
+
 # F. The world around
 
 
@@ -691,11 +743,12 @@ def test_a_console_without_some_characters(evaluated, command, monkeypatch):
     printed = Path("report.txt").read_bytes().decode("cp1252")
     assert done.returncode == 0 and b"UnicodeEncodeError" not in done.stderr, done.stderr
     assert "PGD accuracy, ? = 0.2 %" in printed and "Robust JEM" in printed
-    console = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
-    monkeypatch.setattr(sys, "stdout", console)
-    assert main(["report", "--runs", str(evaluated.parent)]) == 0
-    console.flush()
-    assert b"Robust JEM" in console.buffer.getvalue() and console.buffer.getvalue().isascii()
+    for errors in ("strict", "surrogateescape"):                    # the latter is what the C locale has
+        console = io.TextIOWrapper(io.BytesIO(), encoding="ascii", errors=errors)
+        monkeypatch.setattr(sys, "stdout", console)
+        assert main(["report", "--runs", str(evaluated.parent)]) == 0
+        console.flush()
+        assert b"Robust JEM" in console.buffer.getvalue() and console.buffer.getvalue().isascii()
 
 
 # E. Messages
@@ -791,6 +844,15 @@ def test_a_pretrained_folder_is_sampled(runs, cli):
     assert torch.equal(Run("pretrained").samples("new")[0], Run("runs/robust_jem").samples("new")[0])
 
 
+def test_a_pretrained_folder_is_judged(runs, cli):
+    "Its card tells what is known without the run."
+    RobustJEM.from_run("runs/robust_jem").save_pretrained("pretrained")
+    for folder in ("runs/robust_jem", "pretrained"):
+        assert cli("evaluate", folder, "--suite", "calibration", "--device", "cpu").code == 0
+    found = [read_json(Path(folder) / "suite/calibration.json")["ECE"] for folder in ("runs/robust_jem", "pretrained")]
+    assert found[0] == found[1] and "from_pretrained(" in Path("pretrained/suite/MODEL_CARD.md").read_text()
+
+
 def test_samples_to_keep_are_grey_levels(runs):
     run = Run("runs/robust_jem")
     x, y, summary = run.samples("energy")
@@ -834,6 +896,14 @@ ODD_CALLS = {
     "fewer than no strangers": lambda d, m: ood_images("rotated", d.test_x, -3),
     "labels as floats in a data set": lambda d, m: Images(
         "mine", d.train_x, d.train_y.float(), d.test_x, d.test_y, d.classes),
+    "arrays in a data set": lambda d, m: Images(
+        "mine", d.train_x.numpy(), d.train_y, d.test_x, d.test_y, d.classes),
+    "lists in a data set": lambda d, m: Images(
+        "mine", d.train_x, d.train_y.tolist(), d.test_x, d.test_y, d.classes),
+    "chains of another shape": lambda d, m: ReplayBuffer(4, UniformPrior((1, 8, 8))).fill(
+        torch.zeros(4, 3, 8, 8), [0, 1, 2, 3]),
+    "grey levels as floats for bits": lambda d, m: bits_per_dim(Density(), to_unit(d.test_x[:2])),
+    "bits in batches of none": lambda d, m: bits_per_dim(Density(), d.test_x[:2], batch_size=0),
     "labels in a column in a data set": lambda d, m: Images(
         "mine", d.train_x, d.train_y[:, None], d.test_x, d.test_y, d.classes),
     "weights that don't exist yet": lambda d, m: accuracy(
@@ -853,6 +923,37 @@ ODD_CALLS = {
     "a draw of fewer than none": lambda d, m: draw_test_images(d, -1),
     "noise on grey levels": lambda d, m: add_noise(d.test_x, 0.1),
     "one image to augment": lambda d, m: augment(d.test_x[0]),
+    "no name for strangers": lambda d, m: ood_images("", d.test_x, 3),
+    "a radius of another type": lambda d, m: attack_start(to_unit(d.test_x[:2]), "0.1"),
+    "steps by half of a climb": lambda d, m: climb(
+        m, to_unit(d.test_x[:2]), to_unit(d.test_x[:2]), [0, 1], 0.1, 0.1, 1.5),
+    "a start of a climb in words": lambda d, m: climb(m, to_unit(d.test_x[:2]), "x", [0, 1], 0.1, 0.1, 1),
+    "targeted in words": lambda d, m: robust_accuracy(m, d.test_x[:4], d.test_y[:4], 0.1, targeted="no"),
+    "a start in words": lambda d, m: pgd(m, to_unit(d.test_x[:2]), [0, 1], 0.1, 2, random_start="no"),
+    "a radius that float32 lacks": lambda d, m: pgd(m, to_unit(d.test_x[:2]), [0, 1], 1e300, 2),
+    "a batch size that int64 lacks": lambda d, m: accuracy(m, d.test_x[:4], d.test_y[:4], 2**70),
+    "a seed of a half": lambda d, m: draw_test_images(d, 3, 0.5),
+    "a seed in words": lambda d, m: robust_accuracy(m, d.test_x[:4], d.test_y[:4], 0.1, seed="a"),
+    "a seed in words of AutoAttack": lambda d, m: autoattack_accuracy(m, d.test_x[:4], d.test_y[:4], 0.1, seed="a"),
+    "means in words": lambda d, m: frechet_distance("x", np.eye(3), np.zeros(3), np.eye(3)),
+    "another mean than covariance": lambda d, m: FrechetTo(np.zeros(2), np.eye(3)),
+    "another number of features": lambda d, m: FrechetTo(np.zeros(3), np.eye(3))(torch.zeros(4, 2)),
+    "features with NaN": lambda d, m: FrechetTo(np.zeros(3), np.eye(3))(torch.full((4, 3), torch.nan)),
+    "images for logits in words": lambda d, m: all_logits(m, "digits"),
+    "images for logits in 0..1": lambda d, m: all_logits(m, d.test_x[:4] / 255),
+    "logits in batches of none": lambda d, m: all_logits(m, d.test_x[:4], batch_size=0),
+    "a share in words": lambda d, m: masking_verdict("0.1"),
+    "no scores for an area": lambda d, m: area_under_roc(torch.zeros(0), torch.zeros(3)),
+    "a window of none": lambda d, m: GrowingLength(0.8, 10, 0),
+    "a shape by number": lambda d, m: UniformPrior(64),
+    "no classes": lambda d, m: UniformPrior((1, 8, 8), 0),
+    "a threshold in a list": lambda d, m: detect(torch.zeros(2, 3), [0.1]),
+    "a crop by half": lambda d, m: augment(to_unit(d.test_x[:2]), 1.5),
+    "a generator that is none": lambda d, m: augment(to_unit(d.test_x[:2]), 1, generator=0),
+    "noise below none": lambda d, m: add_noise(to_unit(d.test_x[:2]), -0.1),
+    "noise of NaN": lambda d, m: add_noise(to_unit(d.test_x[:2]), float("nan")),
+    "a list of labels to train on": lambda d, m: Batches(d.train_x, d.train_y.tolist(), 8, 0),
+    "batches by half": lambda d, m: Batches(d.train_x, d.train_y, 1.5, 0),
     "a network given grey levels": lambda d, m: WideResNet(10, 1, in_channels=1)(d.test_x[:2]),
     "a network given other channels": lambda d, m: WideResNet(10, 1)(to_unit(d.test_x[:2])),
 }

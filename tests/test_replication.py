@@ -77,7 +77,7 @@ def test_stages_run_alone_one_after_the_other(papermill, runs, here):
 
 
 REFUSED = [         # the fault harness tries these too
-    ("train", dict(epocs=1), "InputError: epocs: unknown field Accepted: device, threads"),
+    ("train", dict(epocs=1), "InputError: epocs: unknown field; accepted: device, threads"),
     ("evaluate", dict(run="nowhere"), "InputError: run: 'nowhere' is no run folder"),
 ]
 

@@ -328,7 +328,7 @@ def _ended(e: BaseException, command: str) -> int:
 def _print_anything():
     "A console or file that lacks a character, a Windows code page's say, gets a replacement instead of an error."
     for stream in (sys.stdout, sys.stderr):
-        if getattr(stream, "errors", "") == "strict":
+        if getattr(stream, "errors", "") in ("strict", "surrogateescape"):         # the latter's in the C locale
             with contextlib.suppress(AttributeError, ValueError):       # not a file of Python's own
                 stream.reconfigure(errors="replace")
 

@@ -14,12 +14,12 @@ import pandas as pd
 import torch
 
 from .compute import spent
-from ..core.files import read_json
+from ..core.files import fingerprint, read_json
 from ..engine.runs import Run, result_cache
 from ..engine.runtime import Execution
 from ..judge.calibration import all_logits, calibration
-from ..judge.ood import detect_ood, ood_images
-from ..judge.robustness import autoattack_accuracy, robust_accuracy
+from ..judge.ood import OOD_SETS, detect_ood, ood_images
+from ..judge.robustness import autoattack_accuracy, robust_accuracy, zero_gradients
 from ..judge.sample_scores import draw_test_images
 from ..judge.sweep import SWEEP_SEED, Nearness, sweep, walks_for
 from ..systems.catalog import SYSTEMS
@@ -64,17 +64,20 @@ def measure_classifier(
     images = run.images()
     settings = dict(weights=run.weights, fingerprint=images.fingerprint, eps=eps, l2_eps=l2_eps, n=number,
                     strangers=list(strangers), precision=at.precision)
+    x, y = draw_test_images(images, number)
+    generator = torch.Generator().manual_seed(0)
+    others = {name: ood_images(name, x, number, generator, run.data_place) for name in strangers}
+    for name in set(strangers) - set(OOD_SETS):                 # not made of the test images: other images may come
+        settings[f"images of {name}"] = fingerprint({"x": others[name]})
 
     def measure():
         model = at.accelerate(run.model(at.device))
-        x, y = draw_test_images(images, number)
         found = {f"PGD-20, {norm} {radius:g}": robust_accuracy(model, x, y, radius, 20, norm, batch_size)
                  for norm, radius in (("linf", eps), ("l2", l2_eps))}
         logits = all_logits(model, images.test_x, at.device, batch_size)
         found["accuracy"] = (logits.argmax(1) == images.test_y).float().mean().item()
         found["ECE"] = calibration(logits, images.test_y)["ECE"]
-        generator = torch.Generator().manual_seed(0)
-        others = {name: ood_images(name, x, number, generator, run.data_place) for name in strangers}
+        found["zero gradients"] = zero_gradients(model, x, y, batch_size)
         found["AUROC"], _ = detect_ood(model, x, others, batch_size)
         return found
 
@@ -113,7 +116,8 @@ def comparison_row(
     row["updates"] = run.summary["updates"]
     row["recoveries"] = run.summary.get("recoveries", 0)
     classifier = kept.get("classifier", {})
-    row |= {k: v for k, v in classifier.items() if k in ("accuracy", "ECE") or k.startswith("PGD")}
+    plain = ("accuracy", "ECE", "zero gradients")
+    row |= {k: v for k, v in classifier.items() if k in plain or k.startswith("PGD")}
     row |= {f"AUROC, {name}": scores["log p(x)"] for name, scores in classifier.get("AUROC", {}).items()}
     for norm in ("linf", "l2"):
         found = kept.get(f"autoattack-{norm}")

@@ -50,8 +50,8 @@ def accepted(
 def _unknown(name: str, kind: type) -> str:
     names = [f.name for f in dataclasses.fields(kind)]
     near = difflib.get_close_matches(name, names, 1)
-    hint = f", did you mean {near[0]}?" if near else ""
-    return f"{name}: unknown field{hint} Accepted: {', '.join(names)}"
+    hint = f", did you mean {near[0]}? Accepted" if near else "; accepted"
+    return f"{name}: unknown field{hint}: {', '.join(names)}"
 
 def _said(e: ValidationError, kind: type) -> str:
     "The first thing that is wrong with a configuration, in one line."

@@ -60,7 +60,7 @@ def write_json(path: Path, value):
 def read_json(path: Path) -> dict:
     "The object in a JSON file; `InputError` where it is missing, damaged or something else."
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8-sig"))        # an editor on Windows puts a mark before it
     except OSError as e:
         raise InputError(f"{path}: can't be read ({e.strerror or e})") from e
     except (ValueError, RecursionError) as e:

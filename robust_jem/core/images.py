@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from numbers import Integral, Real
 from pathlib import Path
 from urllib.error import URLError
 
@@ -93,6 +94,8 @@ class Images:
             object.__setattr__(self, "fingerprint", found)
 
     def _check_split(self, where: str, x: Tensor, y: Tensor):
+        for tensor in (x, y):
+            _check_tensor(where, tensor)
         if x.dtype != torch.uint8 or x.ndim != 4:
             raise InputError(f"{where}: expects uint8 images [N,C,H,W], got {x.dtype} {tuple(x.shape)}")
         if x.shape[-1] != x.shape[-2]:
@@ -159,8 +162,11 @@ def _torchvision(name: str, root: Path, download: bool) -> Images:
     return Images(name, classes=tuple(getattr(data, "classes", map(str, range(10)))), **found)
 
 # %% ../../nbs/core/04_images.ipynb #6dff47e0
-def _listing(folder: Path) -> list[tuple[str, int, int]]:
-    "Relative path, size and modification time of every file below a folder, sorted."
+def _listing(folder: Path) -> list[tuple[str, int, int, int]]:
+    """Relative path, size, and times of modification and change of every file below a folder, sorted.
+
+    What a copy writes into a file while it keeps the date shows in the time of change.
+    """
     found, stack = [], [str(folder)]
     while stack:
         with os.scandir(stack.pop()) as entries:
@@ -171,7 +177,8 @@ def _listing(folder: Path) -> list[tuple[str, int, int]]:
                         stack.append(entry.path)
                     elif entry.is_file():
                         about = entry.stat()
-                        found.append((entry.path[len(str(folder)) + 1:], about.st_size, about.st_mtime_ns))
+                        place = entry.path[len(str(folder)) + 1:]
+                        found.append((place, about.st_size, about.st_mtime_ns, about.st_ctime_ns))
                     else:
                         raise InputError(f"{entry.path}: neither a file nor a folder; remove it")
                 except OSError as e:
@@ -312,8 +319,10 @@ def augment(
     "Random crop after reflection padding, and random horizontal flip, one draw an image (JEM++: pad 4, flip)."
     if not isinstance(x, Tensor) or x.ndim != 4:
         raise InputError(f"images: {tuple(getattr(x, 'shape', ()))}; expected a tensor [B,C,H,W]")
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise InputError(f"generator: {type(generator).__name__} is not accepted; accepted: a torch.Generator")
     b, _, h, w = x.shape
-    if not 0 <= pad < min(h, w):
+    if isinstance(pad, bool) or not isinstance(pad, Integral) or not 0 <= pad < min(h, w):
         raise InputError(f"pad: {pad} is outside 0..{min(h, w) - 1} for {h}x{w} images")
     def draw(high):
         return torch.randint(high, (b, 1), device=x.device, generator=generator)
@@ -334,6 +343,8 @@ def add_noise(
     "Add Gaussian noise; the result isn't clamped, as in JEM's public code."
     if not isinstance(x, Tensor) or not x.is_floating_point():
         raise InputError(f"images: {getattr(x, 'dtype', type(x).__name__)}; expected floats, see to_unit")
+    if isinstance(std, bool) or not isinstance(std, Real) or not 0 <= std < math.inf:
+        raise InputError(f"std: {std!r} is not accepted; accepted: a number of at least 0")
     if std == 0:
         return x
     return torch.randn(x.shape, device=x.device, dtype=x.dtype, generator=generator).mul_(std).add_(x)
@@ -344,6 +355,7 @@ def dequantise(
     generator: torch.Generator | None = None, # on the images' device
 ) -> Tensor: # float32 in [-1 - 1/255, 1 + 1/255], same shape
     "Images at a uniformly random place within their grey levels' cells: `to_unit(x)` plus noise in ±1/255."
+    _check_tensor("dequantise", x)
     noise = torch.rand(x.shape, device=x.device, generator=generator)
     return to_unit(x).add_(noise.sub_(0.5).div_(127.5))
 
@@ -371,9 +383,11 @@ class Batches:
         rank: int = 0, # of several processes, this one: it gets every `size`-th image of each batch
         size: int = 1, # how many processes there are
     ):
+        for what, tensor in (("images", x), ("labels", y)):
+            _check_tensor(what, tensor)
         if len(x) != len(y) or y.ndim != 1 or y.is_floating_point():
             raise InputError(f"labels: {y.dtype} {tuple(y.shape)} for {len(x)} images; expected one whole number each")
-        if not 1 <= batch_size <= len(x):
+        if isinstance(batch_size, bool) or not isinstance(batch_size, Integral) or not 1 <= batch_size <= len(x):
             raise InputError(f"batch_size: {batch_size} is outside 1..{len(x)}, the number of training images")
         self.x, self.y = x.to(device), y.to(device)
         self.batch_size, self.seed, self.rank, self.size = batch_size, seed, rank, size

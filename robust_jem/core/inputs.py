@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['trusted_inputs', 'reads_values', 'as_tensor', 'as_images', 'check_bounds', 'as_points', 'signed_floats',
            'grey_levels', 'as_labels', 'check_label_range', 'as_features', 'check_model', 'evaluating',
-           'naming_the_model', 'precision_of', 'check_logits', 'logits_of', 'as_number', 'check_generator']
+           'naming_the_model', 'precision_of', 'check_logits', 'logits_of', 'as_number', 'check_seed', 'as_flag',
+           'check_generator']
 
 # %% ../../nbs/core/06_inputs.ipynb #3e9a1c03
 import math
@@ -46,16 +47,32 @@ def reads_values(
     "Whether values may be read: not where `trusted_inputs()` says so, nor while a CUDA graph is recorded."
     return not (what in _TRUSTED.get() or x.is_cuda and torch.cuda.is_current_stream_capturing())
 
+def _readable(value):
+    "A column of a table, an array or a list of tensors in a form that torch reads: native bytes, no step below zero."
+    if isinstance(value, Tensor):
+        return value
+    if isinstance(value, (list, tuple)) and value and all(isinstance(v, Tensor) for v in value):
+        return torch.stack(list(value))
+    if not hasattr(value, "__array__"):
+        return value
+    value = np.asarray(value)
+    plain = value.dtype.isnative and value.flags.writeable and min(value.strides, default=0) >= 0
+    return value if plain else np.array(value, value.dtype.newbyteorder("="), order="C")
+
 def as_tensor(value, what: str) -> Tensor:
-    "A tensor, a NumPy array or nested lists as a tensor that may take part in gradients."
+    "A tensor, a NumPy array, a column of a table or nested lists as a tensor that may take part in gradients."
     if isinstance(value, np.ma.MaskedArray):
         raise InputError(f"{what}: a masked array, whose mask would be lost; expected an array: x.filled(value)")
     try:
-        value = torch.as_tensor(value)
+        value = torch.as_tensor(_readable(value))
     except (TypeError, ValueError, RuntimeError, OverflowError) as e:
         why = str(e).splitlines()[0][:80]
         raise InputError(f"{what}: {type(value).__name__} can't be used ({why}); accepted: a tensor or NumPy "
                          "array") from e
+    if value.is_meta:
+        raise InputError(f"{what}: on the meta device, where tensors have no values; load or move them first")
+    if value.is_floating_point() and value.element_size() == 1:
+        raise InputError(f"{what}: {value.dtype}, in which nothing is computed; expected x.float()")
     if value.is_nested:
         raise InputError(f"{what}: a nested tensor; expected a dense one: torch.stack(list(x))")
     if value.layout != torch.strided or value.is_quantized:
@@ -68,6 +85,8 @@ def as_tensor(value, what: str) -> Tensor:
 def _check_shape(x: Tensor, what: str):
     if x.ndim != 4:
         raise InputError(f"{what}: shape {tuple(x.shape)}; expected images [N,C,H,W]")
+    if len(x) and not x.numel():
+        raise InputError(f"{what}: shape {tuple(x.shape)} has no pixels; expected images [N,C,H,W]")
     if x.shape[3] <= 4 < x.shape[1]:
         raise InputError(f"{what}: shape {tuple(x.shape)} has its channels last; expected [N,C,H,W]: x.permute(0, 3, "
                          "1, 2)")
@@ -318,7 +337,23 @@ def as_number(
         raise InputError(f"{what}: {value} is not finite; accepted: {needed}")
     if value < low or above and value == low:
         raise InputError(f"{what}: {value} is too low; accepted: {needed}")
+    most = 2**63 - 1 if isinstance(value, numbers.Integral) else 1e30      # what int64 and float32 hold
+    if abs(value) > most:
+        raise InputError(f"{what}: {value:.3g} is too high; accepted: {needed}, and at most {most:.2g}")
     return value
+
+def check_seed(seed):
+    "Raise `InputError` unless a seed is a whole number that a generator takes."
+    as_number(seed, "seed", -math.inf, whole=True)
+
+def as_flag(
+    value, # True or False
+    what: str, # how the message calls it
+) -> bool:
+    "True or False. Raises `InputError` for anything else: the text 'no' would pass for yes."
+    if not isinstance(value, (bool, np.bool_)) and value not in (0, 1):
+        raise InputError(f"{what}: {value!r} is not accepted; accepted: True or False")
+    return bool(value)
 
 def check_generator(generator, device: torch.device | str = "cpu"):
     "Raise `InputError` unless a generator is none, or one of torch's on the device."

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core.errors import InputError
-from ..core.inputs import as_labels, as_number, as_points, check_generator
+from ..core.inputs import as_flag, as_labels, as_number, as_points, as_tensor, check_generator
 from robust_jem.ebm.energy import (
     check_labels, check_unnormalised, differentiable, input_gradient, taking_gradients, untouched, widened,
 )
@@ -83,6 +83,11 @@ def _images_and_labels(x, y, bounds) -> tuple[Tensor, Tensor]:
     x = as_points(x, bounds=bounds, hint="; or give the images' own `bounds`").detach()
     return x, as_labels(y, len(x), empty=True, ranged=False).to(x.device)
 
+def _check_length(value, what: str, low: float = 0.0):
+    "A radius or step is a number, or a tensor [], which isn't read: a captured graph's lies on a GPU."
+    if not isinstance(value, Tensor) or value.numel() != 1:
+        as_number(value, what, low)
+
 def attack_start(
     x0: Tensor, # the ball's centre [B,C,H,W]
     eps: float | Tensor, # radius
@@ -92,9 +97,10 @@ def attack_start(
 ) -> Tensor: # [B,C,H,W]
     """A uniform draw from the ball around `x0`, moved into the bounds.
 
-    Raises `InputError` for images outside the bounds, an unknown norm, or a generator that isn't one.
+    Raises `InputError` for images outside the bounds, eps < 0, an unknown norm, or a generator that isn't one.
     """
     _check_norm(norm)
+    _check_length(eps, "eps")
     x0 = as_points(x0, bounds=bounds, hint="; or give the images' own `bounds`")
     check_generator(generator, x0.device)
     return _clip(x0 + BALLS[norm].draw(x0, eps, generator), bounds)
@@ -114,12 +120,16 @@ def climb(
 ) -> Tensor: # [B,C,H,W]
     """The steps of projected gradient descent; `pgd` checks the lengths and chooses the start.
 
-    Raises `InputError` for images outside the bounds, labels outside 0..K-1, and a model that fails, has no gradient
-    or gives probabilities.
+    Raises `InputError` for images outside the bounds, labels outside 0..K-1, lengths that are no numbers, steps < 0,
+    and a model that fails, has no gradient or gives probabilities.
     """
     _check_norm(norm)
+    _check_length(eps, "eps")
+    _check_length(step, "step", -math.inf)
+    as_number(steps, "steps", whole=True)
     ball, loss = BALLS[norm], _AttackLoss(y)
     x0, loss.y = _images_and_labels(x0, y, bounds)
+    adv = as_tensor(adv, "adv")
     if adv.shape != x0.shape:
         raise InputError(f"adv: shape {tuple(adv.shape)} for images {tuple(x0.shape)}; both must be equal")
     with untouched(model):
@@ -172,6 +182,7 @@ def pgd(
     if step_size is not None:
         step_size = as_number(step_size, "step_size", above=True)
     step = 2.5 * eps / max(steps, 1) if step_size is None else step_size
+    targeted, random_start = as_flag(targeted, "targeted"), as_flag(random_start, "random_start")
     x, y = _images_and_labels(x, y, bounds)
     check_generator(generator, x.device)
     x0 = _clip(x, bounds)

@@ -11,6 +11,7 @@ __all__ = ['widened', 'check_labels', 'joint_energy', 'marginal_energy', 'check_
 from collections.abc import Callable
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import wraps
+from numbers import Real
 
 import torch
 from torch import Tensor, nn
@@ -35,11 +36,11 @@ def check_labels(
     On a GPU the range isn't looked at in a block of `trusted_inputs()`: reading it back would stall the device, and
     the gather that uses it asserts.
     """
-    if not isinstance(y, Tensor) or y.is_floating_point() or y.dtype == torch.bool:
+    if not isinstance(y, Tensor) or y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
         raise InputError(f"labels: {getattr(y, 'dtype', type(y).__name__)}; expected a tensor of whole numbers")
     if not y.numel() or y.device.type != "cpu" and not reads_values(y):
         return
-    low, high = int(y.min()), int(y.max())
+    low, high = (int(v) for v in y.long().aminmax())             # torch compares no uint16
     if low < 0 or high >= num_classes:
         raise InputError(f"labels: {low}..{high} are outside 0..{num_classes - 1}")
 
@@ -291,8 +292,11 @@ def detect(
 
     Raises `InputError` for a threshold that is no number.
     """
-    if isinstance(threshold, str) or threshold is None or threshold != threshold:
+    if not isinstance(threshold, (Real, Tensor)) or isinstance(threshold, Tensor) and threshold.numel() != 1:
         raise InputError(f"threshold: {threshold!r} is no number")
+    threshold = float(threshold)
+    if threshold != threshold:
+        raise InputError("threshold: not a number can't be compared with")
     return (marginal_energy(logits) if y is None else joint_energy(logits, y)) < threshold
 
 def conditional_density(

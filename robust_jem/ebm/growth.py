@@ -10,14 +10,17 @@ import torch
 from torch import Tensor, nn
 
 from ..core.errors import InputError
-from ..core.inputs import as_number
+from ..core.inputs import as_number, as_tensor
 
 # %% ../../nbs/ebm/07_growth.ipynb #7729ecc3
 def area_under_roc(
     real: Tensor, # of each real image, what should be high [N]
     sampled: Tensor, # of each sampled image, what should be low [M]
 ) -> Tensor: # [], 0..1
-    "P(real > sampled) + P(real = sampled) / 2, over all pairs."
+    "P(real > sampled) + P(real = sampled) / 2, over all pairs. Raises `InputError` unless both are [N], N > 0."
+    real, sampled = as_tensor(real, "area_under_roc: real"), as_tensor(sampled, "area_under_roc: sampled")
+    if real.ndim != 1 or sampled.ndim != 1 or not len(real) or not len(sampled):
+        raise InputError(f"area_under_roc: {tuple(real.shape)} and {tuple(sampled.shape)}; expected [N] and [M]")
     difference = real[:, None] - sampled[None]
     return (difference > 0).double().mean() + (difference == 0).double().mean() / 2
 
@@ -37,7 +40,7 @@ class GrowingLength(nn.Module):
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
         self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
         self.register_buffer("area", torch.full((), 0.5, dtype=torch.float64))      # as it was last decided by
-        self.register_buffer("log_p", torch.zeros(2, as_number(window, "window", whole=True)))   # real, sampled
+        self.register_buffer("log_p", torch.zeros(2, as_number(window, "window", 1, whole=True)))   # real, sampled
         self.remember()
 
     def remember(self):

@@ -316,7 +316,10 @@ class UniformPrior:
         num_classes: int = 10, # K, for `sample_labels`
         device="cpu", # where to draw
     ):
-        self.shape, self.num_classes, self.device = tuple(shape), num_classes, device
+        if not isinstance(shape, (tuple, list)) or len(shape) != 3:
+            raise InputError(f"shape: {shape!r} is not accepted; accepted: (C, H, W)")
+        self.shape = tuple(as_number(v, "shape", 1, whole=True) for v in shape)
+        self.num_classes, self.device = as_number(num_classes, "num_classes", 1, whole=True), device
 
     def to(self, device, dtype: torch.dtype | None = None) -> "UniformPrior":
         "The same prior on a device; it holds nothing that `dtype` could be the type of."

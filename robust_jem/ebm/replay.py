@@ -41,6 +41,9 @@ class ReplayBuffer:
     ):
         "Put other chains in place of all, as read from a checkpoint; `InputError` where they don't belong together."
         x = as_points(x, "chains", None)
+        shape = tuple(getattr(self.prior, "shape", x.shape[1:]))
+        if x.shape[1:] != shape:
+            raise InputError(f"chains: {tuple(x.shape[1:])}; expected {shape}, as the prior draws them")
         y = as_labels(y, len(x))
         self.x, self.y = x, y.to(x.device)
         self.labels = y.cpu()        # a copy that the host reads without waiting for a GPU

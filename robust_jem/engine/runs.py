@@ -70,6 +70,10 @@ class RunFolder:
                              "accepted: a folder that `robust-jem train` made")
         values = read_json(self.path / "config.json")
         self.pretrained = isinstance(values.get("train"), dict) and "classes" in values      # by save_pretrained
+        lacking = {"system", "dataset"} - set(values["train"] if self.pretrained else values)
+        if lacking:
+            raise InputError(f"{self.path / 'config.json'}: lacks {' and '.join(sorted(lacking))}; expected the file "
+                             "that `robust-jem train` or save_pretrained wrote")
         self.config = load_config(values["train"] if self.pretrained else values)
 
     @classmethod
@@ -245,9 +249,10 @@ class Run(RunImages):
         Raises `InputError` for other images or labels: floats would be read as grey levels.
         """
         x, y = tensors["x"], tensors["y"]
-        if x.dtype != torch.uint8 or x.ndim != 4:
-            raise InputError(f"samples: {x.dtype} {tuple(x.shape)}; expected uint8 images [N,C,H,W], see to_uint8")
-        as_labels(y, len(x))
+        if not isinstance(x, Tensor) or x.dtype != torch.uint8 or x.ndim != 4:
+            raise InputError(f"samples: {type(x).__name__} {getattr(x, 'dtype', '')} {tuple(getattr(x, 'shape', ()))}; "
+                             "expected a tensor of uint8 images [N,C,H,W], see to_uint8")
+        tensors = tensors | {"y": as_labels(y, len(x))}
         write_tensors(self.path / "samples" / name / "images.safetensors", tensors)
         write_json(self.path / "samples" / name / "summary.json", summary)       # last: it marks the set as finished
 
@@ -270,7 +275,11 @@ class Run(RunImages):
 
     def drawn_with(self, name: str) -> GenerateConfig:
         "The configuration of a sample set."
-        return load_sampling(self._sample_set(name)[1]["config"], self.config.system)
+        how = self._sample_set(name)[1].get("config")
+        if not isinstance(how, dict):
+            raise InputError(f"{self.path / 'samples' / name / 'summary.json'}: lacks config; remove its folder, and "
+                             "draw the samples again")
+        return load_sampling(how, self.config.system)
 
     def strip(self, name: str) -> tuple[list[str], Tensor]:
         "Stage names, and ten chains at these stages `[stages,10,C,H,W]`."

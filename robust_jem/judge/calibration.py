@@ -52,11 +52,14 @@ def calibration(
 # %% ../../nbs/judge/03_calibration.ipynb #9c6b0404
 @torch.no_grad()
 def all_logits(
-    model: nn.Module, # [B,C,H,W] in [-1,1] -> [B,K]
-    x: Tensor, # uint8 images [N,C,H,W]
+    model: nn.Module, # [B,C,H,W] in [-1,1] -> [B,K]; left as it was found
+    x: Tensor, # images [N,C,H,W]: uint8, or float in [-1,1]
     device: torch.device | str = "cpu",
     batch_size: int = 500,
 ) -> Tensor: # [N,K], on the CPU
-    "The logits of a set of images, in evaluation mode."
-    model.eval()
-    return torch.cat([model(to_unit(part.to(device))).float().cpu() for part in x.split(batch_size)])
+    "The logits of a set of images, in evaluation mode. Raises `InputError` as `accuracy` does."
+    x = as_images(x)
+    as_number(batch_size, "batch_size", 1, whole=True)
+    with torch.no_grad(), evaluating(model):
+        parts = (signed_floats(part.to(device)) for part in x.split(batch_size))
+        return torch.cat([logits_of(model, part).float().cpu() for part in parts])

@@ -13,6 +13,7 @@ import torch
 
 from ..core.cache import ResultCache
 from ..core.images import progress_bar, to_unit
+from ..core.inputs import as_number
 from ..engine.runtime import at_a_size_that_fits
 from .calibration import calibration
 from .robustness import MASKED, accuracy, autoattack_accuracy, robust_accuracy, zero_gradients
@@ -54,6 +55,7 @@ def masking_verdict(
     beside: dict[str, dict[str, float]] | None = None, # accuracy under "AutoAttack" and "PGD" by radius
 ) -> str: # "masked" or "not masked"
     "Whether PGD was fooled: it saw no gradients, or AutoAttack, which needs none, leaves 2 % less right."
+    as_number(blind, "blind")
     weaker = any(v["AutoAttack"] < v["PGD"] - 0.02 for v in (beside or {}).values())
     return "masked" if blind >= MASKED or weaker else "not masked"
 

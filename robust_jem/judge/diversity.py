@@ -17,7 +17,7 @@ from .sample_scores import frechet_distance, moments
 
 # %% ../../nbs/judge/02_diversity.ipynb #cdaa67fb
 def _checked_features(name: str, samples: Tensor, real: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    samples, real = as_features(samples, f"{name}: features"), as_features(real, f"{name}: features")
+    samples, real = (as_features(f, f"{name}: features").detach() for f in (samples, real))
     if samples.shape[1] != real.shape[1]:
         raise InputError(f"{name}: features {tuple(samples.shape)} and {tuple(real.shape)}; both must be [N,D] of "
                          "one extractor")
@@ -99,7 +99,7 @@ def _as_points(values) -> Tensor:
     points = as_tensor(values, "nearest")
     if points.ndim < 2:
         raise InputError(f"nearest: shape {tuple(points.shape)}; expected features [N,D] or images [N,C,H,W]")
-    return points
+    return points.detach()
 
 def nearest(
     queries: Tensor, # features [N,D], or images [N,C,H,W]

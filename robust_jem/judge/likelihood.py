@@ -12,7 +12,7 @@ from torch.distributions import MultivariateNormal
 
 from ..core.images import Images, dequantise
 from ..core.images import bits_per_dim as bits_of_density
-from ..core.inputs import trusted_inputs
+from ..core.inputs import as_number, check_seed, evaluating, trusted_inputs
 from ..core.random import stream
 from ..ebm.priors import GaussianMixturePrior
 
@@ -24,9 +24,14 @@ def bits_per_dim(
     batch_size: int = 500, # images at a time
     device: torch.device | str = "cpu", # where the system is
 ) -> Tensor: # float64 [N]
-    "Bits a dimension of each image, dequantised once; their mean is what is reported."
+    """Bits a dimension of each image, dequantised once, in evaluation mode; their mean is what is reported.
+
+    Raises `InputError` for anything but uint8 images.
+    """
+    as_number(batch_size, "batch_size", 1, whole=True)
+    check_seed(seed)
     noisy = dequantise(x, stream(seed, "dequantise"))
-    with torch.no_grad():
+    with torch.no_grad(), evaluating(system):
         log_p = torch.cat([system.log_density(part.to(device)).double().cpu() for part in noisy.split(batch_size)])
     return bits_of_density(log_p, x.shape[1:])
 

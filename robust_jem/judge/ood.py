@@ -130,7 +130,7 @@ def ood_images(
     x = grey_levels(as_images(x))
     as_number(n, "n", 1, whole=True)
     check_generator(generator)
-    if not isinstance(name, (str, Path)):
+    if not isinstance(name, (str, Path)) or not str(name).strip():
         raise InputError(f"name: {name!r} is not accepted; accepted: {', '.join(OOD_SETS)}, a data set or a folder")
     name = str(name)
     if len(x) < 2:

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from ..core.errors import InputError
 from robust_jem.core.inputs import (
-    as_images, as_labels, as_number, check_label_range, check_logits, evaluating, naming_the_model, precision_of,
-    signed_floats, trusted_inputs,
+    as_flag, as_images, as_labels, as_number, check_label_range, check_logits, check_seed, evaluating,
+    naming_the_model, precision_of, signed_floats, trusted_inputs,
 )
 from ..core.random import stream
 from ..ebm.attacks import pgd
@@ -132,6 +132,8 @@ def _as_radius(eps, norm: str) -> float:
 
 def _attack_counts(model, x: Tensor, y: Tensor, eps, steps, norm, batch_size, seed, *, targeted, restarts) -> list[int]:
     "`_attack_batch`'s counts over all images."
+    check_seed(seed)
+    targeted = as_flag(targeted, "targeted")
     with outside_inference_mode(), evaluating(model):
         x, y = (t.clone() if t.is_inference() else t for t in (x, y))
         network, device = in_own_precision(model), device_of(model, x)
@@ -238,6 +240,7 @@ def autoattack_accuracy(
     if norm not in ("linf", "l2"):
         raise InputError(f"norm: {norm!r} is unknown; accepted: linf, l2")
     eps = _as_radius(eps, norm)
+    check_seed(seed)
     x, y = _labelled(x, y, batch_size)
     with outside_inference_mode(), evaluating(model):
         x, y = (t.clone() if t.is_inference() else t for t in (x, y))
@@ -250,7 +253,7 @@ def autoattack_accuracy(
             raise InputError(f"autoattack: {classes} classes; its targeted attacks need at least four")
         check_label_range(y, classes)
         _zero_gradients(network, 2 * unit[:2] - 1, y[:2])         # a model without gradients is named here
-        attacked = _autoattack(network, unit, y, eps, norm, batch_size, seed, classes)
+        attacked = _autoattack(network, unit, y, eps, norm, batch_size, seed, classes) if eps else unit
         right = 0
         for a, b in zip(attacked.split(batch_size), y.split(batch_size)):
             right += (_logits(network, 2 * a - 1, " of attacked images").argmax(1) == b).sum().item()

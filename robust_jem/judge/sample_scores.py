@@ -18,7 +18,7 @@ from torch import Tensor
 from ..core.cache import ResultCache
 from ..core.errors import InputError
 from ..core.images import Images
-from ..core.inputs import as_features, as_number
+from ..core.inputs import as_features, as_number, as_tensor, check_seed
 from .extractors import Extractor, extract, extract_once
 
 # %% ../../nbs/judge/01_sample_scores.ipynb #77c0fb23
@@ -31,6 +31,10 @@ def moments(features: Tensor) -> tuple[np.ndarray, np.ndarray]:
         raise InputError("moments: some features aren't finite")
     return f.mean(0), np.atleast_2d(np.cov(f, rowvar=False))
 
+def _gaussian(mu, sigma) -> dict[str, np.ndarray]:
+    values = (as_tensor(v, f"frechet_distance: {name}") for name, v in (("mean", mu), ("covariance", sigma)))
+    return dict(zip(("mu", "sigma"), (v.detach().double().cpu().numpy() for v in values)))
+
 def frechet_distance(
     mu1: np.ndarray, sigma1: np.ndarray, # mean [D] and covariance [D,D]
     mu2: np.ndarray, sigma2: np.ndarray, # of the other distribution
@@ -40,8 +44,7 @@ def frechet_distance(
     2017). Raises `InputError` where the dimensions differ or a value isn't finite.
     """
     from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_statistics_to_metric
-    one = {"mu": np.asarray(mu1, np.float64), "sigma": np.asarray(sigma1, np.float64)}
-    other = {"mu": np.asarray(mu2, np.float64), "sigma": np.asarray(sigma2, np.float64)}
+    one, other = _gaussian(mu1, sigma1), _gaussian(mu2, sigma2)
     for g in (one, other):
         if g["mu"].ndim != 1 or g["sigma"].shape != 2 * g["mu"].shape:
             raise InputError(f"frechet_distance: mean {g['mu'].shape} and covariance {g['sigma'].shape}; expected [D] "
@@ -64,7 +67,7 @@ def kernel_distance(
     2018). Raises `InputError` for other shapes, fewer than two images, no subsets, or features that aren't finite.
     """
     from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, kid_features_to_metric
-    f1, f2 = (as_features(f, "kernel_distance: features") for f in (f1, f2))
+    f1, f2 = (as_features(f, "kernel_distance: features").detach() for f in (f1, f2))
     if f1.shape[1] != f2.shape[1]:
         raise InputError(f"kernel_distance: features {tuple(f1.shape)} and {tuple(f2.shape)}; both must be [N,D] of "
                          "one extractor")
@@ -86,7 +89,7 @@ def inception_score(
 ) -> tuple[float, float]: # mean and standard deviation over the parts
     "Inception Score (Salimans et al. 2016): between 1 and the number of classes."
     from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, KEY_METRIC_ISC_STD, isc_features_to_metric
-    probs = as_features(probs, "inception_score: probabilities")
+    probs = as_features(probs, "inception_score: probabilities").detach()
     as_number(splits, "splits", 1, whole=True)
     if not 1 <= splits <= len(probs):
         raise InputError(f"splits: {splits} is outside 1..{len(probs)}, the number of images")
@@ -141,6 +144,7 @@ def score(
 
 def reference_choice(n: int) -> Tensor:
     "Which of `n` training images (their positions) `reference_statistics` keeps the features of: at most 10,000."
+    as_number(n, "n", whole=True)
     return torch.randperm(n, generator=torch.Generator().manual_seed(0))[:10_000]
 
 def draw_test_images(images: Images, n: int, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -149,6 +153,7 @@ def draw_test_images(images: Images, n: int, seed: int = 0) -> tuple[Tensor, Ten
     A smaller draw is the beginning of a larger one. Raises `InputError` for n < 0.
     """
     as_number(n, "n", whole=True)
+    check_seed(seed)
     chosen = torch.randperm(len(images.test_x), generator=torch.Generator().manual_seed(seed))[:n]
     return images.test_x[chosen], images.test_y[chosen]
 

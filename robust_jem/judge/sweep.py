@@ -19,6 +19,7 @@ from torch import Tensor
 from ..core.config import merged
 from ..core.errors import InputError
 from ..core.images import Images, to_uint8
+from ..core.inputs import as_features, as_tensor
 from ..core.random import stream
 from .extractors import Extractor, extract
 from .sample_scores import reference_statistics
@@ -34,8 +35,11 @@ class FrechetTo:
         sigma: np.ndarray, # its covariance [D,D]
         device: torch.device | str = "cpu",
     ):
-        self.mu = torch.as_tensor(mu, dtype=torch.float64, device=device)
-        sigma = torch.as_tensor(sigma, dtype=torch.float64, device=device)
+        mu, sigma = (as_tensor(v, f"FrechetTo: {name}") for name, v in (("mean", mu), ("covariance", sigma)))
+        if mu.ndim != 1 or sigma.shape != 2 * mu.shape or not (mu.isfinite().all() and sigma.isfinite().all()):
+            raise InputError(f"FrechetTo: mean {tuple(mu.shape)} and covariance {tuple(sigma.shape)}; expected finite "
+                             "[D] and [D,D], see `moments`")
+        self.mu, sigma = (v.detach().to(device, torch.float64) for v in (mu, sigma))
         values, vectors = torch.linalg.eigh(sigma)
         self.root = (vectors * values.clamp_min(0).sqrt()) @ vectors.T
         self.trace = sigma.trace()
@@ -43,7 +47,10 @@ class FrechetTo:
     def __call__(self,
         features: Tensor, # [N,D], at least two
     ) -> float:
-        "Their distance. Raises `InputError` for fewer than two."
+        "Their distance. Raises `InputError` for fewer than two, another number of dimensions, or values not finite."
+        features = as_features(features, "FrechetTo: features").detach()
+        if features.shape[1] != len(self.mu) or not features.isfinite().all():
+            raise InputError(f"FrechetTo: features {tuple(features.shape)}; expected finite [N,{len(self.mu)}]")
         if len(features) < 2:
             raise InputError(f"features: {len(features)}; a covariance needs at least two")
         f = features.to(self.mu)

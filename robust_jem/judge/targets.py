@@ -50,8 +50,8 @@ class EvalTarget:
         config, images, sets, asked, drawn = replace(run.config, root=str(run.data_place)), run.images(), {}, {}, {}
         for name in run.sample_names():
             x, y, summary = run.samples(name)
-            asked[name], drawn[name] = summary["config"], fingerprint({"x": x, "y": y})
             sets[name] = x, y, run.drawn_with(name).labelled
+            asked[name], drawn[name] = summary["config"], fingerprint({"x": x, "y": y})
         ways = [run.drawn_with(name) for name in asked]
         chains = [how for how in ways if how.method == "energy"]
         chain = chains[0] if chains else configure(GenerateConfig, config.system, config.dataset, config.preset)

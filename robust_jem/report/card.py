@@ -257,8 +257,25 @@ def _objective(c: HybridConfig) -> str:
         said += f"; {c.chain.sampler} sampler, {c.chain.outer_steps} steps an update"
     return said
 
+_TOLD = ("parameters", "fingerprint", "commit", "torch", "updates", "images_seen", "seconds", "device", "recoveries",
+         "precision")
+
+def _summary(run: Run) -> dict:
+    "What a run says of its training. Raises `InputError` where it lacks something that the card tells."
+    m = run.summary
+    lacking = [k for k in _TOLD if k not in m]
+    if lacking and run.pretrained:                              # its summary stayed with the run
+        parameters = sum(p.numel() for p in run.model().parameters())
+        return dict(parameters=parameters, fingerprint="not kept", commit="not kept", torch="not kept")
+    if lacking:
+        raise InputError(f"{run.path / 'summary.json'}: lacks {', '.join(lacking)}; expected what "
+                         "`robust-jem train` wrote")
+    return m
+
 def _training(c: TrainConfig, m: dict) -> str:
     "What a training took, from its settings and its summary."
+    if "updates" not in m:
+        return f"not kept with the weights; seed {c.seed}"
     done = f"{m['updates']:,} updates, {m['images_seen']:,} images, {m['seconds'] / 60:.1f} minutes on {m['device']}"
     recoveries = f"recoveries from divergence: {m['recoveries'] or 'none'}"
     epochs = "" if c.schedule.updates else f"{c.schedule.epochs} epochs, "
@@ -269,7 +286,7 @@ _HYBRID = ("A classifier whose logits define an energy: it classifies, resists a
 
 def _other_model(run: Run, shape: tuple[int, ...]) -> str:
     "What a run of another kind of system trained, on what, and how to load it."
-    c, m = run.config, run.summary
+    c, m = run.config, _summary(run)
     images = f"{'x'.join(map(str, shape))} images in [-1,1]"
     return f"""## The model
 
@@ -288,7 +305,7 @@ system = Run("{run.path}").system()
 
 def _the_model(run: Run, shape: tuple[int, ...], classes: int, load: str) -> str:
     "What a run trained, how, on what, and how to load it."
-    c, m = run.config, run.summary
+    c, m = run.config, _summary(run)
     network = f"WRN-{c.network.depth}-{c.network.width}, {c.network.norm} norm, {m['parameters']:,} parameters"
     images = f"{'x'.join(map(str, shape))} images in [-1,1] to {classes} logits"
     return f"""## The model
@@ -319,7 +336,9 @@ def model_card(f: SuiteResults) -> str:
         made = _other_model(Run(s["run"]), s["shape"])
     elif s["run"]:
         about = _HYBRID
-        made = _the_model(Run(s["run"]), s["shape"], len(s["classes"]), f'from_run("{s["run"]}")')
+        run = Run(s["run"])
+        load = f'from_pretrained("{s["run"]}")' if run.pretrained else f'from_run("{s["run"]}")'
+        made = _the_model(run, s["shape"], len(s["classes"]), load)
     else:
         about = "A classifier from elsewhere, judged by the same measures as this package's models."
         made = (f"Made by `{s['model']}`, weights {s['weights']}, judged on {s['dataset']} "

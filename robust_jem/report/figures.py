@@ -28,6 +28,9 @@ from ..systems.catalog import SYSTEMS
 # %% ../../nbs/report/04_figures.ipynb #b3ae21b4
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#666666")
 
+# What tells one subject from another, in the settings of each part.
+_OF_A_SUBJECT = ("factory", "inputs", "weights", "code", "answers", "fingerprint", "samples", "sample_images")
+
 class SuiteResults:
     "A suite's folder: `parts` by name, and their tensors."
 
@@ -44,8 +47,8 @@ class SuiteResults:
         self.parts = {name: part for name, part in every.items() if name != "subject" and self._whole(part)}
 
     def _whole(self, part: dict) -> bool:
-        "Whether a part is measured to its end, and of this subject: other weights leave theirs behind."
-        same = [k for k in ("weights", "fingerprint", "samples") if k in self.subject]
+        "Whether a part is measured to its end, and of this subject: other weights or code leave theirs behind."
+        same = [k for k in _OF_A_SUBJECT if k in self.subject]
         return part.get("eps") != "not finished" and all(part.get(k) == self.subject[k] for k in same)
 
     def tensors(self, name: str) -> dict[str, torch.Tensor]:

@@ -484,6 +484,8 @@ def write_report(
         if classifies:
             drawn["robustness"] = robustness(groups)
         results = results_table([*(r for mine in groups.values() for r in mine), *(f.run for f in found if f.missing)])
+    except InputError:                             # says by itself what is wrong
+        raise
     except (KeyError, TypeError, ValueError, AttributeError) as e:
         raise InputError(f"runs: a summary.json or a file in scores/ below {config.runs} lacks something, or holds "
                          f"something else ({type(e).__name__}: {e}); remove the scores and evaluate again") from e
