@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.errors import InputError
-from ..core.images import to_unit
-from ..core.inputs import as_features, as_labels, as_number
+from ..core.inputs import as_features, as_images, as_labels, as_number, evaluating, logits_of, signed_floats
 
 # %% ../../nbs/judge/03_calibration.ipynb #7b14bd6b
 def _checked_predictions(logits: Tensor, y: Tensor, bins: int) -> tuple[Tensor, Tensor]:
@@ -50,7 +49,6 @@ def calibration(
             "confidence": mean(confidence), "accuracy": mean(right), "count": count.tolist()}
 
 # %% ../../nbs/judge/03_calibration.ipynb #9c6b0404
-@torch.no_grad()
 def all_logits(
     model: nn.Module, # [B,C,H,W] in [-1,1] -> [B,K]; left as it was found
     x: Tensor, # images [N,C,H,W]: uint8, or float in [-1,1]
