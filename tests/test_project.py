@@ -153,10 +153,6 @@ def test_cells_say_one_thing(module):
     assert {name: lines for name, lines in module.cells.items() if lines > 100 and name not in SYSTEMS} == {}
 
 
-# They build the paper's model, draw from it or describe it, and so know its settings and its sampling beside all else.
-MANY_PARTS = {"engine.pretrained", "judge.targets", "report.card"}
-
-
 @pytest.mark.parametrize("module", MODULES.values(), ids=MODULES)
 def test_modules_know_few_others(module):
-    assert len(module.imports) <= 10 or module.name in MANY_PARTS, sorted(module.imports)
+    assert len(module.imports) <= 10, sorted(module.imports)

@@ -25,8 +25,7 @@ from ..ebm.priors import CompactGaussianPrior, GaussianMixturePrior, prior_from_
 from .runs import Run
 from ..networks.wide_resnet import WideResNet
 from ..systems.catalog import SYSTEMS, GenerateConfig, configure, load_config
-from ..systems.hybrid_sampling import generate
-from ..systems.hybrid_settings import HybridConfig, build_prior
+from ..systems.hybrid import HybridConfig, build_prior, generate
 
 # %% ../../nbs/engine/09_pretrained.ipynb #131c9f7a
 class RobustJEM:

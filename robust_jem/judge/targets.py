@@ -21,8 +21,7 @@ from .foreign import check_classifier, named_classifier, rounded_hash, source_ha
 from .ood import ood_scores
 from .probes import CLASSIFIER, capabilities_of
 from ..systems.catalog import SYSTEMS, EvaluateConfig, GenerateConfig, TrainConfig, configure
-from ..systems.hybrid_sampling import generate
-from ..systems.hybrid_settings import build_prior
+from ..systems.hybrid import build_prior, generate
 
 # %% ../../nbs/judge/12_targets.ipynb #e8ecc7d9
 @dataclass

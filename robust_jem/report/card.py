@@ -23,8 +23,7 @@ from .figures import SuiteResults, distal_sheet, draw, reliability, robustness_c
 from .results import SAMPLE_SCORES
 from .tables import grid_markdown
 from ..systems.catalog import SYSTEMS, TrainConfig, system_class
-from ..systems.hybrid import Hybrid
-from ..systems.hybrid_settings import HybridConfig
+from ..systems.hybrid import Hybrid, HybridConfig
 
 # %% ../../nbs/report/05_card.ipynb #2a75dd3c
 def percent(
