@@ -78,13 +78,13 @@ def test_second_stages_and_equal_compute(here, image_tree, gpu, command):
              "--schedule.epochs 1 --schedule.warmup-steps 0 --device cpu --out judge").split()
     assert subprocess.run([*command.argv, *judge], cwd=here, env=command.env).returncode == 0
     asked = ("--dry", "--runs", "runs", "--worth", 200, "--looked-at", 20, "--extractor", "classifier:judge")
-    gpu("second", "out", *asked, "--second", "as the preset", "JEM++'s likelihood")
+    gpu("second", "out", *asked, "--second", "as the preset", "told apart, as in DAT")
     found = json.loads((here / "runs/second.json").read_text())
-    assert [row["name"] for row in found["second"]] == ["as the preset", "JEM++'s likelihood"]
+    assert [row["name"] for row in found["second"]] == ["as the preset", "told apart, as in DAT"]
     assert found["best"] in found["second"]
     gpu("compute", "out", *asked, "--systems", "robust_jem_fast", "sada_jem")
     fast = json.loads((here / "runs/robust_jem_fast-s0/config.json").read_text())
-    density = found["best"]["changes"].get("objective", {}).get("density", "discrimination")
+    density = found["best"]["changes"].get("objective", {}).get("density", "likelihood")
     assert fast["objective"]["density"] == density and fast["source"].endswith("first-stages/robust_jem_fast-s0")
     before = (here / "runs/sada_jem-s0/model.safetensors").stat().st_mtime_ns
     gpu("compute", "out", *asked, "--systems", "sada_jem", "dat")

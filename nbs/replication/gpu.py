@@ -59,22 +59,25 @@ COMPARED = (
     "robust_jem", "robust_classifier", "robust_jem_fast", "jempp", "l2_robust_classifier", "dat", "sada_jem", "m_ebm",
 )
 # Second stages of robust_jem_fast, each without an ingredient or with another strength of it.
-_STILL_JEM = dict(
-    network=dict(frozen_statistics=False),
-    objective=dict(density="likelihood"),
-    chain=dict(sampler="proximal", growth=0.0, outer_steps=5, step_size=0.2, statistics="batch"),
-    replay=dict(reinit_prob=0.05),
+_TOLD_APART = dict(
+    network=dict(frozen_statistics=True),
+    objective=dict(density="discrimination"),
+    attack=dict(statistics="running"),
+    chain=dict(sampler="ascent", growth=0.8, outer_steps=12, step_size=0.4, statistics="running"),
+    replay=dict(reinit_prob=1.0),
 )
 SECOND = {
     "as the preset": dict(),
-    "JEM++'s likelihood": merged(_STILL_JEM, dict(optimizer=dict(lr=0.05))),
-    "higher rate": dict(optimizer=dict(lr=0.03)),
-    "fewer, longer steps": dict(chain=dict(outer_steps=6, step_size=0.8)),
-    "batch norm not frozen": dict(network=dict(frozen_statistics=False), chain=dict(statistics="batch")),
-    "likelihood in place of telling apart": dict(objective=dict(density="likelihood")),
-    "chains of one length": dict(chain=dict(growth=0.0)),
-    "JEM++'s likelihood, higher rate": merged(_STILL_JEM, dict(optimizer=dict(lr=0.1))),
+    "told apart, as in DAT": merged(_TOLD_APART, dict(optimizer=dict(lr=0.01))),
+    "higher rate": dict(optimizer=dict(lr=0.1)),
+    "half as many chains": dict(replay=dict(batch_size=128)),
+    "batch norm frozen": dict(
+        network=dict(frozen_statistics=True), attack=dict(statistics="running"), chain=dict(statistics="running"),
+    ),
     "density of augmented images": dict(augment=dict(likelihood=True)),
+    "told apart, higher rate": merged(_TOLD_APART, dict(optimizer=dict(lr=0.03))),
+    "longer chains": dict(chain=dict(outer_steps=10)),
+    "last weights": dict(optimizer=dict(ema_decay=0.0)),
 }
 DRY = dict(
     network=dict(depth=10, width=1),

@@ -90,13 +90,15 @@ _H100_LATER = {
     "sada_jem": dict(replay=dict(batch_size=128)),
     "l2_robust_classifier": _L2_ATTACK,
     "dat": merged(_L2_ATTACK, _SECOND_STAGE, dict(optimizer=dict(lr=0.01, ema_decay=0.99))),
-    "robust_jem_fast": merged(_SECOND_STAGE, dict(optimizer=dict(lr=0.01, ema_decay=0.99))),
+    "robust_jem_fast": dict(optimizer=dict(lr=0.05, ema_decay=0.99), schedule=dict(warmup_steps=50)),
 }
 _CIFAR10_CPU_LATER = {
     "sada_jem": dict(optimizer=dict(batch_size=64), replay=dict(batch_size=32)),
     "l2_robust_classifier": _L2_ATTACK,
     "dat": merged(_L2_ATTACK, _SECOND_STAGE, dict(attack=dict(eps_warmup=0), optimizer=dict(lr=0.005))),
-    "robust_jem_fast": merged(_SECOND_STAGE, dict(attack=dict(eps_warmup=0), optimizer=dict(lr=0.005))),
+    "robust_jem_fast": dict(
+        attack=dict(eps_warmup=0), optimizer=dict(lr=0.02), schedule=dict(epochs=0, updates=2600, warmup_steps=100),
+    ),
 }
 _DIGITS_SECOND = dict(
     chain=dict(step_size=0.05, outer_steps=10, growth_window=256),
@@ -107,7 +109,12 @@ _DIGITS_LATER = {
     "sada_jem": dict(optimizer=dict(batch_size=64), replay=dict(batch_size=32), objective=dict(sharpness=0.5)),
     "l2_robust_classifier": _L2_ATTACK,
     "dat": merged(_L2_ATTACK, _DIGITS_SECOND),
-    "robust_jem_fast": _DIGITS_SECOND,
+    "robust_jem_fast": dict(
+        chain=dict(outer_steps=5),
+        replay=dict(batch_size=32),
+        optimizer=dict(lr=0.02, batch_size=64, ema_decay=0.98),
+        schedule=dict(epochs=8, warmup_steps=20),
+    ),
 }
 _DIGITS_ASCENT = dict(ascent=dict(steps=10, step_size=0.05))
 
