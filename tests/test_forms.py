@@ -26,7 +26,7 @@ from robust_jem.ebm.objectives import Terms, classification_loss, discrimination
 from robust_jem.ebm.priors import GaussianMixturePrior, UniformPrior
 from robust_jem.ebm.replay import ReplayBuffer
 from robust_jem.ebm.samplers import mala, normalised_ascent, proximal_sgld, sgld
-from robust_jem.judge.calibration import calibration
+from robust_jem.judge.calibration import all_logits, calibration
 from robust_jem.judge.diversity import class_frechet
 from robust_jem.judge.extractors import Extractor, extract, extract_once
 from robust_jem.judge.ood import detect_ood, ood_images, ood_scores
@@ -149,6 +149,7 @@ TABLE = {
     "robustness.robust_accuracy": ("mxy", lambda s: robust_accuracy(s.model, s.x, s.y, 0.1, 3)),
     "robustness.zero_gradients": ("mxy", lambda s: zero_gradients(s.model, s.x, s.y)),
     "robustness.autoattack_accuracy": ("mxy", lambda s: autoattack_accuracy(s.model, two(s.x), two(s.y), 3.0)),
+    "calibration.all_logits": ("mx", lambda s: all_logits(s.model, s.x).argsort(1).double()),
     "calibration.calibration": ("y", lambda s: calibration(linear()(X), s.y)["ECE"]),
     "diversity.class_frechet": ("y", lambda s: class_frechet(X.flatten(1), s.y, X.flatten(1), s.y, K)[0]),
     "ood.ood_scores": ("mx", lambda s: torch.stack(list(ood_scores(s.model, s.x).values()))),
@@ -189,6 +190,7 @@ REASONS = {
     "zoo.load_state": "fills a model's weights",
     "foreign.source_hash": "looks at code",
     "foreign.on_signed_images": "a module around a model",
+    "sweep.Nearness": "hands the images to extract, which looks at them",
     "targets.EvalTarget": "made of a run or a factory's model, which check_classifier has looked at",
     "ood.auroc": "takes scores",
     "likelihood.bits_per_dim": "takes uint8 grey levels alone: dequantise refuses all else",
@@ -490,7 +492,7 @@ def test_models(name, kind, expected):
 def test_what_needs_no_gradient_takes_models_without(name, expected):
     for kind in ("no_grad", "detached"):
         got = outcome(name, model=MODELS[kind]())
-        needs = not name.startswith(("energy.energy", "robustness.accuracy", "objectives"))
+        needs = not name.startswith(("energy.energy", "robustness.accuracy", "objectives", "calibration"))
         assert isinstance(got, InputError) == needs
         assert not needs or "no gradient" in str(got)
 
