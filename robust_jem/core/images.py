@@ -260,7 +260,7 @@ def data_root(
     "Where data sets and caches live. Raises `InputError` for what is no path."
     if root is not None and not isinstance(root, (str, Path)):
         raise InputError(f"root: {root!r} is not accepted; accepted: the path of a folder")
-    return Path(root or os.environ.get("ROBUST_JEM_DATA") or "data")
+    return Path(root or os.environ.get("ROBUST_JEM_DATA") or "data").expanduser()
 
 def _some_classes(images: Images, name: str) -> Images:
     "The classes from the first to the last number after the @, numbered anew."
@@ -310,6 +310,10 @@ def load_images(
                      f"or an image tree at {root / name}/{{train,test}}/<class>/*")
 
 # %% ../../nbs/core/04_images.ipynb #1ceeb608
+def _check_generator(generator):
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise InputError(f"generator: {type(generator).__name__} is not accepted; accepted: a torch.Generator")
+
 def augment(
     x: Tensor, # float images [B,C,H,W]
     pad: int = 4, # pixels of reflection on each side before the random crop; 0: no crop
@@ -319,8 +323,7 @@ def augment(
     "Random crop after reflection padding, and random horizontal flip, one draw an image (JEM++: pad 4, flip)."
     if not isinstance(x, Tensor) or x.ndim != 4:
         raise InputError(f"images: {tuple(getattr(x, 'shape', ()))}; expected a tensor [B,C,H,W]")
-    if generator is not None and not isinstance(generator, torch.Generator):
-        raise InputError(f"generator: {type(generator).__name__} is not accepted; accepted: a torch.Generator")
+    _check_generator(generator)
     b, _, h, w = x.shape
     if isinstance(pad, bool) or not isinstance(pad, Integral) or not 0 <= pad < min(h, w):
         raise InputError(f"pad: {pad} is outside 0..{min(h, w) - 1} for {h}x{w} images")
@@ -345,6 +348,7 @@ def add_noise(
         raise InputError(f"images: {getattr(x, 'dtype', type(x).__name__)}; expected floats, see to_unit")
     if isinstance(std, bool) or not isinstance(std, Real) or not 0 <= std < math.inf:
         raise InputError(f"std: {std!r} is not accepted; accepted: a number of at least 0")
+    _check_generator(generator)
     if std == 0:
         return x
     return torch.randn(x.shape, device=x.device, dtype=x.dtype, generator=generator).mul_(std).add_(x)
@@ -356,6 +360,7 @@ def dequantise(
 ) -> Tensor: # float32 in [-1 - 1/255, 1 + 1/255], same shape
     "Images at a uniformly random place within their grey levels' cells: `to_unit(x)` plus noise in ±1/255."
     _check_tensor("dequantise", x)
+    _check_generator(generator)
     noise = torch.rand(x.shape, device=x.device, generator=generator)
     return to_unit(x).add_(noise.sub_(0.5).div_(127.5))
 
@@ -364,6 +369,9 @@ def bits_per_dim(
     shape: tuple[int, ...], # (C, H, W) of the images
 ) -> Tensor: # same shape
     "-log2 of the probability of a cell of the 256 grey levels, a dimension: `log2(127.5) - log_density / (D ln 2)`."
+    _check_tensor("bits_per_dim", log_density)
+    if not isinstance(shape, (tuple, list)) or not math.prod(shape):
+        raise InputError(f"bits_per_dim: shape {shape!r}; expected (C, H, W)")
     return math.log2(127.5) - log_density / (math.prod(shape) * math.log(2))
 
 # %% ../../nbs/core/04_images.ipynb #888d413e

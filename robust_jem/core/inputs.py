@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['trusted_inputs', 'reads_values', 'as_tensor', 'as_images', 'check_bounds', 'as_points', 'signed_floats',
-           'grey_levels', 'as_labels', 'check_label_range', 'as_features', 'check_model', 'evaluating',
+           'grey_levels', 'as_labels', 'check_label_range', 'as_features', 'as_device', 'check_model', 'evaluating',
            'naming_the_model', 'precision_of', 'check_logits', 'logits_of', 'as_number', 'check_seed', 'as_flag',
            'check_generator']
 
@@ -223,6 +223,19 @@ def as_features(
     return f
 
 # %% ../../nbs/core/06_inputs.ipynb #3e9a1c11
+def as_device(
+    device, # "cpu", "cuda:0" or torch's own
+) -> torch.device:
+    "A device. Raises `InputError` for one that isn't here, or isn't one."
+    try:
+        chosen = torch.device(device)
+        torch.empty(0, device=chosen)
+        return chosen
+    except (RuntimeError, AssertionError, TypeError) as e:
+        why = str(e).splitlines()[0][:80]
+        raise InputError(f"device: {str(device)!r} can't be used ({why}); accepted: cpu, or cuda where there is a "
+                         "GPU") from e
+
 def check_model(model):
     "Raise `InputError` unless it is a module."
     if not isinstance(model, nn.Module):
@@ -241,6 +254,9 @@ def evaluating(
     modes = [(m, getattr(m, "training", False)) for m in model.modules()]
     try:
         model.eval()
+        for m, training in modes:
+            if getattr(m, "training", False):                     # a `train` of its own that keeps it
+                m.training = False
         yield model
     finally:
         for m, training in modes:
@@ -325,6 +341,7 @@ def as_number(
     *,
     above: bool = False, # whether `low` itself is refused
     whole: bool = False, # whether it must be an integer
+    high: float = math.inf, # the most that is accepted
 ) -> float: # or an integer
     "A finite number of Python's own. Raises `InputError` for anything else, or one that is too low."
     if isinstance(value, Tensor) and value.numel() == 1:
@@ -337,8 +354,8 @@ def as_number(
         raise InputError(f"{what}: {value} is not finite; accepted: {needed}")
     if value < low or above and value == low:
         raise InputError(f"{what}: {value} is too low; accepted: {needed}")
-    most = 2**63 - 1 if isinstance(value, numbers.Integral) else 1e30      # what int64 and float32 hold
-    if abs(value) > most:
+    most = min(high, 2**63 - 1 if isinstance(value, numbers.Integral) else 1e30)       # what int64 and float32 hold
+    if value > most or value < -most and high == math.inf:
         raise InputError(f"{what}: {value:.3g} is too high; accepted: {needed}, and at most {most:.2g}")
     return value
 

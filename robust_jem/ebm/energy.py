@@ -44,11 +44,13 @@ def check_labels(
     if low < 0 or high >= num_classes:
         raise InputError(f"labels: {low}..{high} are outside 0..{num_classes - 1}")
 
-def _as_logits(logits) -> Tensor:
-    "Logits `[…,K]`, from an array as well."
+def _as_logits(logits, joint: bool | None = None) -> Tensor:
+    "Logits `[…,K]`, from an array as well; unless `joint` is none, what `check_unnormalised` refuses is none."
     logits = as_tensor(logits, "logits")
     if not logits.ndim or not logits.shape[-1] or not logits.is_floating_point():
         raise InputError(f"logits: {logits.dtype} {tuple(logits.shape)}; expected floats [B,K]")
+    if joint is not None and logits.ndim == 2:
+        check_unnormalised(logits, joint, "logits: these are")
     return widened(logits)
 
 def _of_labels(logits: Tensor, y: Tensor) -> Tensor:
@@ -66,34 +68,41 @@ def joint_energy(
 
     Raises `InputError` for labels outside 0..K-1, or another number of labels than images.
     """
-    logits, y = _as_logits(logits), as_tensor(y, "labels")
+    logits, y = _as_logits(logits, False), as_tensor(y, "labels")
     check_labels(y, logits.shape[-1])
     return -_of_labels(logits, y)
 
 def marginal_energy(
     logits: Tensor, # [B,K]
 ) -> Tensor: # [B]
-    "E(x) = -logsumexp_y f(x)[y] (Grathwohl et al. 2020)."
-    return -_as_logits(logits).logsumexp(-1)
+    "E(x) = -logsumexp_y f(x)[y] (Grathwohl et al. 2020); 0 for log-probabilities. `InputError` for probabilities."
+    return -_as_logits(logits, False).logsumexp(-1)
 
 def check_unnormalised(
     logits: Tensor, # [B,K]
     joint: bool = True, # whether log-probabilities are refused as well: they classify, but have no density
+    what: str = "model: it gives", # how the message begins
 ):
     """Raise `InputError` where a model gives probabilities, or log-probabilities, in place of logits.
 
-    Of a single image or class it can't be told.
+    Of a single class it can't be told, nor of logits that are all equal; of a single image only where the sum is
+    exact, as chance doesn't make it.
     """
-    if min(logits.shape) < 2 or not reads_values(logits, "model"):
+    if not len(logits) or logits.shape[1] < 2 or not reads_values(logits, "model"):
         return
     with torch.no_grad():
         wide = widened(logits)
         slack = 1e-3 if wide is logits else 2e-2
-        if bool((wide.sum(1) - 1).abs().max() < slack) and bool((wide >= 0).all()):
-            raise InputError("model: it gives probabilities; expected logits, what comes before its softmax")
-        if joint and bool(wide.logsumexp(1).abs().max() < slack):
-            raise InputError("model: it gives log-probabilities, whose log p(x) is 0 everywhere; expected logits, what "
-                             "comes before its log_softmax")
+        if len(logits) == 1:
+            slack = 3e-7 * min(logits.shape[1], 10) if wide is logits else 0.0
+        low, high = wide.aminmax()
+        if low == high:
+            return
+        if low >= 0 and bool((wide.sum(1) - 1).abs().max() < slack):
+            raise InputError(f"{what} probabilities; expected logits, what comes before the softmax")
+        if joint and high <= slack and bool(wide.logsumexp(1).abs().max() < slack):
+            raise InputError(f"{what} log-probabilities, whose log p(x) is 0 everywhere; expected logits, what comes "
+                             "before the log_softmax")
 
 # Noise and unbounded chains may leave [-1, 1]; grey levels 0..255 as floats are further away.
 _BEYOND = 20.0
@@ -275,13 +284,20 @@ def score(
     return score_of(model, y)(x)
 
 # %% ../../nbs/ebm/00_energy.ipynb #ba32aacc
+def _finite(logits) -> Tensor:
+    "Logits that have an order."
+    logits = _as_logits(logits)
+    if reads_values(logits, "model") and not logits.isfinite().all():
+        raise InputError("logits: some aren't finite, so that there is no prediction")
+    return logits
+
 def predict(logits: Tensor) -> Tensor:
-    "Prediction: argmin_y E(x, y), labels `[B]` of logits `[B,K]`."
-    return _as_logits(logits).argmax(-1)
+    "Prediction: argmin_y E(x, y), labels `[B]` of logits `[B,K]`. Raises `InputError` where one isn't finite."
+    return _finite(logits).argmax(-1)
 
 def rank(logits: Tensor) -> Tensor:
-    "Ranking: the labels `[B,K]` from lowest to highest energy E(x, y)."
-    return _as_logits(logits).argsort(-1, descending=True)
+    "Ranking: the labels `[B,K]` from lowest to highest energy E(x, y). Raises `InputError` as `predict` does."
+    return _finite(logits).argsort(-1, descending=True)
 
 def detect(
     logits: Tensor, # [B,K]
@@ -294,7 +310,7 @@ def detect(
     """
     if not isinstance(threshold, (Real, Tensor)) or isinstance(threshold, Tensor) and threshold.numel() != 1:
         raise InputError(f"threshold: {threshold!r} is no number")
-    threshold = float(threshold)
+    logits, threshold = _as_logits(logits, y is None), float(threshold)
     if threshold != threshold:
         raise InputError("threshold: not a number can't be compared with")
     return (marginal_energy(logits) if y is None else joint_energy(logits, y)) < threshold
@@ -305,4 +321,4 @@ def conditional_density(
 ) -> Tensor: # [B,K], rows sum to 1
     "Conditional density estimation: the Gibbs distribution exp(-beta E(x,y)) / sum_y' exp(-beta E(x,y'))."
     beta = as_number(beta, "beta")
-    return (beta * _as_logits(logits)).softmax(-1)
+    return (beta * _as_logits(logits, False)).softmax(-1)

@@ -17,12 +17,16 @@ def area_under_roc(
     real: Tensor, # of each real image, what should be high [N]
     sampled: Tensor, # of each sampled image, what should be low [M]
 ) -> Tensor: # [], 0..1
-    "P(real > sampled) + P(real = sampled) / 2, over all pairs. Raises `InputError` unless both are [N], N > 0."
+    """P(real > sampled) + P(real = sampled) / 2, over all pairs; NaN where a score is.
+
+    Raises `InputError` unless both are [N], N > 0.
+    """
     real, sampled = as_tensor(real, "area_under_roc: real"), as_tensor(sampled, "area_under_roc: sampled")
     if real.ndim != 1 or sampled.ndim != 1 or not len(real) or not len(sampled):
         raise InputError(f"area_under_roc: {tuple(real.shape)} and {tuple(sampled.shape)}; expected [N] and [M]")
-    difference = real[:, None] - sampled[None]
-    return (difference > 0).double().mean() + (difference == 0).double().mean() / 2
+    above, equal = real[:, None] > sampled[None], real[:, None] == sampled[None]
+    area = above.double().mean() + equal.double().mean() / 2
+    return area.where(~(real.isnan().any() | sampled.isnan().any()), torch.nan)
 
 # %% ../../nbs/ebm/07_growth.ipynb #3027e223
 class GrowingLength(nn.Module):
@@ -53,7 +57,13 @@ class GrowingLength(nn.Module):
         sampled: Tensor, # and of as many chains' ends [B]
         mean=None, # of a number over the processes of a job; none: there is one process
     ):
-        "Note a batch; when the window is full, decide, and begin a new one. What doesn't fit is left out."
+        """Note a batch; when the window is full, decide, and begin a new one. What doesn't fit is left out.
+
+        Raises `InputError` unless both are [B].
+        """
+        real, sampled = as_tensor(real, "real"), as_tensor(sampled, "sampled")
+        if real.ndim != 1 or real.shape != sampled.shape:
+            raise InputError(f"observe: {tuple(real.shape)} and {tuple(sampled.shape)}; expected [B] of both")
         room = self.log_p.shape[1] - self.count
         kept = torch.stack([real[:room], sampled[:room]])
         self.log_p[:, self.count:self.count + kept.shape[1]] = kept

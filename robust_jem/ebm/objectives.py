@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core.errors import InputError
-from ..core.inputs import as_labels, as_number, as_points, logits_of
+from ..core.inputs import as_flag, as_labels, as_number, as_points, logits_of
 from .energy import check_labels, check_unnormalised, energy, frozen_statistics, widened
 
 # %% ../../nbs/ebm/05_objectives.ipynb #e933d65b
@@ -51,6 +51,7 @@ def likelihood_loss(
     if (y_real is None) != (y_sampled is None):
         raise InputError("likelihood_loss: give both y_real and y_sampled (class-conditional) or neither (marginal)")
     x_real, x_sampled = (as_points(x, beyond=20) for x in (x_real, x_sampled))
+    track_sampled = as_flag(track_sampled, "track_sampled")
     if not len(x_real) or not len(x_sampled):
         raise InputError(f"images: {len(x_real)} real and {len(x_sampled)} sampled ones; both must be above zero")
     real = energy(model, x_real, y_real)
@@ -137,6 +138,8 @@ def _check_terms(terms: Terms, **images: tuple[Tensor | None, ...]):
         weight = getattr(terms, name)
         if weight and any(x is None for x in needed):
             raise InputError(f"hybrid_loss: terms.{name} = {weight} but its images are missing")
+    if not (terms.clean or terms.adversarial or terms.likelihood):
+        raise InputError("terms: none counts, so that nothing is learnt; accepted: at least one above 0")
     if terms.energy_penalty and not terms.likelihood:
         raise InputError(f"hybrid_loss: terms.energy_penalty = {terms.energy_penalty} without terms.likelihood, "
                          "whose energies it holds down")

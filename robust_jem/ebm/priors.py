@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from ..core.errors import InputError
-from ..core.inputs import as_images, as_labels, as_number, as_points, check_generator, check_label_range
+from robust_jem.core.inputs import (
+    as_device, as_images, as_labels, as_number, as_points, check_generator, check_label_range,
+)
 from ..core.images import to_unit
 
 # %% ../../nbs/ebm/01_priors.ipynb #8af66938
@@ -33,6 +35,28 @@ def _drawn_labels(weights: Tensor, n: int, generator) -> Tensor:
     if not _count(n, generator, weights.device):
         return torch.zeros(0, dtype=torch.long, device=weights.device)
     return torch.multinomial(weights, n, replacement=True, generator=generator)
+
+def _as_shape(shape) -> tuple[int, int, int]:
+    "An image's shape."
+    if not isinstance(shape, (tuple, list)) or len(shape) != 3:
+        raise InputError(f"shape: {shape!r} is not accepted; accepted: (C, H, W)")
+    return tuple(as_number(v, "shape", 1, whole=True) for v in shape)
+
+def _as_parameters(**tensors) -> list[Tensor]:
+    "A prior's tensors, finite; frequencies of classes don't lie below zero."
+    for name, t in tensors.items():
+        if not isinstance(t, Tensor) or not t.is_floating_point() or not t.ndim:
+            raise InputError(f"prior: {name}: {getattr(t, 'dtype', type(t).__name__)}; expected a tensor of floats")
+        small = t if t.ndim < 3 else t[:1]                  # of 0.4 GB, one class stands for all
+        if not t.is_cuda and not (small.isfinite().all() and (name != "weights" or (t >= 0).all() and t.any())):
+            raise InputError(f"prior: {name}: some values aren't finite, or are below 0")
+    return list(tensors.values())
+
+def _where(device, dtype: torch.dtype | None) -> torch.device:
+    "A device, and a type that densities can be kept in."
+    if dtype is not None and not getattr(dtype, "is_floating_point", False):
+        raise InputError(f"dtype: {dtype} is not accepted; accepted: a type of floats, such as torch.float16")
+    return as_device(device)
 
 def _flat_points(x, y, mean: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     "Images as float64 points `[B,D]` and their labels `[B]`, where the prior is."
@@ -75,11 +99,14 @@ class GaussianMixturePrior:
         weights: Tensor, # class frequencies [K]
         shape: tuple[int, int, int], # (C, H, W)
     ):
-        self.mean, self.factor, self.weights, self.shape = mean, factor, weights, tuple(shape)
+        self.shape = _as_shape(shape)
+        self.mean, self.factor, self.weights = _as_parameters(mean=mean, factor=factor, weights=weights)
         k, dim = len(mean), math.prod(self.shape)
         if mean.shape != (k, dim) or factor.shape != (k, dim, dim) or weights.shape != (k,):
             raise InputError(f"prior: mean {tuple(mean.shape)}, factor {tuple(factor.shape)} and weights "
                              f"{tuple(weights.shape)}; expected [K,D], [K,D,D] and [K], with D = {dim}")
+        if k and not factor.is_cuda and factor[0].triu(1).any():
+            raise InputError("prior: the factor isn't lower triangular; expected torch.linalg.cholesky(covariance)")
 
     @classmethod
     def fit(cls,
@@ -106,7 +133,11 @@ class GaussianMixturePrior:
             mean[k] = members.mean(0)
             centred = members - members.mean(0)
             covariance = centred.T @ centred / (len(centred) - 1)
-            factor[k] = torch.linalg.cholesky(covariance + jitter * eye)
+            try:
+                factor[k] = torch.linalg.cholesky(covariance + jitter * eye)
+            except RuntimeError as e:
+                raise InputError(f"jitter: {jitter:g} is too small, class {k}'s covariance is singular; the default is "
+                                 "1e-4") from e
         return cls(mean, factor, counts.double() / len(y), x.shape[1:])
 
     def to(self,
@@ -114,6 +145,7 @@ class GaussianMixturePrior:
         dtype: torch.dtype | None = None, # of the factors
     ) -> "GaussianMixturePrior":
         "The same prior on a device. Factors in bfloat16 take half the memory, and less time where a device has it."
+        device = _where(device, dtype)
         return type(self)(self.mean.to(device), self.factor.to(device, dtype), self.weights.to(device), self.shape)
 
     def sample_labels(self, n: int, generator: torch.Generator | None = None) -> Tensor:
@@ -206,8 +238,9 @@ class CompactGaussianPrior:
         weights: Tensor, # class frequencies [K]
         shape: tuple[int, int, int], # (C, H, W)
     ):
-        self.mean, self.directions, self.spread = mean, directions, spread
-        self.colours, self.weights, self.shape = colours, weights, tuple(shape)
+        self.shape = _as_shape(shape)
+        self.mean, self.directions, self.spread, self.colours, self.weights = _as_parameters(
+            mean=mean, directions=directions, spread=spread, colours=colours, weights=weights)
         k, dim, c = len(mean), math.prod(self.shape), self.shape[0]
         fits = directions.ndim == 3 and (directions.shape[0], directions.shape[2]) == (k, dim)
         if not fits or not mean.shape == spread.shape == (k, dim) or weights.shape != (k,) or colours.shape != (c, c):
@@ -220,6 +253,7 @@ class CompactGaussianPrior:
         dtype: torch.dtype | None = None, # of what is kept; draws are made in float32
     ) -> "CompactGaussianPrior":
         "The same prior on a device."
+        device = _where(device, dtype)
         kept = [t.to(device, dtype) for t in (self.mean, self.directions, self.spread)]
         return type(self)(*kept, self.colours.to(device), self.weights.to(device), self.shape)
 
@@ -280,13 +314,14 @@ def _compacted(prior: GaussianMixturePrior, rank: int, floor: float, dtype: torc
     "See `GaussianMixturePrior.compact`."
     rank, dim = as_number(rank, "rank", 1, whole=True), prior.mean.shape[1]
     as_number(floor, "floor", above=True)
+    _where("cpu", dtype)
     if rank >= dim:
         raise InputError(f"rank: {rank} is outside 1..{dim - 1} for {dim} pixel values")
     colours = _colour_axes(prior.factor, prior.shape)
     directions, spread = [], []
     for factor in prior.factor.double():
         variance, vectors = torch.linalg.eigh(factor @ factor.T)            # smallest first
-        leading = (vectors[:, -rank:] * variance[-rank:].sqrt()).T.flip(0)
+        leading = (vectors[:, -rank:] * variance[-rank:].clamp_min(0).sqrt()).T.flip(0)
         rest = _spectrum(factor.T, colours, prior.shape) - _spectrum(leading, colours, prior.shape)
         directions.append(leading.to(dtype))
         spread.append(rest.clamp_min(floor).sqrt().to(dtype))
@@ -299,6 +334,8 @@ def prior_from_tensors(
     shape: tuple[int, int, int], # (C, H, W)
 ) -> GaussianMixturePrior | CompactGaussianPrior:
     "A prior from what a file kept. Raises `InputError` where tensors are missing, or of other images."
+    if not isinstance(tensors, dict):
+        raise InputError(f"prior: {type(tensors).__name__} is not accepted; accepted: tensors by name")
     kinds = {"factor": GaussianMixturePrior, "directions": CompactGaussianPrior}
     kind = next((kinds[name] for name in kinds if name in tensors), None)
     try:
@@ -316,10 +353,8 @@ class UniformPrior:
         num_classes: int = 10, # K, for `sample_labels`
         device="cpu", # where to draw
     ):
-        if not isinstance(shape, (tuple, list)) or len(shape) != 3:
-            raise InputError(f"shape: {shape!r} is not accepted; accepted: (C, H, W)")
-        self.shape = tuple(as_number(v, "shape", 1, whole=True) for v in shape)
-        self.num_classes, self.device = as_number(num_classes, "num_classes", 1, whole=True), device
+        self.shape = _as_shape(shape)
+        self.num_classes, self.device = as_number(num_classes, "num_classes", 1, whole=True), as_device(device)
 
     def to(self, device, dtype: torch.dtype | None = None) -> "UniformPrior":
         "The same prior on a device; it holds nothing that `dtype` could be the type of."

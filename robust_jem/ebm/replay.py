@@ -29,6 +29,9 @@ class ReplayBuffer:
         capacity = as_number(capacity, "buffer_size", 1, whole=True)
         if as_number(reinit_prob, "reinit_prob") > 1:
             raise InputError(f"reinit_prob: {reinit_prob} is outside 0..1")
+        if not (hasattr(prior, "sample") and hasattr(prior, "sample_labels")):
+            raise InputError(f"prior: {type(prior).__name__} is not accepted; accepted: what has sample(y, generator) "
+                             "and sample_labels(n, generator)")
         self.prior, self.reinit_prob = prior, reinit_prob
         y = prior.sample_labels(capacity, generator)
         # in parts: the noise of 10,000 images takes as much memory as they do

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..core.errors import InputError
-from ..core.inputs import as_number, as_points, check_generator
+from ..core.inputs import as_number, as_points, check_generator, reads_values
 from .attacks import L2
 from .energy import taking_gradients
 
@@ -154,9 +154,9 @@ def mala(
 ) -> tuple[Tensor, Tensor]: # the chains' ends, like x, and the share of proposals that each accepted [B]
     """Metropolis-adjusted Langevin: `sgld`'s steps, each accepted or not, so that the law is exactly p.
 
-    Raises `InputError` for negative steps or step size, and starts that aren't finite.
+    Raises `InputError` for negative steps, step size <= 0, and starts that aren't finite, or where log p isn't.
     """
-    steps, step_size = as_number(steps, "steps", whole=True), as_number(step_size, "step_size")
+    steps, step_size = as_number(steps, "steps", whole=True), as_number(step_size, "step_size", above=True)
     x = as_points(x, "starts", None).detach()
     check_generator(generator, x.device)
 
@@ -176,6 +176,8 @@ def mala(
         return -(to - x - step_size / 2 * score).square().flatten(1).sum(1) / (2 * step_size)
 
     state = evaluated(x)
+    if reads_values(x) and not state[1].isfinite().all():
+        raise InputError("log_density: some of the starts' aren't finite; a chain can't leave them")
     accepted = torch.zeros(len(x), device=x.device)
     for i in range(steps):
         x, value, score = state

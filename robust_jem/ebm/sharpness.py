@@ -23,10 +23,15 @@ def ascent_step(
     radius: float, # ρ (SADA-JEM: 2, adaptive; Foret et al.: 0.05, not)
     adaptive: bool = True, # relative to each weight's size
 ) -> list[Tensor]: # ε
-    "The step to the worst weights nearby, to first order. Raises `InputError` for a negative radius."
-    radius = as_number(radius, "radius")
-    if len(parameters) != len(gradients):
-        raise InputError(f"gradients: {len(gradients)} for {len(parameters)} parameters; expected one each")
+    """The step to the worst weights nearby, to first order.
+
+    Raises `InputError` for a negative radius, or gradients of other shapes than their parameters.
+    """
+    radius, parameters, gradients = as_number(radius, "radius"), list(parameters), list(gradients)
+    shapes = [[getattr(t, "shape", None) for t in tensors] for tensors in (parameters, gradients)]
+    if shapes[0] != shapes[1] or None in shapes[0]:
+        raise InputError(f"gradients: {len(gradients)} for {len(parameters)} parameters; expected a tensor each, of "
+                         "its parameter's shape")
     if not parameters:
         return []
     scaled = torch._foreach_mul(gradients, torch._foreach_abs(parameters)) if adaptive else list(gradients)
@@ -45,6 +50,8 @@ def at_worst_weights(
 
     Backward passes belong inside. Gradients aren't touched. Raises `InputError` for a negative radius.
     """
+    if isinstance(parameters, (nn.Module, Tensor)):
+        raise InputError(f"parameters: {type(parameters).__name__} is not accepted; accepted: model.parameters()")
     moved = [p for p in parameters if p.grad is not None]
     step = ascent_step([p.detach() for p in moved], [p.grad for p in moved], radius, adaptive)
     kept = [p.detach().clone() for p in moved]

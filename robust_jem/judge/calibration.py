@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from ..core.errors import InputError
-from ..core.inputs import as_features, as_images, as_labels, as_number, evaluating, logits_of, signed_floats
+from robust_jem.core.inputs import (
+    as_device, as_features, as_images, as_labels, as_number, evaluating, logits_of, signed_floats,
+)
 
 # %% ../../nbs/judge/03_calibration.ipynb #7b14bd6b
 def _checked_predictions(logits: Tensor, y: Tensor, bins: int) -> tuple[Tensor, Tensor]:
@@ -22,7 +24,7 @@ def _checked_predictions(logits: Tensor, y: Tensor, bins: int) -> tuple[Tensor, 
         raise InputError("calibration: some logits aren't finite; the model is broken, or wasn't trained to the end")
     if (logits >= 0).all() and ((logits.sum(1) - 1).abs() < 1e-3).all():
         raise InputError("calibration: these are probabilities; expected logits, such as their logarithms")
-    as_number(bins, "bins", 1, whole=True)
+    as_number(bins, "bins", 1, whole=True, high=100_000)
     return logits, y
 
 def calibration(
@@ -58,6 +60,7 @@ def all_logits(
     "The logits of a set of images, in evaluation mode. Raises `InputError` as `accuracy` does."
     x = as_images(x)
     as_number(batch_size, "batch_size", 1, whole=True)
+    device = as_device(device)
     with torch.no_grad(), evaluating(model):
         parts = (signed_floats(part.to(device)) for part in x.split(batch_size))
         return torch.cat([logits_of(model, part).float().cpu() for part in parts])

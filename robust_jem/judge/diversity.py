@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..core.errors import InputError
-from ..core.inputs import as_features, as_labels, as_number, as_tensor
+from ..core.inputs import as_features, as_images, as_labels, as_number, as_tensor
 from .sample_scores import frechet_distance, moments
 
 # %% ../../nbs/judge/02_diversity.ipynb #cdaa67fb
@@ -78,7 +78,7 @@ def class_frechet(
     With fewer images of a class than dimensions it is biased upwards; a warning says so.
     """
     samples, real = (as_features(f, "class_frechet: features") for f in (samples, real))
-    as_number(num_classes, "num_classes", 1, whole=True)
+    as_number(num_classes, "num_classes", 1, whole=True, high=1_000_000)
     if samples.shape[1] != real.shape[1]:
         raise InputError(f"class_frechet: features {tuple(samples.shape)} and {tuple(real.shape)}; both must be [N,D] "
                          "of one extractor")
@@ -99,7 +99,7 @@ def _as_points(values) -> Tensor:
     points = as_tensor(values, "nearest")
     if points.ndim < 2:
         raise InputError(f"nearest: shape {tuple(points.shape)}; expected features [N,D] or images [N,C,H,W]")
-    return points.detach()
+    return (as_images(points) if points.ndim == 4 else points).detach()
 
 def nearest(
     queries: Tensor, # features [N,D], or images [N,C,H,W]
@@ -112,7 +112,8 @@ def nearest(
     """
     queries, real = (_as_points(v) for v in (queries, real))
     as_number(k, "k", 1, whole=True)
-    if queries.is_floating_point() != real.is_floating_point():
+    if queries.is_floating_point() != real.is_floating_point() or torch.uint8 in {queries.dtype, real.dtype} and (
+            queries.dtype != real.dtype):
         raise InputError(f"nearest: {queries.dtype} among {real.dtype}; both must be of one kind and scale")
     a, b = queries.flatten(1).float(), real.flatten(1).float()
     if not len(a) or not (a.isfinite().all() and b.isfinite().all()):

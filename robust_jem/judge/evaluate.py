@@ -16,7 +16,7 @@ from ..engine.runtime import Execution, executing
 from .own_scores import classification, density
 from .probes import capabilities_of, what_is_lacking
 from .scorer import SampleScorer
-from ..systems.catalog import EvaluateConfig
+from ..systems.catalog import EvaluateConfig, system_class
 
 # %% ../../nbs/judge/10_evaluate.ipynb #2a6d1aba
 def evaluate_run(
@@ -52,7 +52,9 @@ def _evaluate(config: EvaluateConfig, run: Run, at: Execution, progress: bool) -
     cache.get("held-out", scorer.settings(), lambda: scorer("held-out", None, images.test_y))
     if not what_is_lacking("prior", can):
         n = max([len(x) for x, _, _ in sets.values()], default=len(images.test_x))
-        asked = scorer.settings() | dict(num_samples=n, seed=config.seed)
+        kind = system_class(run.config.system).prior_named(run.config)
+        # Gaussians are fitted to the images of the fingerprint
+        asked = scorer.settings() | dict(num_samples=n, seed=config.seed, prior=kind)
         cache.get("prior", asked, lambda: scorer.prior(run.prior(at.device), n, config.seed))
     for name in sets:
         _sample_set(run, name, scorer, cache)

@@ -21,7 +21,7 @@ from ..core.cache import ResultCache
 from ..core.errors import InputError
 from ..core.files import fingerprint
 from ..core.images import progress_bar
-from ..core.inputs import as_images, as_number, evaluating, grey_levels, naming_the_model
+from ..core.inputs import as_device, as_images, as_number, evaluating, grey_levels, naming_the_model
 from ..engine.runs import Run
 from ..engine.runtime import at_a_size_that_fits
 
@@ -249,6 +249,11 @@ def _checked_features(f, images: int) -> Tensor:
         raise InputError(f"extractor: gives {got} for {images} images; expected features [{images},D]")
     return f
 
+def _check_extractor(extractor):
+    if not isinstance(extractor, Extractor):
+        raise InputError(f"extractor: {type(extractor).__name__} is not accepted; accepted: an Extractor, as "
+                         "feature_extractor makes them")
+
 @torch.no_grad()
 def extract(
     extractor: Extractor,
@@ -266,9 +271,8 @@ def extract(
     if not len(x):
         raise InputError("images: there are none; expected at least one")
     as_number(batch_size, "batch_size", 1, whole=True)
-    if not isinstance(extractor, Extractor):
-        raise InputError(f"extractor: {type(extractor).__name__} is not accepted; accepted: an Extractor, as "
-                         "feature_extractor makes them")
+    _check_extractor(extractor)
+    device = as_device(device)
     rounded = extractor.precision != "float32"
     def work(size):
         features, probs = [], []
@@ -282,7 +286,7 @@ def extract(
             if p is not None:
                 probs.append(p.float().cpu())
         return torch.cat(features), torch.cat(probs) if probs else None
-    if torch.device(device).type == "cpu":
+    if device.type == "cpu":
         batch_size = min(batch_size, extractor.cpu_batch)
     with evaluating(extractor):
         features, probs = at_a_size_that_fits(work, batch_size)
@@ -302,6 +306,7 @@ def extract_once(
         features, probs = extract(extractor, x, *args)
         return {"features": features} | ({} if probs is None else {"probabilities": probs}), {}
     x = grey_levels(as_images(x))
+    _check_extractor(extractor)
     results = ResultCache(cache if extractor.key else None)
     depends = {"images": fingerprint(str(tuple(x.shape)), x), "extractor": extractor.key}
     without = len(args) > 3 and not args[3]

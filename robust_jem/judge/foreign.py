@@ -11,6 +11,8 @@ import os
 import sys
 import sysconfig
 import types
+import warnings
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -36,6 +38,21 @@ def import_model(spec: str) -> nn.Module:
     module, _, name = spec.partition(":")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
+    with _same_settings():
+        return _made(spec, module, name)
+
+@contextmanager
+def _same_settings():
+    "A user's file may change torch's settings for itself; not for what is measured after it."
+    dtype, grad, threads = torch.get_default_dtype(), torch.is_grad_enabled(), torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(dtype)
+        torch.set_grad_enabled(grad)
+        torch.set_num_threads(threads)
+
+def _made(spec: str, module: str, name: str) -> nn.Module:
     try:
         factory = getattr(importlib.import_module(module), name)
     except (Exception, SystemExit) as e:                        # whatever the user's file does when it is run
@@ -114,6 +131,10 @@ def check_classifier(
             why = (str(e) or type(e).__name__).splitlines()[0][:80]
             raise InputError(f"model: {name} gives no gradient of its logits ({why}); it must not run under no_grad "
                              "or detach") from e
+        again = _first_logits(network, x, images, name)
+    if not torch.allclose(again, logits, rtol=1e-2, atol=1e-3):
+        warnings.warn(f"{name} gives other logits for the same images: it is random in evaluation mode (noise, dropout "
+                      "without self.training), and so are its scores")
     return logits
 
 @torch.no_grad()

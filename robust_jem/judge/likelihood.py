@@ -12,11 +12,23 @@ from torch.distributions import MultivariateNormal
 
 from ..core.images import Images, dequantise
 from ..core.images import bits_per_dim as bits_of_density
-from ..core.inputs import as_number, check_seed, evaluating, trusted_inputs
+from ..core.errors import InputError
+from robust_jem.core.inputs import (
+    as_device, as_images, as_number, check_seed, evaluating, naming_the_model, trusted_inputs,
+)
 from ..core.random import stream
 from ..ebm.priors import GaussianMixturePrior
 
 # %% ../../nbs/judge/06_likelihood.ipynb #6f32e318
+def _log_density(system: nn.Module, x: Tensor) -> Tensor:
+    "log p(x) `[B]` in float64, on the CPU."
+    with naming_the_model(system, x, "system"):
+        log_p = system.log_density(x)
+    if not isinstance(log_p, Tensor) or log_p.shape != (len(x),) or log_p.isnan().any():
+        got = f"{tuple(log_p.shape)}, or NaN" if isinstance(log_p, Tensor) else type(log_p).__name__
+        raise InputError(f"system: its log_density gives {got} for {len(x)} images; expected one number an image")
+    return log_p.double().cpu()
+
 def bits_per_dim(
     system: nn.Module, # its `log_density` is normalised, on the [-1, 1] scale
     x: Tensor, # uint8 images [N,C,H,W]
@@ -30,9 +42,13 @@ def bits_per_dim(
     """
     as_number(batch_size, "batch_size", 1, whole=True)
     check_seed(seed)
+    x, device = as_images(x), as_device(device)
+    if not hasattr(system, "log_density") or not len(x):
+        raise InputError(f"bits_per_dim: {type(system).__name__} and {len(x)} images; expected a system with a "
+                         "log_density, and at least one image")
     noisy = dequantise(x, stream(seed, "dequantise"))
     with torch.no_grad(), evaluating(system):
-        log_p = torch.cat([system.log_density(part.to(device)).double().cpu() for part in noisy.split(batch_size)])
+        log_p = torch.cat([_log_density(system, part.to(device)) for part in noisy.split(batch_size)])
     return bits_of_density(log_p, x.shape[1:])
 
 # %% ../../nbs/judge/06_likelihood.ipynb #04c06f23
@@ -45,6 +61,8 @@ class GaussianMixtureDensity(nn.Module):
         jitter: float = 1e-4, # added to the covariances' diagonals (JEM++: 1e-4)
     ):
         super().__init__()
+        if not isinstance(images, Images):
+            raise InputError(f"images: {type(images).__name__} is not accepted; accepted: Images, see load_images")
         noisy = dequantise(images.train_x, stream(seed, "dequantise", "train"))
         with trusted_inputs():                  # dequantised, black and white pixels are a little out of [-1, 1]
             prior = GaussianMixturePrior.fit(noisy, images.train_y, images.num_classes, jitter)

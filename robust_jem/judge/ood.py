@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from ..core.errors import InputError
 from ..core.images import DATASETS, data_root, load_images
 from robust_jem.core.inputs import (
-    as_images, as_number, as_tensor, check_generator, evaluating, grey_levels, signed_floats,
+    as_images, as_number, as_tensor, check_generator, evaluating, grey_levels, logits_of, naming_the_model,
+    signed_floats,
 )
 from ..ebm.energy import check_unnormalised, input_gradient, marginal_energy, taking_gradients, untouched
 from ..engine.runtime import at_a_size_that_fits
@@ -47,17 +48,21 @@ def _batch_scores(model: nn.Module, x: Tensor) -> Tensor:
 
 def _density_scores(model: nn.Module | None, x: Tensor, log_density: Callable) -> Tensor:
     "The same of a model with a density of its own; without the confidence `[2,B]` where it doesn't classify."
-    with torch.enable_grad():
+    with torch.enable_grad(), naming_the_model(log_density, x, "log_density"):
         x = x.detach().requires_grad_()
         density = log_density(x)
         if not isinstance(density, Tensor) or density.shape != (len(x),) or not density.requires_grad:
             raise InputError(f"log_density: gives no values [{len(x)}] with a gradient; it must not run under "
                              "torch.no_grad(), nor detach")
         gradient, = torch.autograd.grad(density.sum(), x)
+    if not density.isfinite().all():
+        raise InputError("log_density: some values aren't finite")
     scores = [density.detach().float().cpu()]
     if model is not None:
         with torch.no_grad():
-            scores.append(model(x).float().softmax(1).max(1).values.cpu())
+            logits = logits_of(model, x).float()
+            check_unnormalised(logits, joint=False)
+            scores.append(logits.softmax(1).max(1).values.cpu())
     return torch.stack([*scores, -gradient.flatten(1).norm(dim=1).cpu()])
 
 @taking_gradients
@@ -76,6 +81,8 @@ def ood_scores(
     as_number(batch_size, "batch_size", 1, whole=True)
     if not len(x):
         raise InputError("images: there are none; expected at least one")
+    if log_density is not None and not callable(log_density):
+        raise InputError(f"log_density: {type(log_density).__name__} is not accepted; accepted: a function of images")
     if model is None and log_density is not None:
         names = [name for name in SCORES if name != "max p(y|x)"]
         return dict(zip(names, _in_batches(partial(_density_scores, None, log_density=log_density), x, batch_size)))
@@ -100,7 +107,7 @@ def auroc(
     (ties count half)."""
     from torchmetrics.functional.classification import binary_auroc
     inside, outside = (as_tensor(v, "auroc: scores") for v in (inside, outside))
-    if inside.ndim != 1 or outside.ndim != 1:
+    if inside.ndim != 1 or outside.ndim != 1 or inside.is_complex() or outside.is_complex():
         raise InputError(f"auroc: scores {tuple(inside.shape)} and {tuple(outside.shape)}; expected [N] and [M]")
     scores = torch.cat([inside, outside]).double()
     if not len(inside) or not len(outside):
@@ -202,6 +209,8 @@ def detect_ood(
     "How well each score separates the test images from each set of other images."
     if not isinstance(sets, dict):
         raise InputError(f"sets: {type(sets).__name__} is not accepted; accepted: a dictionary of images by name")
+    if "test images" in sets:
+        raise InputError("sets: 'test images' is the name of the model's own; accepted: another name")
     groups = {"test images": inside} | sets
     scores = {name: ood_scores(model, x, batch_size, log_density) for name, x in groups.items()}
     known = scores["test images"]

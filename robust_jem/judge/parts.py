@@ -16,7 +16,7 @@ from .landscape import landscape_part
 from .probes import what_is_lacking
 from .scorer import SampleScorer, neighbours_part
 from .targets import EvalTarget
-from ..systems.catalog import EvaluateConfig
+from ..systems.catalog import EvaluateConfig, system_class
 
 # %% ../../nbs/judge/16_parts.ipynb #a9aeeb29
 SUITE_PARTS = ("robustness", "calibration", "detection", "distal", "landscape", "neighbours")
@@ -47,7 +47,9 @@ def measure_parts(
     if wanted("distal"):
         cache.get("distal", same | dict(seed=c.seed), lambda: distal_part(target, c), tensors=True)
     if wanted("landscape"):
-        asked = dict(seed=c.seed, attack_steps=c.attack_steps)
+        trained = target.config
+        asked = dict(seed=c.seed, attack_steps=c.attack_steps, eps=trained.attack.eps,
+                     prior=system_class(trained.system).prior_named(trained))
         cache.get("landscape", same | asked, lambda: landscape_part(target, c), tensors=True)
     if wanted("neighbours") and c.run:
         scorer = SampleScorer(replace(c, root=target.config.root), target.images, target.at, progress)

@@ -19,7 +19,7 @@ from robust_jem.core.inputs import (
     naming_the_model, precision_of, signed_floats, trusted_inputs,
 )
 from ..core.random import stream
-from ..ebm.attacks import pgd
+from ..ebm.attacks import as_radius, pgd
 from ..ebm.energy import check_unnormalised, input_gradient, outside_inference_mode, untouched
 from ..engine.runtime import at_a_size_that_fits
 
@@ -122,14 +122,6 @@ def _attack_batch(model: nn.Module, x: Tensor, y: Tensor, restarts: int, targete
     return torch.stack([attacked, blind, standing.sum()])
 
 # %% ../../nbs/judge/05_robustness.ipynb #5f921bc6
-def _as_radius(eps, norm: str) -> float:
-    "A radius on the [-1,1] scale; a warning where it covers that whole scale, as 8 for 8/255 does."
-    eps = as_number(eps, "eps")
-    if norm == "linf" and eps > 2:
-        warnings.warn(f"eps: {eps:g} is more than the whole range -1..1, so that any image may become any other; "
-                      "8/255 of images in 0..1 is 16/255 here")
-    return eps
-
 def _attack_counts(model, x: Tensor, y: Tensor, eps, steps, norm, batch_size, seed, *, targeted, restarts) -> list[int]:
     "`_attack_batch`'s counts over all images."
     check_seed(seed)
@@ -168,16 +160,14 @@ def robust_accuracy(
     aren't numbers, which leave nothing to attack with.
     """
     as_number(restarts, "restarts", 1, whole=True)
-    eps = _as_radius(eps, norm)
     x, y = _labelled(x, y, batch_size)
+    eps = as_radius(eps, norm, x.shape)
     attacked, blind, right = _attack_counts(model, x, y, eps, steps, norm, batch_size, seed,
                                             targeted=targeted, restarts=restarts)
     if blind and eps > 0:
         warnings.warn(f"robust_accuracy: the gradient of {100 * blind / attacked:.1f} % of the attacked images is "
-                      "zero, so PGD "
-                      """can't move them and the accuracy is overstated (masked gradients, as of logits so large
-                      that the"""
-                      "softmax saturates); scale the logits down, or see autoattack_accuracy")
+                      "zero, so PGD can't move them and the accuracy is overstated (masked gradients, as of logits so "
+                      "large that the softmax saturates); scale the logits down, or see autoattack_accuracy")
     return right / len(x)
 
 # %% ../../nbs/judge/05_robustness.ipynb #4619cc59
@@ -239,9 +229,9 @@ def autoattack_accuracy(
     """
     if norm not in ("linf", "l2"):
         raise InputError(f"norm: {norm!r} is unknown; accepted: linf, l2")
-    eps = _as_radius(eps, norm)
     check_seed(seed)
     x, y = _labelled(x, y, batch_size)
+    eps = as_radius(eps, norm, x.shape)
     with outside_inference_mode(), evaluating(model):
         x, y = (t.clone() if t.is_inference() else t for t in (x, y))
         network, device = in_own_precision(model), device_of(model, x)
@@ -274,8 +264,8 @@ def eps_at_accuracy(
 ) -> float | None: # ε, or None where the curve doesn't cross the level
     "Where a robustness curve falls through a level, by linear interpolation."
     try:
-        points = sorted((float(e), as_number(a, "curve")) for e, a in curve.items())
-    except (AttributeError, TypeError, ValueError) as e:
+        points = sorted((as_number(float(e), "curve"), as_number(a, "curve")) for e, a in curve.items())
+    except (AttributeError, TypeError, ValueError) as e:      # an InputError is one as well
         raise InputError(f"curve: {str(curve)[:60]}; expected accuracies (0..1) by radius") from e
     for value in (accuracy, *(a for _, a in points)):
         if as_number(value, "accuracy") > 1:

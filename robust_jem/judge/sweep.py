@@ -19,16 +19,16 @@ from torch import Tensor
 from ..core.config import merged
 from ..core.errors import InputError
 from ..core.images import Images, to_uint8
-from ..core.inputs import as_features, as_tensor
+from ..core.inputs import as_device, as_features, as_tensor
 from ..core.random import stream
 from .extractors import Extractor, extract
-from .sample_scores import reference_statistics
+from .sample_scores import check_gaussian, reference_statistics
 from ..systems.base import GenerateConfig, System
 from ..systems.catalog import configure
 
 # %% ../../nbs/judge/18_sweep.ipynb #27a0c002
 class FrechetTo:
-    "The Fréchet distance of sets of features to one distribution."
+    "The Fréchet distance of sets of features to one distribution; of fewer than dimensions it is biased upwards."
 
     def __init__(self,
         mu: np.ndarray, # its mean [D]
@@ -36,9 +36,8 @@ class FrechetTo:
         device: torch.device | str = "cpu",
     ):
         mu, sigma = (as_tensor(v, f"FrechetTo: {name}") for name, v in (("mean", mu), ("covariance", sigma)))
-        if mu.ndim != 1 or sigma.shape != 2 * mu.shape or not (mu.isfinite().all() and sigma.isfinite().all()):
-            raise InputError(f"FrechetTo: mean {tuple(mu.shape)} and covariance {tuple(sigma.shape)}; expected finite "
-                             "[D] and [D,D], see `moments`")
+        check_gaussian(mu, sigma, "FrechetTo")
+        device = as_device(device)
         self.mu, sigma = (v.detach().to(device, torch.float64) for v in (mu, sigma))
         values, vectors = torch.linalg.eigh(sigma)
         self.root = (vectors * values.clamp_min(0).sqrt()) @ vectors.T

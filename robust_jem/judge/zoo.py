@@ -199,6 +199,9 @@ def zoo_model(
     Raises `InputError` for a library that isn't installed, a name that it doesn't have, weights for other classes or
     that can't be downloaded, and a file that doesn't fit.
     """
+    if not in_a_zoo(spec) or not isinstance(images, Images):
+        raise InputError(f"model: {spec!r} for {type(images).__name__} is not accepted; accepted: "
+                         f"{', '.join(f'{zoo}:NAME' for zoo in ZOOS)}, for Images")
     zoo, name = spec.partition(":")[0], _named(spec)[0]
     if not name:
         raise InputError(f"model: {spec!r} names no model; accepted: {zoo}:NAME")

@@ -62,6 +62,11 @@ class Objective(Config):
                      self.density)
 
 # %% ../../nbs/systems/01_hybrid_settings.ipynb #a243baf0
+def _check_radius(eps: float):
+    "An L∞ radius in other units, as 8 for 8/255, would cover the whole range of images."
+    if eps > 2:
+        raise InputError(f"eps: {eps:g} is outside 0..2, the whole range -1..1; 8/255 of images in 0..1 is 16/255 here")
+
 @settings
 class Attack(Config):
     "The attacks that are trained on."
@@ -72,6 +77,10 @@ class Attack(Config):
     norm: Literal["linf", "l2"] = "linf"  # the ball (paper: linf)
     random_start: bool = True  # begin at a random point of the ball
     statistics: Statistics = "batch"  # batch norm while attacking
+
+    def __post_init__(self):
+        if self.norm == "linf":
+            _check_radius(self.eps)
 
     def eps_at(self,
         update: int, # updates done before
@@ -197,6 +206,9 @@ class TargetedAttack(Config):
     step_size: float | None = option(None, 1e-9)  # none: 2.5 eps / steps
     random_start: bool = False  # begin at a random point of the ball
     statistics: Statistics | None = "running"  # batch norm: as it classifies; none: as the model's mode says
+
+    def __post_init__(self):
+        _check_radius(self.eps)
 
 @settings
 class DrawnChain(Config):
