@@ -193,15 +193,36 @@ def _parser_said(printed: str, default: Config) -> str:
         field = typing.get_type_hints(field)[part]
     return f"{said}; accepted: {accepted(field)}"
 
+_FIRST = {"generate": "--run", "evaluate": "--run", "export": "--run", "sample": "--folder", "report": "--runs"}
+
+def _at_home(argument: str) -> str:
+    "A home folder that the shell left alone, as in --out=~/runs."
+    option, equals, value = argument.partition("=") if argument.startswith("--") else ("", "", argument)
+    return option + equals + (os.path.expanduser(value) if value.startswith("~") else value)
+
+def _takes_none(option: str, default: Config) -> bool:
+    "Whether none is among what a field accepts."
+    field = type(default)
+    for part in option.lstrip("-").replace("-", "_").split("."):
+        field = typing.get_type_hints(field).get(part) if hasattr(field, "__annotations__") else None
+    return type(None) in typing.get_args(field)
+
+def _with_none(argv: list[str], default: Config) -> list[str]:
+    "The parser knows none as None alone."
+    pairs = zip(["", *argv], argv)
+    argv = ["None" if value == "none" and _takes_none(option, default) else value for option, value in pairs]
+    return [a[:-4] + "None" if a.endswith("=none") and _takes_none(a[:-5], default) else a for a in argv]
+
 def parse(
     command: str, # one of EXAMPLES
     argv: list[str], # its options
 ) -> Config: # of the command
     "Options of a command to its configuration; anything wrong is an `InputError`."
-    if command in ("generate", "sample", "evaluate", "export") and argv and not argv[0].startswith("-"):
-        argv = ["--folder" if command == "sample" else "--run", *argv]  # `robust-jem generate RUN`
-    argv = [_hyphened(a) for a in argv]
+    if command in _FIRST and argv and not argv[0].startswith("-"):
+        argv = [_FIRST[command], *argv]                                 # `robust-jem generate RUN`
+    argv = [_at_home(_hyphened(a)) for a in argv]
     default, (summary, examples) = _defaults(command, argv), EXAMPLES[command]
+    argv = _with_none(argv, default)
     description = f"{summary}\n\nExamples:\n" + "\n".join(f"  {e}" for e in examples.splitlines())
     box = io.StringIO()
     try:

@@ -50,6 +50,8 @@ def _run_and_names(config: ExportConfig) -> tuple[Run, list[str]]:
         raise InputError("run: not given; accepted: robust-jem export RUN, or RUN/samples/NAME")
     path = Path(config.run)
     if path.parent.name == "samples" and (path / "images.safetensors").is_file():
+        if config.name not in ("", path.name):
+            raise InputError(f"name: {config.name!r} beside {path}; accepted: a run and a name, or the set's folder")
         return Run(path.parent.parent), [path.name]
     run = Run(path)
     there = run.sample_names()

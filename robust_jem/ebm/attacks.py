@@ -96,6 +96,7 @@ def as_radius(
     bounds: tuple[float, float] | None = (-1, 1), # their range
 ) -> float:
     """A radius. Raises `InputError` for one below 0; warns where it covers the whole range, as 8 for 8/255 does."""
+    _check_norm(norm)
     eps = as_number(eps, "eps")
     whole = math.inf if bounds is None else float(bounds[1] - bounds[0])
     if eps > (whole if norm == "linf" else whole * math.prod(shape[1:]) ** 0.5):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..core.errors import InputError
-from ..core.inputs import as_number, as_points, check_generator, reads_values
+from ..core.inputs import as_number, as_points, check_generator, naming_the_model, reads_values
 from .attacks import L2
 from .energy import taking_gradients
 
@@ -31,7 +31,8 @@ def _starts(score, x, bounds, generator, on_step) -> Tensor:
 
 def _scored(score: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     "The score, which must be of the states' shape: any other would be broadcast."
-    g = score(x)
+    with naming_the_model(score, x, "score"):
+        g = score(x)
     if not isinstance(g, Tensor) or g.shape != x.shape:
         got = tuple(g.shape) if isinstance(g, Tensor) else type(g).__name__
         raise InputError(f"score: gives {got} for states {tuple(x.shape)}; expected their shape (score_of(model) makes "
@@ -164,7 +165,8 @@ def mala(
         "States, their log p, and their score."
         with torch.enable_grad():
             x = x.detach().requires_grad_()
-            value = log_density(x)
+            with naming_the_model(log_density, x, "log_density"):
+                value = log_density(x)
             if not isinstance(value, Tensor) or value.shape != (len(x),) or not value.requires_grad:
                 raise InputError(f"log_density: gives no values [{len(x)}] with a gradient; it must not run under "
                                  "torch.no_grad(), nor detach")

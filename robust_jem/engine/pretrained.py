@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..core.errors import InputError
 from ..core.files import read_json, read_tensors, write_bytes, write_tensors, write_json
 from ..core.images import load_images
-from ..core.inputs import as_points
+from ..core.inputs import as_device, as_points
 from ..ebm.energy import energy, predict
 from ..ebm.priors import CompactGaussianPrior, GaussianMixturePrior, prior_from_tensors
 from .runs import Run
@@ -85,7 +85,9 @@ class RobustJEM:
         """
         kind = {True: "full", False: "none"}.get(prior, prior)
         kept = None if kind == "none" else _prior_to_keep(self, kind)
-        _write_pretrained(self, Path(path), dtype, kept, card)
+        if not getattr(dtype, "is_floating_point", False):
+            raise InputError(f"dtype: {dtype} is not accepted; accepted: a type of floats, such as torch.float16")
+        _write_pretrained(self, Path(path).expanduser(), dtype, kept, card)
 
     def push_to_hub(self,
         repo_id: str, # OWNER/NAME; made where it isn't there
@@ -142,7 +144,7 @@ class RobustJEM:
 
 # %% ../../nbs/engine/09_pretrained.ipynb #e7f58623
 def _pretrained_folder(path_or_hub_id: str | Path, hub: dict) -> Path:
-    folder = Path(path_or_hub_id)
+    folder = Path(path_or_hub_id).expanduser()
     if folder.is_dir():
         return folder
     try:
@@ -155,6 +157,7 @@ def _pretrained_folder(path_or_hub_id: str | Path, hub: dict) -> Path:
 
 def _read_pretrained(folder: Path, device) -> tuple:
     "What `RobustJEM` is made of, from a folder's files; an `InputError` where they don't fit each other."
+    device = as_device(device)
     meta = read_json(folder / "config.json")
     if "train" not in meta:
         raise InputError(f"{folder}: not made by save_pretrained; for a run folder use RobustJEM.from_run")

@@ -64,7 +64,7 @@ class RunFolder:
     ):
         if not isinstance(path, (str, Path)):
             raise InputError(f"run: {path!r} is not accepted; accepted: the path of a run folder")
-        self.path, self.root, self._place = Path(path), root or None, None
+        self.path, self.root, self._place = Path(path).expanduser(), root or None, None
         if not os.path.isfile(self.path / "config.json"):
             raise InputError(f"run: {str(path)!r} is no run folder (it has no config.json); "
                              "accepted: a folder that `robust-jem train` made")

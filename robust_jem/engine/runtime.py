@@ -30,6 +30,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..core.errors import InputError, Interrupted
 from ..core.files import read_json
+from ..core.inputs import as_device
 from .distributed import World, join_world
 from .graphs import Captured
 from ..networks.fused import can_fuse, fused_forward
@@ -386,7 +387,7 @@ class Execution:
 
 def as_written(device: torch.device | str = "cpu") -> Execution:
     "Alone, without a limit, and every network as it is written: float32, in its own layout, not compiled."
-    device = torch.device(device)
+    device = as_device(device)
     policy = Policy(str(device), "float32", "float32", "off", channels_last=False)
     return Execution(World(), device, policy, Deadline(0))
 

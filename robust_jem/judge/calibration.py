@@ -57,7 +57,10 @@ def all_logits(
     device: torch.device | str = "cpu",
     batch_size: int = 500,
 ) -> Tensor: # [N,K], on the CPU
-    "The logits of a set of images, in evaluation mode. Raises `InputError` as `accuracy` does."
+    """The logits of a set of images, in evaluation mode.
+
+    Raises `InputError` as `accuracy` does, but for logits that aren't finite.
+    """
     x = as_images(x)
     as_number(batch_size, "batch_size", 1, whole=True)
     device = as_device(device)

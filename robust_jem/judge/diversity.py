@@ -99,7 +99,7 @@ def _as_points(values) -> Tensor:
     points = as_tensor(values, "nearest")
     if points.ndim < 2:
         raise InputError(f"nearest: shape {tuple(points.shape)}; expected features [N,D] or images [N,C,H,W]")
-    return (as_images(points) if points.ndim == 4 else points).detach()
+    return (as_images(points, "nearest") if points.ndim == 4 else points).detach()
 
 def nearest(
     queries: Tensor, # features [N,D], or images [N,C,H,W]

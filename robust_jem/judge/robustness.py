@@ -125,6 +125,7 @@ def _attack_batch(model: nn.Module, x: Tensor, y: Tensor, restarts: int, targete
 def _attack_counts(model, x: Tensor, y: Tensor, eps, steps, norm, batch_size, seed, *, targeted, restarts) -> list[int]:
     "`_attack_batch`'s counts over all images."
     check_seed(seed)
+    as_number(steps, "steps", whole=True)
     targeted = as_flag(targeted, "targeted")
     with outside_inference_mode(), evaluating(model):
         x, y = (t.clone() if t.is_inference() else t for t in (x, y))

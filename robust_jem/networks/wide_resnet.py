@@ -9,6 +9,7 @@ __all__ = ['NORMS', 'Block', 'WideResNet']
 from torch import Tensor, nn
 
 from ..core.errors import InputError
+from ..core.inputs import as_number
 
 # %% ../../nbs/networks/00_wide_resnet.ipynb #01688cac
 NORMS = {
@@ -54,6 +55,9 @@ class WideResNet(nn.Module):
         norm: str = "batch", # "batch" (JEM++), "none" (JEM) or "group"
     ):
         super().__init__()
+        depth, width = (as_number(v, what, whole=True) for v, what in ((depth, "depth"), (width, "width")))
+        as_number(num_classes, "num_classes", 1, whole=True)
+        as_number(in_channels, "in_channels", 1, whole=True)
         if depth < 10 or (depth - 4) % 6:
             raise InputError(f"depth: {depth} is not 6n+4; accepted: 10, 16, 22, 28, 34, 40, …")
         if width < 1:

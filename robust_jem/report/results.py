@@ -121,6 +121,12 @@ def collect(
     found = find_runs(runs)
     scored = sorted((f.run for f in found if not f.missing), key=lambda r: r.config.seed)
     if not scored:
+        if (Path(runs) / "config.json").is_file():
+            raise InputError(f"runs: {runs} is a single run; accepted: the folder that holds it, --runs "
+                             f"{Path(runs).resolve().parent}")
+        if not Path(runs).is_dir():
+            raise InputError(f"runs: there is no folder {str(runs)!r}; accepted: a folder with run folders that "
+                             "`robust-jem evaluate` has scored")
         there = "".join(f"; {f.run.path.name}: {f.missing}" for f in found[:3])
         raise InputError(f"runs: no evaluated run in {runs}; accepted: a folder with run folders that "
                          f"`robust-jem evaluate` has scored{there}")

@@ -10,6 +10,7 @@ __all__ = ['Statistics', 'Prior', 'METHODS', 'Network', 'Objective', 'Attack', '
 # %% ../../nbs/systems/01_hybrid_settings.ipynb #edd85453
 import dataclasses
 import math
+import warnings
 from typing import Any, Literal
 
 import torch
@@ -63,9 +64,9 @@ class Objective(Config):
 
 # %% ../../nbs/systems/01_hybrid_settings.ipynb #a243baf0
 def _check_radius(eps: float):
-    "An L∞ radius in other units, as 8 for 8/255, would cover the whole range of images."
+    "A warning where an L∞ radius is in other units, as 8 for 8/255, so that it covers the whole range of images."
     if eps > 2:
-        raise InputError(f"eps: {eps:g} is outside 0..2, the whole range -1..1; 8/255 of images in 0..1 is 16/255 here")
+        warnings.warn(f"attack.eps: {eps:g} is more than the whole range -1..1; 8/255 of images in 0..1 is 16/255 here")
 
 @settings
 class Attack(Config):
