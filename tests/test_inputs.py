@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -15,23 +16,29 @@ from conftest import snapshot
 from PIL import Image
 from torch import nn
 
-from robust_jem.app.cli import main
+from robust_jem.app.cli import main, parse
 from robust_jem.bench.comparison import all_logits
 from robust_jem.core.errors import InputError
 from robust_jem.core.files import fingerprint, read_json, write_json
-from robust_jem.core.images import Batches, Images, add_noise, augment, load_images, to_uint8, to_unit
+from robust_jem.core.images import (
+    Batches, Images, add_noise, augment, bits_per_dim as bits_of_density, data_root, dequantise, load_images, to_uint8,
+    to_unit,
+)
 from robust_jem.core.inputs import evaluating
 from robust_jem.ebm.attacks import attack_start, climb, pgd
-from robust_jem.ebm.energy import conditional_density, detect, joint_energy, marginal_energy
+from robust_jem.ebm.energy import (
+    conditional_density, detect, energy, joint_energy, marginal_energy, predict, rank,
+)
 from robust_jem.ebm.growth import GrowingLength, area_under_roc
-from robust_jem.ebm.objectives import Terms, hybrid_loss
-from robust_jem.ebm.priors import GaussianMixturePrior, UniformPrior
+from robust_jem.ebm.objectives import Terms, hybrid_loss, likelihood_loss
+from robust_jem.ebm.priors import GaussianMixturePrior, UniformPrior, prior_from_tensors
 from robust_jem.ebm.replay import ReplayBuffer
-from robust_jem.ebm.samplers import sgld
+from robust_jem.ebm.samplers import mala, sgld
+from robust_jem.ebm.sharpness import ascent_step, at_worst_weights
 from robust_jem.engine.pretrained import RobustJEM
 from robust_jem.engine.runs import Run
 from robust_jem.engine.train import train
-from robust_jem.judge.calibration import calibration
+from robust_jem.judge.calibration import all_logits as all_logits_judged, calibration
 from robust_jem.judge.diversity import class_frechet, nearest
 from robust_jem.judge.extractors import Extractor, extract, extract_once, feature_extractor
 from robust_jem.judge.ood import detect_ood, ood_images, ood_scores
@@ -43,8 +50,9 @@ from robust_jem.judge.sample_scores import (
 )
 from robust_jem.judge.curves import masking_verdict
 from robust_jem.judge.foreign import check_classifier, import_model
-from robust_jem.judge.likelihood import bits_per_dim
+from robust_jem.judge.likelihood import bits_per_dim, gmm_bits_per_dim
 from robust_jem.judge.sweep import FrechetTo
+from robust_jem.judge.zoo import zoo_model
 from robust_jem.networks.wide_resnet import WideResNet
 from robust_jem.report.figures import SuiteResults
 from robust_jem.systems.catalog import TrainConfig, configure
@@ -262,7 +270,48 @@ def test_any_number_of_classes(classes, digits):
             autoattack_accuracy(net, x, y, 0.1)
 
 
+def test_an_area_counts_pairs_whatever_the_type():
+    "Differences of uint8 wrap, those of infinities aren't numbers, and NaN isn't above or below."
+    grey = [torch.tensor(v, dtype=torch.uint8) for v in ([1, 2], [3, 4])]
+    assert area_under_roc(*grey) == 0 and area_under_roc(*grey[::-1]) == 1
+    assert area_under_roc([torch.inf], [torch.inf]) == 0.5
+    assert area_under_roc([1.0, torch.nan], [0.0]).isnan()
+
+
+@pytest.mark.parametrize("norm, eps, n", [("linf", 2.5, 2), ("l2", 40.0, 2), ("linf", 2.0, 0), ("l2", 5.0, 0)])
+def test_a_radius_in_other_units_is_called_out(norm, eps, n, linear, digits):
+    "By attacks and by what measures them, for the norm that it is of."
+    x, y = digits.test_x[:4], digits.test_y[:4]
+    for attack in (pgd, robust_accuracy):
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            attack(linear, to_unit(x), y, eps, 2, norm=norm)
+        assert any("whole range" in str(w.message) for w in said) == bool(n)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        configure(TrainConfig, "robust_jem", attack=dict(eps=eps, norm=norm))
+    assert any("16/255" in str(w.message) for w in said) == (eps > 2 and norm == "linf")
+
+
 # B. Caches
+
+
+def test_the_prior_is_measured_again_when_chains_start_elsewhere(runs, cli):
+    "The same weights and data, and noise in place of Gaussians."
+    argv = ["evaluate", "runs/robust_jem", "--extractor", "classifier:runs/judge", "--device", "cpu",
+            "--num-robust", "10", "--attack-steps", "1"]
+    file = runs / "robust_jem/scores/prior.json"
+    assert cli(*argv).code == 0
+    gaussian = read_json(file)
+    config = read_json(runs / "robust_jem/config.json")
+    config["replay"]["prior"] = "uniform"
+    write_json(runs / "robust_jem/config.json", config)
+    assert cli(*argv).code == 0
+    uniform = read_json(file)
+    assert (gaussian["prior"], uniform["prior"]) == ("gaussian", "uniform")
+    distance = next(k for k in uniform if k.startswith("FD-") and "class" not in k)
+    assert uniform[distance] > gaussian[distance]
+    assert cli(*argv).code == 0 and read_json(file) == uniform
 
 
 def test_other_images_under_the_same_name_are_measured_again(runs, cli):
@@ -483,6 +532,51 @@ class Density(nn.Module):
 
     def log_density(self, x, y=None):
         return x.new_full((len(x),), torch.nan) if self.training else x.flatten(1).sum(1)
+
+
+class AlwaysTrains(nn.Module):
+    "A model that stays in training mode when it is told not to."
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(64, 10))
+
+    def train(self, mode=True):
+        return super().train(True)
+
+    def forward(self, x):
+        return self.net(x)
+
+
+class Noisy(AlwaysTrains):
+    def forward(self, x):
+        return self.net(x + torch.randn_like(x))
+
+
+def test_a_model_that_stays_in_training_mode(digits):
+    "Without dropout it gives the same answers; with noise of its own it is called random."
+    model = AlwaysTrains().eval()
+    with evaluating(model):
+        assert torch.equal(model(to_unit(digits.test_x[:4])), model(to_unit(digits.test_x[:4])))
+    assert model.net[1].training
+    with pytest.warns(UserWarning, match="random in evaluation mode"):
+        check_classifier(Noisy(), digits, "noisy")
+
+
+def test_a_models_file_changes_no_settings_of_torch(here):
+    (here / "odd_settings.py").write_text(
+        "import torch\n"
+        "def make():\n"
+        "  torch.set_default_dtype(torch.float64); torch.set_grad_enabled(False); torch.set_num_threads(3)\n"
+        "  return torch.nn.Linear(2, 2)\n")
+    before = torch.get_default_dtype(), torch.is_grad_enabled(), torch.get_num_threads()
+    import_model("odd_settings:make")
+    assert before == (torch.get_default_dtype(), torch.is_grad_enabled(), torch.get_num_threads())
+
+
+class ColumnDensity(Density):
+    def log_density(self, x, y=None):
+        return super().log_density(x)[:, None]
 
 
 def test_a_density_is_asked_in_evaluation_mode(digits):
@@ -956,6 +1050,86 @@ ODD_CALLS = {
     "batches by half": lambda d, m: Batches(d.train_x, d.train_y, 1.5, 0),
     "a network given grey levels": lambda d, m: WideResNet(10, 1, in_channels=1)(d.test_x[:2]),
     "a network given other channels": lambda d, m: WideResNet(10, 1)(to_unit(d.test_x[:2])),
+    "probabilities of one image at a time": lambda d, m: robust_accuracy(
+        nn.Sequential(m, nn.Softmax(1)), d.test_x[:9], m(to_unit(d.test_x[:9])).argmax(1), 0.1, 2, batch_size=1),
+    "probabilities of one image": lambda d, m: energy(nn.Sequential(m, nn.Softmax(1)), to_unit(d.test_x[:1])),
+    "log-probabilities of one image": lambda d, m: energy(nn.Sequential(m, nn.LogSoftmax(1)), to_unit(d.test_x[:1])),
+    "probabilities for logits": lambda d, m: marginal_energy(torch.randn(4, 3).softmax(1)),
+    "probabilities for joint logits": lambda d, m: joint_energy(torch.randn(4, 3).softmax(1), [0, 1, 2, 0]),
+    "probabilities at a temperature": lambda d, m: conditional_density(torch.randn(4, 3).softmax(1), 2.0),
+    "probabilities to detect by": lambda d, m: detect(torch.randn(4, 3).softmax(1), 0.0),
+    "log-probabilities to detect by": lambda d, m: detect(torch.randn(4, 3).log_softmax(1), 0.0),
+    "a prediction from NaN": lambda d, m: predict(torch.full((2, 3), torch.nan)),
+    "a ranking of NaN": lambda d, m: rank(torch.full((2, 3), torch.nan)),
+    "a window of other numbers": lambda d, m: GrowingLength(0.8, 10, 9).observe(torch.zeros(3), torch.zeros(4)),
+    "a gradient of another shape": lambda d, m: ascent_step([torch.ones(3, 4)], [torch.ones(4)], 1.0),
+    "no gradient": lambda d, m: ascent_step([torch.ones(3)], [None], 1.0),
+    "a module's parameters": lambda d, m: at_worst_weights(m, 1.0).__enter__(),
+    "proposals that don't move": lambda d, m: mala(lambda x: -x.square().sum(1), torch.zeros(3, 2), 5, 0.0),
+    "a density of NaN": lambda d, m: mala(lambda x: x.sum(1) * torch.nan, torch.zeros(3, 2), 5, 0.1),
+    "a density that fails": lambda d, m: mala(lambda x: 1 / 0, torch.zeros(3, 2), 5, 0.1),
+    "a score that fails": lambda d, m: sgld(lambda x: x.no_such_thing, to_unit(d.test_x[:2]), 2, 0.1),
+    "covariances for their factors": lambda d, m: GaussianMixturePrior(
+        torch.zeros(2, 4), torch.full((2, 4, 4), 0.5) + torch.eye(4), torch.ones(2), (1, 2, 2)),
+    "frequencies below zero": lambda d, m: GaussianMixturePrior(
+        torch.zeros(2, 4), torch.eye(4).repeat(2, 1, 1), -torch.ones(2), (1, 2, 2)),
+    "a mean of NaN": lambda d, m: GaussianMixturePrior(
+        torch.zeros(2, 4) / 0, torch.eye(4).repeat(2, 1, 1), torch.ones(2), (1, 2, 2)),
+    "lists for a prior": lambda d, m: GaussianMixturePrior(
+        [[0.0] * 4], torch.eye(4)[None], torch.ones(1), (1, 2, 2)),
+    "a prior in whole numbers": lambda d, m: GaussianMixturePrior.fit(
+        d.train_x, d.train_y, 10).compact(3, dtype=torch.int32),
+    "a prior on no device": lambda d, m: UniformPrior((1, 8, 8), device="gpu"),
+    "a prior from a list": lambda d, m: prior_from_tensors([1], (1, 8, 8)),
+    "no prior of a buffer": lambda d, m: ReplayBuffer(4, None),
+    "no term": lambda d, m: hybrid_loss(m, Terms(), d.test_y[:4]),
+    "statistics in words": lambda d, m: likelihood_loss(
+        m, to_unit(d.test_x[:2]), to_unit(d.test_x[:2]), track_sampled="no"),
+    "bins by the billion": lambda d, m: calibration(torch.randn(4, 3), [0, 1, 2, 0], 10**9),
+    "classes by the billion": lambda d, m: class_frechet(
+        torch.zeros(4, 2), [0] * 4, torch.zeros(4, 2), [0] * 4, 10**12),
+    "a device for logits": lambda d, m: all_logits_judged(m, d.test_x[:4], "gpu"),
+    "a device for features": lambda d, m: extract(Pixels(), d.test_x[:4], device="cuda:99"),
+    "a device for a distance": lambda d, m: FrechetTo(np.zeros(3), np.eye(3), "gpu"),
+    "a device for a model": lambda d, m: RobustJEM.from_pretrained(".", "gpu"),
+    "neighbours in 0..1": lambda d, m: nearest(to_unit(d.test_x[:4]), d.train_x / 255),
+    "neighbours of another type": lambda d, m: nearest(d.test_x[:4].flatten(1), d.train_x.long().flatten(1)),
+    "variances below zero": lambda d, m: frechet_distance(np.zeros(3), -np.eye(3), np.zeros(3), np.eye(3)),
+    "a covariance that isn't symmetric": lambda d, m: frechet_distance(
+        np.zeros(2), np.array([[1.0, 0.5], [0, 1]]), np.zeros(2), np.eye(2)),
+    "variances below zero to compare with": lambda d, m: FrechetTo(np.zeros(3), -np.eye(3)),
+    "no reference": lambda d, m: quality(Pixels(), d.test_x[:20], None),
+    "half a reference": lambda d, m: quality(Pixels(), d.test_x[:20], {"mu": np.zeros(16)}),
+    "images for a reference": lambda d, m: reference_statistics(Pixels(), d.test_x),
+    "a classifier for an extractor": lambda d, m: reference_statistics(m, d),
+    "a classifier for features": lambda d, m: extract_once(m, d.test_x[:4], None),
+    "a tensor to draw from": lambda d, m: draw_test_images(d.test_x, 3),
+    "a norm in capitals": lambda d, m: robust_accuracy(m, d.test_x[:4], d.test_y[:4], 0.1, 2, "Linf"),
+    "steps by half of an evaluation": lambda d, m: robust_accuracy(m, d.test_x[:4], d.test_y[:4], 0.1, 1.5),
+    "a curve with a radius of NaN": lambda d, m: eps_at_accuracy({"0": 0.8, "nan": 0.2}, 0.5),
+    "a curve in percent": lambda d, m: eps_at_accuracy({"0": 80, "0.1": 20}, 50),
+    "strangers that are named as the test images": lambda d, m: detect_ood(
+        m, d.test_x[:4], {"test images": d.test_x[:4]}),
+    "a density by number": lambda d, m: ood_scores(m, d.test_x[:4], log_density=5),
+    "a density of images that fails": lambda d, m: ood_scores(None, d.test_x[:4], log_density=lambda x: 1 / 0),
+    "a density of images of NaN": lambda d, m: ood_scores(
+        None, d.test_x[:4], log_density=lambda x: x.flatten(1).sum(1) * torch.nan),
+    "probabilities beside a density": lambda d, m: ood_scores(
+        nn.Sequential(m, nn.Softmax(1)), d.test_x[:4], log_density=lambda x: x.flatten(1).sum(1)),
+    "bits of a classifier": lambda d, m: bits_per_dim(m, d.test_x[:4]),
+    "bits of no images": lambda d, m: bits_per_dim(Density(), d.test_x[:0]),
+    "bits of one image without a batch": lambda d, m: bits_per_dim(Density(), d.test_x[0]),
+    "bits of a column": lambda d, m: bits_per_dim(ColumnDensity(), d.test_x[:4]),
+    "bits of a tensor of images": lambda d, m: gmm_bits_per_dim(d.test_x, d.test_x[:4]),
+    "bits of a list": lambda d, m: bits_of_density([1.0, 2.0], (1, 8, 8)),
+    "bits of no pixels": lambda d, m: bits_of_density(torch.zeros(3), (0, 8, 8)),
+    "a generator of cells that is none": lambda d, m: dequantise(d.test_x[:4], 5),
+    "a generator of noise that is none": lambda d, m: add_noise(to_unit(d.test_x[:4]), 0.1, 5),
+    "no zoo": lambda d, m: zoo_model(None, d),
+    "another zoo": lambda d, m: zoo_model("foo:bar", d),
+    "a depth in words": lambda d, m: WideResNet("28"),
+    "a width of a half": lambda d, m: WideResNet(10, 1.5),
+    "a network without classes": lambda d, m: WideResNet(10, 1, num_classes=0),
 }
 
 
@@ -971,3 +1145,107 @@ def test_a_pipe_that_closes(evaluated, command):
     shell = f'"{sys.executable}" -m robust_jem.app.cli report --runs "{evaluated.parent}" | head -c 10'
     done = subprocess.run(shell, shell=True, env=command.env, capture_output=True, text=True, timeout=120)
     assert "Traceback" not in done.stderr and "Exception ignored" not in done.stderr, done.stderr
+
+
+def test_a_single_run_in_place_of_the_folder_of_runs(runs, cli):
+    for argv in (["report", "--runs", "runs/robust_jem"], ["report", "runs/robust_jem/"]):
+        said = cli(*argv)
+        assert said.code == 2 and "is a single run" in said.err and f"--runs {runs.resolve()}" in said.err
+    assert "there is no folder" in cli("report", "nowhere").err
+
+
+def test_a_home_folder_that_the_shell_left_alone(runs, cli, monkeypatch):
+    "As in --run=~/x, and in an environment variable."
+    monkeypatch.setenv("HOME", str(runs.parent))
+    monkeypatch.setenv("ROBUST_JEM_DATA", "~/data")
+    assert cli("export", "--run=~/runs/robust_jem", "--out=~/pictures").code == 0
+    assert (runs.parent / "pictures/energy").is_dir() and not Path("~").exists()
+    assert Run("~/runs/robust_jem").trained and data_root() == runs.parent / "data"
+
+
+@pytest.mark.parametrize("argv", [["--attack.step-size", "none"], ["--attack.step-size=none"],
+                                  ["--attack.step-size", "None"]])
+def test_none_in_small_letters(argv, runs, cli):
+    drawn = cli("generate", "runs/robust_jem", "--method", "attack", "--num-samples", 20, "--name", "new", *argv)
+    assert drawn.code == 0, drawn.err
+    assert Run("runs/robust_jem").drawn_with("new").attack.step_size is None
+    assert parse("train", ["--network.norm", "none"]).network.norm == "none"        # a word there
+
+
+def test_two_names_of_a_set(runs, cli):
+    said = cli("export", "runs/robust_jem/samples/energy", "--name", "gan", "--out", "new")
+    assert said.code == 2 and "gan" in said.err and not Path("new").exists()
+
+
+@pytest.mark.parametrize("argv", ["tune --seconds 1 --out", "benchmark --out"])
+def test_a_place_that_cannot_be_written_is_found_before_the_work(argv, here, cli):
+    (here / "file").write_text("")
+    for place in ("file", "file/below"):
+        said = cli(*argv.split(), place)
+        assert said.code == 2 and "can't be written" in said.err and len(said.err.splitlines()) == 1
+
+
+WITHOUT_RIGHTS = ["setpriv", "--bounding-set=-dac_override,-dac_read_search",
+                  "--inh-caps=-dac_override,-dac_read_search"]
+QUICK = ["--device", "cpu", "--num-robust", "10", "--attack-steps", "1"]
+READ_ONLY = {
+    "generate": (["generate", "runs/robust_jem", "--num-samples", "10", "--name", "new"], "samples/new"),
+    "evaluate": (["evaluate", "runs/robust_jem", "--extractor", "classifier:runs/judge", *QUICK], "scores"),
+    "a suite": (["evaluate", "runs/robust_jem", "--suite", "calibration", "--device", "cpu"], "suite"),
+    "export": (["export", "runs/robust_jem"], "export"),
+}
+
+
+def as_user(command, argv, **env):
+    "In a process that rights of files hold for, though it may be root's."
+    if not shutil.which("setpriv"):
+        pytest.skip("needs setpriv")
+    before = WITHOUT_RIGHTS if os.geteuid() == 0 else []
+    return subprocess.run([*before, *command.argv, *argv], env=command.env | env, capture_output=True, text=True,
+                          timeout=120)
+
+
+@pytest.mark.parametrize("what", READ_ONLY)
+def test_a_run_that_may_only_be_read(what, runs, command):
+    "One line that names the place."
+    argv, place = READ_ONLY[what]
+    folders = [p for p in [runs / "robust_jem", *(runs / "robust_jem").rglob("*")] if p.is_dir()]
+    try:
+        for folder in folders:
+            folder.chmod(0o555)
+        done = as_user(command, argv)
+    finally:
+        for folder in folders:
+            folder.chmod(0o755)
+    last = done.stderr.strip().splitlines()[-1]
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    assert f"runs/robust_jem/{place}" in last and "can't be written" in last
+
+
+def test_a_cache_that_cannot_be_written_is_a_warning(runs, command):
+    "What would be kept there is computed, and said to be computed again next time."
+    cache = runs.parent / "data/.cache"
+    cache.mkdir(parents=True)
+    argv = ["evaluate", "runs/robust_jem", "--extractor", "classifier:runs/judge", *QUICK]
+    expected = as_user(command, argv, ROBUST_JEM_DATA=str(runs.parent / "elsewhere"))
+    (runs / "robust_jem/scores/held-out.json").unlink()
+    cache.chmod(0o555)
+    try:
+        done = as_user(command, argv, ROBUST_JEM_DATA=str(cache.parent))
+    finally:
+        cache.chmod(0o755)
+    assert done.returncode == expected.returncode == 0, done.stderr
+    assert "no cache written" in done.stderr and not list(cache.iterdir())
+
+
+@pytest.mark.parametrize("name", ["samples", "scores"])
+def test_a_folder_that_may_not_be_read_is_not_an_empty_one(name, runs, command):
+    folder = runs / "robust_jem" / name
+    folder.mkdir(exist_ok=True)
+    folder.chmod(0)
+    try:
+        done = as_user(command, ["export", "runs/robust_jem", "--out", "new"] if name == "samples" else [
+            "report", "--runs", "runs"])
+    finally:
+        folder.chmod(0o755)
+    assert done.returncode == 2 and f"{name}: can't be read" in done.stderr, done.stderr

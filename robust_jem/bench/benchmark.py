@@ -19,7 +19,7 @@ from .naive import network_facts
 from .scaling import gradient_chain, processes, seconds
 from .workloads import WORKLOADS, side_by_side, work_done
 from ..core.config import Config, option, settings
-from ..core.files import write_bytes, write_json
+from ..core.files import check_writable, write_bytes, write_json
 from ..core.images import progress_bar
 from ..engine.runs import provenance
 from ..engine.runtime import Execution, Policy, choose_policy, executing, fast_bfloat16
@@ -216,6 +216,7 @@ def benchmark(
 ) -> dict: # what the JSON holds
     "Measure everything; write `benchmark.json`, `benchmark.md` and `benchmark.png`."
     c = config
+    check_writable(Path(c.out))
     with executing(c, c.threads) as at, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         out = {**network_facts(c.depth, c.width), "config": c.to_dict(), "peak tflops": peak_rates(at.device),

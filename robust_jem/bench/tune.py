@@ -15,7 +15,7 @@ import torch
 from .hot_paths import agreement, hot_paths, kernel_table, median_time, precision_of
 from ..core.config import Config, merged, option, settings
 from ..core.errors import InputError
-from ..core.files import write_bytes, write_json
+from ..core.files import check_writable, write_bytes, write_json
 from ..core.images import progress_bar
 from ..engine.runs import provenance
 from ..engine.runtime import executing
@@ -121,6 +121,7 @@ def tune(
 ) -> dict: # what tune.json holds
     "Time all variants and write the choice. What fails, or finds no time, is named with the reason."
     out, end = Path(config.out), time.monotonic() + config.seconds
+    check_writable(out)
     with executing(RuntimeConfig(device=config.device), config.threads) as at:
         device = at.device
         peak = peak_rate(device)

@@ -55,6 +55,12 @@ def result_cache(
     return ResultCache(folder, before=in_time, about=lambda: provenance(at.device, at.policy))
 
 # %% ../../nbs/engine/03_runs.ipynb #7ff400b5
+def _readable(folder: Path) -> Path:
+    "A folder that is listed; `InputError` where that isn't allowed, which would look as if it were empty."
+    if folder.is_dir() and not os.access(folder, os.R_OK | os.X_OK):
+        raise InputError(f"{folder}: can't be read (Permission denied)")
+    return folder
+
 class RunFolder:
     "A folder with a configuration, and what training left there."
 
@@ -241,7 +247,7 @@ class Run(RunImages):
 
     def sample_names(self) -> list[str]:
         "The finished sample sets."
-        return sorted(p.parent.name for p in (self.path / "samples").glob("*/summary.json"))
+        return sorted(p.parent.name for p in _readable(self.path / "samples").glob("*/summary.json"))
 
     def save_samples(self, name: str, tensors: dict[str, Tensor], summary: dict):
         """Store uint8 images `x`, labels `y` and, optionally, a `strip` of chains at the stages that the summary names.
@@ -288,4 +294,4 @@ class Run(RunImages):
 
     def scores(self) -> dict[str, dict]:
         "What evaluation found, by name."
-        return {p.stem: read_json(p) for p in sorted((self.path / "scores").glob("*.json"))}
+        return {p.stem: read_json(p) for p in sorted(_readable(self.path / "scores").glob("*.json"))}
