@@ -1227,14 +1227,12 @@ def test_a_cache_that_cannot_be_written_is_a_warning(runs, command):
     cache = runs.parent / "data/.cache"
     cache.mkdir(parents=True)
     argv = ["evaluate", "runs/robust_jem", "--extractor", "classifier:runs/judge", *QUICK]
-    expected = as_user(command, argv, ROBUST_JEM_DATA=str(runs.parent / "elsewhere"))
-    (runs / "robust_jem/scores/held-out.json").unlink()
     cache.chmod(0o555)
     try:
         done = as_user(command, argv, ROBUST_JEM_DATA=str(cache.parent))
     finally:
         cache.chmod(0o755)
-    assert done.returncode == expected.returncode == 0, done.stderr
+    assert done.returncode == 0, done.stderr
     assert "no cache written" in done.stderr and not list(cache.iterdir())
 
 
