@@ -1247,3 +1247,30 @@ def test_a_folder_that_may_not_be_read_is_not_an_empty_one(name, runs, command):
     finally:
         folder.chmod(0o755)
     assert done.returncode == 2 and f"{name}: can't be read" in done.stderr, done.stderr
+
+
+def test_a_score_that_is_no_number_is_one_line(evaluated, cli):
+    file = next(p for p in evaluated.glob("scores/energy*.json"))
+    values = read_json(file)
+    distance = next(k for k, v in values.items() if k.startswith("FD-") and isinstance(v, float))
+    write_json(file, values | {distance: float("nan")})
+    said = cli("report", "--runs", evaluated.parent, "--figures", "new")
+    assert said.code == 2 and "holds something else" in said.err and not Path("new").exists()
+
+
+def test_settings_of_a_newer_version_name_the_file(runs, cli):
+    file = runs / "robust_jem/config.json"
+    write_json(file, read_json(file) | {"colour": "blue"})
+    said = cli("generate", "runs/robust_jem")
+    assert said.code == 2 and "runs/robust_jem/config.json" in said.err and "newer version" in said.err
+
+
+def test_letters_in_a_locale_that_has_none(runs, command):
+    """A path with letters beyond ASCII is found, or the way to it is said."""
+    (runs / "robust_jem").rename(runs / "jém")
+    old = dict(LANG="C", LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")
+    argv = [*command.argv, "export", "runs/jém", "--out", "new"]
+    refused = subprocess.run(argv, env=command.env | old, capture_output=True, text=True, timeout=120)
+    assert refused.returncode == 2 and "PYTHONUTF8=1" in refused.stderr and "Traceback" not in refused.stderr
+    done = subprocess.run(argv, env=command.env | old | {"PYTHONUTF8": "1"}, capture_output=True, timeout=120)
+    assert done.returncode == 0 and Path("new/energy").is_dir()

@@ -105,7 +105,8 @@ def settings(kind: type) -> type:
 def _check_value(value, low: float | None, high: float | None):
     "One value of a field, or one entry of its list: printable, within the range."
     if isinstance(value, str) and not value.isprintable():
-        raise ValueError(f"{value!a} holds characters that can't be printed; accepted: letters, digits and signs")
+        hint = ", or in a C locale PYTHONUTF8=1" if any("\udc80" <= c <= "\udcff" for c in value) else ""
+        raise ValueError(f"{value!a} holds characters that can't be printed; accepted: letters, digits and signs{hint}")
     if isinstance(value, (int, float)) and ((low is not None and value < low) or (high is not None and value > high)):
         raise ValueError(f"{value} is outside {'-∞' if low is None else low}..{'∞' if high is None else high}")
 

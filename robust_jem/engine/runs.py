@@ -80,7 +80,11 @@ class RunFolder:
         if lacking:
             raise InputError(f"{self.path / 'config.json'}: lacks {' and '.join(sorted(lacking))}; expected the file "
                              "that `robust-jem train` or save_pretrained wrote")
-        self.config = load_config(values["train"] if self.pretrained else values)
+        try:
+            self.config = load_config(values["train"] if self.pretrained else values)
+        except InputError as e:
+            newer = "; was it written by a newer version?" if "unknown" in str(e) else ""
+            raise InputError(f"{self.path / 'config.json'}: {e}{newer}") from e
 
     @classmethod
     def create(cls, config: TrainConfig) -> "Run":

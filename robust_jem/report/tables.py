@@ -481,6 +481,7 @@ def write_report(
     try:                                           # all that can be wrong with scores shows before anything is written
         published = PUBLISHED[config.table]
         table, drawn = table1(groups, published), {"curves": curves(groups)}
+        grid = markdown(table)
         if classifies:
             drawn["robustness"] = robustness(groups)
         results = results_table([*(r for mine in groups.values() for r in mine), *(f.run for f in found if f.missing)])
@@ -492,7 +493,7 @@ def write_report(
     write_json(out / "table1.json", table)
     texts = {
         "results.csv": results.to_csv(index=False, lineterminator="\n"),
-        "table1.md": markdown(table),
+        "table1.md": grid,
         "table1.csv": as_csv(table),
         "found.md": found_markdown(table, groups, found, published),
         "scores.md": scores_markdown(table),
