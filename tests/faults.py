@@ -38,7 +38,7 @@ from robust_jem.engine.recovery import Diverged
 from robust_jem.engine.runs import Run
 from robust_jem.engine.pretrained import RobustJEM
 from robust_jem.engine.train import train
-from robust_jem.judge import calibration, diversity, extractors, ood, robustness, sample_scores
+from robust_jem.judge import calibration, diversity, extractors, likelihood, ood, robustness, sample_scores
 from robust_jem.judge import evaluate as judge_evaluate
 from robust_jem.networks import wide_resnet
 from robust_jem.report import tables
@@ -568,6 +568,8 @@ def commands():
         found[f"image tree: {name}"] = lambda here, damage=damage: damage(here / "data/pets"), pets
     for name, damage in usual.CONFIGS.items():
         found[f"configuration: {name}"] = lambda _, damage=damage: rewrite(damage), after["generate"]
+    newer = partial(rewrite_fields, lambda values: json.dumps(values | {"colour": "blue"}).encode())
+    found["configuration: of a newer version"] = newer, after["generate"]
     for name, damage in hostile.CONFIGS.items():
         found[f"configuration: {name}"] = partial(rewrite_fields, damage), after["evaluate"]
     for spec, _ in usual.EXTRACTORS:
@@ -589,6 +591,9 @@ LATER = (
     "export", "export nowhere", "export runs", "export runs/judge", "export runs/robust_jem --name gan",
     "export runs/robust_jem --to jpg", "export runs/robust_jem --name a/b", "export runs/robust_jem/samples",
     "export runs/robust_jem --out runs/robust_jem/config.json", "doctor --device gpu", "doctor nowhere",
+    "export runs/robust_jem/samples/energy --name gan", "report runs/robust_jem", "report nowhere",
+    "report --runs runs/robust_jem/samples", "tune --out runs/robust_jem/config.json",
+    "benchmark --out runs/robust_jem/config.json/below", "generate runs/robust_jem --attack.eps 8/255",
     *(f"evaluate --model-data digits --device cpu --out judged --model {model}" for model in (
         "timm:", "torchvision:", "robustbench:", "torchvision:nosuch", "torchvision:resnet18",
         "torchvision:resnet18@nowhere.pt", "torchvision:resnet18@runs")),
@@ -770,6 +775,16 @@ def calls_of_judge(t):
         return calibration.calibration(logits, y, bins)
 
     return {
+        "likelihood": (
+            partial(likelihood.bits_per_dim, t.model, raw), partial(likelihood.bits_per_dim, t.model, raw[0]),
+            partial(likelihood.gmm_bits_per_dim, raw, raw), partial(core_images.bits_per_dim, f, (0, 8, 8))),
+        "references": (
+            partial(frechet, mean, -covariance), partial(sample_scores.quality, None, raw, {}),
+            partial(sample_scores.reference_statistics, t.model, t.images),
+            partial(sample_scores.draw_test_images, raw, 3)),
+        "devices": (
+            partial(calibration.all_logits, t.model, raw, "gpu"), partial(t.prior.to, "cuda:99"),
+            partial(UniformPrior, (1, 8, 8), 10, "gpu"), partial(t.run.model, "gpu")),
         "metrics": (
             partial(frechet, mean[:2], covariance[:2, :2]), partial(frechet, mean * nan, covariance),
             partial(inception, probabilities, 0), partial(inception, probabilities, 21), partial(inception, f, 1),
