@@ -1274,3 +1274,19 @@ def test_letters_in_a_locale_that_has_none(runs, command):
     assert refused.returncode == 2 and "PYTHONUTF8=1" in refused.stderr and "Traceback" not in refused.stderr
     done = subprocess.run(argv, env=command.env | old | {"PYTHONUTF8": "1"}, capture_output=True, timeout=120)
     assert done.returncode == 0 and Path("new/energy").is_dir()
+
+
+@pytest.mark.parametrize("system", ["glow", "glow_hybrid"])
+def test_a_flows_density_is_asked_on_its_scale(system, here, digits):
+    "Grey levels are brought there; other floats, shapes and labels are refused."
+    config = configure(TrainConfig, system, "digits", "cpu", device="cpu", threads=1, schedule__epochs=0, out="flow")
+    flow = Run(train(config, progress=False)).system()
+    grey, y = digits.test_x[:4], digits.test_y[:4]
+    x = to_unit(grey)
+    assert torch.equal(flow.log_density(grey), flow.log_density(x))
+    wrong = [grey.float(), grey / 255, x * torch.nan, x[0], x.expand(-1, 3, -1, -1), grey.int()]
+    for images in wrong:
+        with pytest.raises(InputError, match="images"):
+            flow.log_density(images)
+    with pytest.raises(InputError, match="label"):
+        flow.log_density(x, y[:, None])

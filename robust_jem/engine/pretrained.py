@@ -85,6 +85,8 @@ class RobustJEM:
         """
         kind = {True: "full", False: "none"}.get(prior, prior)
         kept = None if kind == "none" else _prior_to_keep(self, kind)
+        if not isinstance(path, (str, Path)):
+            raise InputError(f"save_pretrained: {path!r} is not accepted; accepted: the path of a folder")
         if not getattr(dtype, "is_floating_point", False):
             raise InputError(f"dtype: {dtype} is not accepted; accepted: a type of floats, such as torch.float16")
         _write_pretrained(self, Path(path).expanduser(), dtype, kept, card)
@@ -144,6 +146,8 @@ class RobustJEM:
 
 # %% ../../nbs/engine/09_pretrained.ipynb #e7f58623
 def _pretrained_folder(path_or_hub_id: str | Path, hub: dict) -> Path:
+    if not isinstance(path_or_hub_id, (str, Path)):
+        raise InputError(f"folder: {path_or_hub_id!r} is not accepted; accepted: a path, or OWNER/NAME on the hub")
     folder = Path(path_or_hub_id).expanduser()
     if folder.is_dir():
         return folder

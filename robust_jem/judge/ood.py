@@ -19,7 +19,7 @@ from ..core.errors import InputError
 from ..core.images import DATASETS, data_root, load_images
 from robust_jem.core.inputs import (
     as_images, as_number, as_tensor, check_generator, evaluating, grey_levels, logits_of, naming_the_model,
-    signed_floats,
+    signed_floats, trusted_inputs,
 )
 from ..ebm.energy import check_unnormalised, input_gradient, marginal_energy, taking_gradients, untouched
 from ..engine.runtime import at_a_size_that_fits
@@ -48,7 +48,7 @@ def _batch_scores(model: nn.Module, x: Tensor) -> Tensor:
 
 def _density_scores(model: nn.Module | None, x: Tensor, log_density: Callable) -> Tensor:
     "The same of a model with a density of its own; without the confidence `[2,B]` where it doesn't classify."
-    with torch.enable_grad(), naming_the_model(log_density, x, "log_density"):
+    with torch.enable_grad(), naming_the_model(log_density, x, "log_density"), trusted_inputs():
         x = x.detach().requires_grad_()
         density = log_density(x)
         if not isinstance(density, Tensor) or density.shape != (len(x),) or not density.requires_grad:

@@ -25,6 +25,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ..core.config import Config, option, settings
 from ..core.errors import InputError
+from ..core.inputs import as_labels, as_points
 from ..core.images import Images, augment, bits_per_dim, dequantise
 from ..core.random import stream
 from .base import Batch, GenerateConfig, Runtime, Step, System, TrainConfig
@@ -552,12 +553,21 @@ class FlowSystem(System):
         """log p(x) `[B]` in nats of images `[B,C,H,W]` in [-1, 1]; with labels log p(x, y), where it classifies.
 
         A residual flow of images beyond `flow.exact` dimensions has an unbiased estimate, the same at every call.
+        Raises `InputError` for images of another shape or on another scale.
         """
         if y is not None:
             raise InputError(f"log_density: {self.config.system} knows no classes; accepted: no labels")
+        x = self._images(x)
         with global_random(stream(self.config.seed, "log-determinant"), self.runtime.device):
             latents, _, log_det = self.flow.encode(x)
         return self.flow.log_prob(latents) + log_det
+
+    def _images(self, x) -> Tensor:
+        "Images that a density on the scale of [-1, 1] is asked of."
+        x = as_points(x, beyond=20)
+        if x.shape[1:] != self.images.shape:
+            raise InputError(f"images: shape {tuple(x.shape)}; expected (B, {', '.join(map(str, self.images.shape))})")
+        return x
 
     # samples
     @torch.no_grad()
@@ -609,7 +619,10 @@ class FlowClassifier(FlowSystem):
         return given + log_det[:, None] + self.log_prior
 
     def log_density(self, x: Tensor, y: Tensor | None = None) -> Tensor:
-        "log p(x) `[B]`, or log p(x, y), in nats."
+        "log p(x) `[B]`, or log p(x, y), in nats. Raises `InputError` as `FlowSystem.log_density` does."
+        x = self._images(x)
+        if y is not None:
+            y = as_labels(y, len(x), self.images.num_classes, empty=True).to(x.device)
         if self.flow.head is None:
             joint = self._joint(x)
             return joint.logsumexp(1) if y is None else joint.gather(1, y[:, None])[:, 0]

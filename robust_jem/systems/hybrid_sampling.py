@@ -76,6 +76,8 @@ def generate(
     """
     check_model(model)
     _check_drawing(how, trained, prior)
+    if on_stage is not None and not callable(on_stage):
+        raise InputError(f"on_stage: {type(on_stage).__name__} is not accepted; accepted: a function of name, images")
     y = as_labels(y, empty=True, ranged=False)
     given = {"method": how} if isinstance(how, str) else how.to_dict()
     how = HybridSampling.from_dict(merged(given, unfolded(changes)))
