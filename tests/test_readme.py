@@ -76,6 +76,8 @@ def test_map_of_the_code_is_made(tmp_path):
         (tmp_path / "nbs/room").mkdir(parents=True, exist_ok=True)
         (tmp_path / f"nbs/room/{name}.ipynb").touch()
     assert readme.expand_includes("| <!-- modules: room --> |", tmp_path) == "| `first` `second` |"
+    linked = readme.expand_includes("<!-- modules: room -->", tmp_path, linked=True)
+    assert linked == "[`first`](room/00_first.ipynb) [`second`](room/01_second.ipynb)"
 
 
 def test_figure_has_a_row_a_stage():
