@@ -71,6 +71,11 @@ def test_table_is_small():
     assert len(rows) == 2 + 5 and {line.count("|") for line in rows} == {5}
 
 
+def test_headings_of_included_files_go_below_the_section(tmp_path):
+    (tmp_path / "a.md").write_text("## Accuracy\n\nText #1.\n")
+    assert readme.expand_includes("## All\n\n<!-- include: a.md -->\n", tmp_path) == "## All\n\n### Accuracy\n\nText #1.\n"
+
+
 def test_map_of_the_code_is_made(tmp_path):
     for name in ("00_first", "01_second"):
         (tmp_path / "nbs/room").mkdir(parents=True, exist_ok=True)
