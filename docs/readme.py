@@ -16,8 +16,8 @@ HEADER = "<!-- Made from nbs/index.ipynb by `make prepare`: edit the notebook. -
 
 def expand_includes(text: str, root: Path = ROOT, folder: str = "nbs", linked: bool = False) -> str:
     """Replace `<!-- include: path | alt -->`, path from the root: an image becomes a link from `folder`, any other file
-    its text, whose headings go below that of the section they come into. A file that isn't there (no run yet) leaves nothing behind. `<!-- modules: room -->` names a room's, each
-    `linked` to its notebook where that is asked for."""
+    its text, whose headings go below that of the section they come into. A file that isn't there (no run yet) leaves
+    nothing behind. `<!-- modules: room -->` names a room's, each `linked` to its notebook where that is asked for."""
     def expand(m):
         path = root / m[1]
         if not path.exists():

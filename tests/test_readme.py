@@ -73,7 +73,8 @@ def test_table_is_small():
 
 def test_headings_of_included_files_go_below_the_section(tmp_path):
     (tmp_path / "a.md").write_text("## Accuracy\n\nText #1.\n")
-    assert readme.expand_includes("## All\n\n<!-- include: a.md -->\n", tmp_path) == "## All\n\n### Accuracy\n\nText #1.\n"
+    text = readme.expand_includes("## All\n\n<!-- include: a.md -->\n", tmp_path)
+    assert text == "## All\n\n### Accuracy\n\nText #1.\n"
 
 
 def test_map_of_the_code_is_made(tmp_path):
