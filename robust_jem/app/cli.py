@@ -97,7 +97,7 @@ EXAMPLES = {        # of each command: what it does, and command lines that can 
         "robust-jem doctor --device cuda --root /data",
     ),
     "replicate": (
-        "Train, sample and score every row of Table 1, and report.",
+        "Train, sample and score the paper's three systems, or others, and report.",
         "robust-jem replicate --preset cpu\n"
         "robust-jem replicate --seeds 0 1 2 --suite full --chains --runs runs/record --figures figures\n"
         "robust-jem replicate --dataset cifar10 --preset paper --seeds 0\n"

@@ -75,9 +75,9 @@ class Recovery(Config):
 @settings
 class TrainConfig(RuntimeConfig):
     "What a training depends on, whatever the system; one of a kind adds what is its own."
-    system: str = "robust_jem"  # a row: see SYSTEMS
+    system: str = "robust_jem"  # robust_jem, jempp, …: a wrong name lists all
     dataset: str = "cifar10"  # digits, cifar10, cifar100, svhn or a folder of images
-    preset: str = "paper"  # where unset fields come from: see PRESETS
+    preset: str = "paper"  # where unset fields come from: cpu, cifar10-cpu, h100 or paper
     seed: int = option(0, 0, 2**63 - 1)  # of everything random: initialisation, order, noise, chains
     out: str = ""  # run folder; empty: runs/<dataset>-<preset>/<system>-s<seed>
     source: str = ""  # finished run that the training starts from; empty: from scratch

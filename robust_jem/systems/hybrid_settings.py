@@ -225,7 +225,7 @@ class LogitAscent(Config):
 @settings
 class HybridSampling(GenerateConfig):
     "How samples are drawn from a hybrid: the paper's attack, energy and combined, or DAT's ascent."
-    method: Literal["attack", "energy", "combined", "ascent"] = "energy"  # see generation
+    method: Literal["attack", "energy", "combined", "ascent"] = "energy"  # ascent: DAT's; else the paper's
     conditional: bool = True  # chains on E(x,y); no: on E(x) (attacks and ascents always have a target)
     attack: TargetedAttack = TargetedAttack()  # of attack and combined
     contrast: float = option(0.8, 1e-9, 1)  # combined: the attack's result is scaled by this about mid-grey
