@@ -171,7 +171,7 @@ class CheckpointLog(MetricsLog):
                     raise InputError(f"{e}; no checkpoint before it is left: "
                                      "remove the folder checkpoints to begin anew") from e
                 if "other settings" in str(e):
-                    raise InputError(str(e)) from e
+                    raise
                 warnings.warn(f"{e}; going on from the checkpoint before it")
         self.back_to(self.state.step)
 
@@ -199,10 +199,9 @@ class RunLog(CheckpointLog):
         step, tensors = self._way_back(why, fresh_state)
         for e in state.events:                                      # where it stands among the lines that are left
             e["step"] = min(e["step"], step)
-        seen = {k: str(v) for k, v in row.items()}
         number = len(state.events) + 1
-        event = {"event": "recovery", "step": step, "why": why, "at": at, "back_to": step, "number": number}
-        event["seen"] = seen
+        event = {"event": "recovery", "step": step, "why": why, "at": at, "back_to": step, "number": number,
+                 "seen": {k: str(v) for k, v in row.items()}}
         state.recover(step, tensors, event)
         state.snapshot = state.copy()
         state.world.wait()
@@ -223,7 +222,8 @@ class RunLog(CheckpointLog):
             return step, tensors
         fresh = fresh_state()
         for file in self.run.checkpoints():
-            if step_of(file) % self.per_epoch == 0 and step_of(file) < step and step_of(file) not in tried:
+            earlier = step_of(file)
+            if earlier % self.per_epoch == 0 and earlier < step and earlier not in tried:
                 with suppress(InputError):
                     load_checkpoint(fresh, file)
                     return fresh.copy()
