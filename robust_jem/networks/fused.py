@@ -95,9 +95,10 @@ if triton is not None:
     def _norm(p0, p1, weight, shift, columns, C, count, eps, BATCH: tl.constexpr):
         "Of channels: mean, 1 / deviation, gain and offset."
         mean, variance = _moments(p0, p1, columns, C, count, BATCH)
+        inverse = 1.0 / tl.sqrt(variance + eps)
         gain = tl.load(weight + columns, mask=columns < C, other=0.0)
         offset = tl.load(shift + columns, mask=columns < C, other=0.0)
-        return mean, 1.0 / tl.sqrt(variance + eps), gain, offset
+        return mean, inverse, gain, offset
 
     @triton.jit
     def _output_gradient(dy, s, at, inside, mean, inverse, gain, offset, slope):
