@@ -47,7 +47,7 @@ from robust_jem.judge.extractors import feature_extractor
 from robust_jem.judge.robustness import accuracy, robust_accuracy
 from robust_jem.judge.sweep import WALKS, walk_config
 from robust_jem.systems import hybrid
-from robust_jem.systems.catalog import EvaluateConfig, GenerateConfig, TrainConfig, configure
+from robust_jem.systems.catalog import TOLD_APART, EvaluateConfig, GenerateConfig, TrainConfig, configure
 
 BEGAN = time.perf_counter()
 ROWS = {
@@ -59,13 +59,7 @@ COMPARED = (
     "robust_jem", "robust_classifier", "robust_jem_fast", "jempp", "l2_robust_classifier", "dat", "sada_jem", "m_ebm",
 )
 # Second stages of robust_jem_fast, each without an ingredient or with another strength of it.
-_TOLD_APART = dict(
-    network=dict(frozen_statistics=True),
-    objective=dict(density="discrimination"),
-    attack=dict(statistics="running"),
-    chain=dict(sampler="ascent", growth=0.8, outer_steps=12, step_size=0.4, statistics="running"),
-    replay=dict(reinit_prob=1.0),
-)
+_TOLD_APART = merged(TOLD_APART, dict(chain=dict(outer_steps=12, step_size=0.4)))
 SECOND = {
     "as the preset": dict(),
     "told apart, as in DAT": merged(_TOLD_APART, dict(optimizer=dict(lr=0.01))),
