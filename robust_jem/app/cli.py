@@ -140,9 +140,8 @@ def _evaluate_defaults(argv: list[str]) -> Config:
     from robust_jem.systems.catalog import EvaluateConfig, configure
     elsewhere, path = _given(argv, "model", "model-data"), _given(argv, "run").get("run")
     if elsewhere:
-        data = elsewhere.get("model-data", "")
-        preset = "cpu" if data.startswith("digits") else "paper"
         data = elsewhere.get("model-data", "cifar10")
+        preset = "cpu" if data.startswith("digits") else "paper"
         return configure(EvaluateConfig, dataset=data, preset=preset, model_data=data)
     if not path:
         return configure(EvaluateConfig)
@@ -257,12 +256,6 @@ def _report_said(config: Config, table: Any) -> str:
         lines.append(f"not in the table: {f.run.path.name}: {f.missing} ({f.has})")
     return "\n".join(lines)
 
-def _benchmark_said(config: Config, found: Any) -> str:
-    return _named("bench.benchmark:markdown")(found)
-
-def _tune_said(config: Config, found: Any) -> str:
-    return _named("bench.tune:markdown")(found)
-
 def _lines_said(config: Config, lines: Any) -> str:
     return "\n".join(map(str, lines))
 
@@ -272,8 +265,8 @@ _SAID: dict[str, Callable[[Config, Any], str | None]] = {
     "evaluate": _evaluation_said,
     "export": _lines_said,
     "report": _report_said,
-    "benchmark": _benchmark_said,
-    "tune": _tune_said,
+    "benchmark": lambda config, found: _named("bench.charts:markdown")(found),
+    "tune": lambda config, found: _named("bench.tune:markdown")(found),
     "doctor": _lines_said,
 }
 

@@ -12,13 +12,13 @@ from pathlib import Path
 
 import torch
 
-from .hot_paths import agreement, hot_paths, kernel_table, median_time, precision_of
+from .hot_paths import agreement, hot_paths, kernel_table, median_time
 from ..core.config import Config, merged, option, settings
 from ..core.errors import InputError
 from ..core.files import write_bytes, write_json
 from ..core.images import progress_bar
 from ..engine.runs import provenance
-from ..engine.runtime import executing
+from ..engine.runtime import choose_policy, executing
 from ..networks.fused import can_fuse
 from ..networks.wide_resnet import WideResNet
 from ..systems.catalog import RuntimeConfig, TrainConfig, configure
@@ -71,7 +71,7 @@ def shape(
 def peak_rate(device: torch.device) -> float:
     "Operations a second of a large product in the precision that variants are timed in."
     n = 8192 if device.type == "cuda" else 1024
-    a = torch.randn(n, n, device=device).to(getattr(torch, precision_of(device)))
+    a = torch.randn(n, n, device=device).to(getattr(torch, choose_policy(device).precision))
     return 2 * n**3 / median_time(lambda: a @ a, device, 10)
 
 
@@ -124,7 +124,7 @@ def tune(
     with executing(RuntimeConfig(device=config.device), config.threads) as at:
         device = at.device
         peak = peak_rate(device)
-        found = {"peak TFLOP/s": peak / 1e12, "precision": precision_of(device)}
+        found = {"peak TFLOP/s": peak / 1e12, "precision": choose_policy(device).precision}
         found |= {"attack_steps": config.attack_steps, "outer_steps": config.outer_steps}
         found |= provenance(device)
         found |= {"agreement": {}, "networks": {}, "left out": {}}

@@ -22,8 +22,8 @@ from ..judge.ood import SCORES
 from .figures import SuiteResults, distal_sheet, draw, reliability, robustness_curves, save_figure
 from .results import SAMPLE_SCORES
 from .tables import grid_markdown
-from ..systems.catalog import SYSTEMS, TrainConfig, system_class
-from ..systems.hybrid import Hybrid, HybridConfig
+from ..systems.catalog import SYSTEMS, TrainConfig
+from ..systems.hybrid import HybridConfig
 
 # %% ../../nbs/report/05_card.ipynb #2a75dd3c
 def percent(
@@ -107,21 +107,16 @@ def distal_table(all: list[SuiteResults]) -> str:
 # %% ../../nbs/report/05_card.ipynb #2a75dd3e
 DIVERSITY = ("precision", "recall", "density", "coverage", "memorisation")
 
-class _Rows:
-    "Rows of a table over models: their sample sets first, then what they are compared with, alike ones once."
-
-    def __init__(self, alone: bool):
-        self.alone, self.samples, self.compared = alone, [], []
-
-    def add(self, title: str, row: list[str]):
-        if row[0] not in ("held-out", "prior"):
-            self.samples.append([title, *row])
-        elif row not in [r[1:] for r in self.compared]:
-            self.compared.append([title if self.alone else "–", *row])
-
-    def markdown(self, head: list[str]) -> str:
-        rows = [*self.samples, *self.compared]
-        return grid_markdown([head, *rows]) if rows else ""
+def _sample_sets_table(head: list[str], found: list[tuple[str, list[str]]], alone: bool) -> str:
+    "Models and their sample sets first, then what these are compared with, alike ones once."
+    samples, compared = [], {}
+    for title, row in found:
+        if row[0] in ("held-out", "prior"):
+            compared.setdefault(tuple(row), title if alone else "–")
+        else:
+            samples.append([title, *row])
+    rows = samples + [[title, *row] for row, title in compared.items()]
+    return grid_markdown([head, *rows]) if rows else ""
 
 def _scores_of(f: SuiteResults) -> dict[str, dict]:
     "What Table 1 shows of a subject; nothing of a model from elsewhere."
@@ -129,7 +124,7 @@ def _scores_of(f: SuiteResults) -> dict[str, dict]:
 
 def samples_table(all: list[SuiteResults]) -> str:
     "Fidelity and diversity of every sample set, held-out images and the bare prior."
-    keys, rows = [], _Rows(alone=len(all) == 1)
+    keys, found = [], []
     for f in all:
         for name, s in _scores_of(f).items():
             if name == "classification" or "extractor" not in s:
@@ -137,19 +132,19 @@ def samples_table(all: list[SuiteResults]) -> str:
             if not keys:
                 keys = [k for k in s if k.split("-")[0] in SAMPLE_SCORES and not k.endswith(("std", "by class"))]
             values = [s.get(k) for k in keys] + [s.get("diversity", {}).get(k) for k in DIVERSITY]
-            rows.add(f.title, [name, str(s["n"]), *["–" if v is None else f"{v:.3g}" for v in values]])
-    return rows.markdown(["model", "samples", "n", *keys, *DIVERSITY])
+            found.append((f.title, [name, str(s["n"]), *["–" if v is None else f"{v:.3g}" for v in values]]))
+    return _sample_sets_table(["model", "samples", "n", *keys, *DIVERSITY], found, alone=len(all) == 1)
 
 def class_table(all: list[SuiteResults]) -> str:
     "The Fréchet distance class by class."
-    rows, head = _Rows(alone=len(all) == 1), []
+    found, head = [], []
     for f in all:
         for name, s in _scores_of(f).items():
             key = next((k for k in s if k.endswith(" by class")), None)
             if key:
                 head = [key.removesuffix(" by class"), "samples", *f.subject["classes"]]
-                rows.add(f.title, [name, *["–" if v is None else f"{v:.2f}" for v in s[key]]])
-    return rows.markdown(head)
+                found.append((f.title, [name, *["–" if v is None else f"{v:.2f}" for v in s[key]]]))
+    return _sample_sets_table(head, found, alone=len(all) == 1)
 
 # %% ../../nbs/report/05_card.ipynb #2a75dd3f
 _SECTIONS = (      # title, table, and what it shows
@@ -280,49 +275,24 @@ def _training(c: TrainConfig, m: dict) -> str:
     epochs = "" if c.schedule.updates else f"{c.schedule.epochs} epochs, "
     return f"{epochs}{done}, {m['precision']}; seed {c.seed}; {recoveries}"
 
-_HYBRID = ("A classifier whose logits define an energy: it classifies, resists attacks to the degree measured "
-           "below, and generates images.")
-
-def _other_model(run: Run, shape: tuple[int, ...]) -> str:
-    "What a run of another kind of system trained, on what, and how to load it."
-    c, m = run.config, _summary(run)
-    images = f"{'x'.join(map(str, shape))} images in [-1,1]"
-    return f"""## The model
-
-| | |
-|---|---|
-| system | {SYSTEMS[run.config.system].title}, {m['parameters']:,} parameters; {images} |
-| data | {c.dataset}, fingerprint {m['fingerprint']} |
-| training | {_training(c, m)} |
-| weights | {run.weights} |
-| made by | commit {m['commit']}, torch {m['torch']} |
-
-```python
-from robust_jem.engine.runs import Run
-system = Run("{run.path}").system()
-```"""
-
 def _the_model(run: Run, shape: tuple[int, ...], classes: int, load: str) -> str:
     "What a run trained, how, on what, and how to load it."
     c, m = run.config, _summary(run)
-    network = f"WRN-{c.network.depth}-{c.network.width}, {c.network.norm} norm, {m['parameters']:,} parameters"
-    images = f"{'x'.join(map(str, shape))} images in [-1,1] to {classes} logits"
-    return f"""## The model
+    size = f"{m['parameters']:,} parameters; {'x'.join(map(str, shape))} images in [-1,1]"
+    facts = {"system": f"{SYSTEMS[c.system].title}, {size}", "data": f"{c.dataset}, fingerprint {m['fingerprint']}"}
+    if isinstance(c, HybridConfig):
+        network = f"WRN-{c.network.depth}-{c.network.width}, {c.network.norm} norm, {size} to {classes} logits"
+        facts = {"network": network, "data": facts["data"], "objective": _objective(c)}
+    facts |= {"training": _training(c, m), "weights": run.weights}
+    facts |= {"made by": f"commit {m['commit']}, torch {m['torch']}"}
+    table = "\n".join(f"| {name} | {fact} |" for name, fact in facts.items())
+    return f"## The model\n\n| | |\n|---|---|\n{table}\n\n```python\n{load}\n```"
 
-| | |
-|---|---|
-| network | {network}; {images} |
-| data | {c.dataset}, fingerprint {m['fingerprint']} |
-| objective | {_objective(c)} |
-| training | {_training(c, m)} |
-| weights | {run.weights} |
-| made by | commit {m['commit']}, torch {m['torch']} |
-
-```python
-from robust_jem.engine.pretrained import RobustJEM
-model = RobustJEM.{load}
-model.classify(x); model.energy(x); model.generate(y)          # x in [-1, 1]
-```"""
+def _loaded_as_hybrid(how: str) -> str:
+    "Python that loads a hybrid and uses it."
+    return ("from robust_jem.engine.pretrained import RobustJEM\n"
+            f"model = RobustJEM.{how}\n"
+            "model.classify(x); model.energy(x); model.generate(y)          # x in [-1, 1]")
 
 # %% ../../nbs/report/05_card.ipynb #a83ad440
 _PICTURES = ("robustness", "calibration", "detection", "distal", "landscape", "neighbours")
@@ -330,13 +300,15 @@ _PICTURES = ("robustness", "calibration", "detection", "distal", "landscape", "n
 def model_card(f: SuiteResults) -> str:
     "The card of one subject, as Markdown."
     s, first = f.subject, next(iter(f.parts.values()), {})
-    if s["run"] and not issubclass(system_class(s["train"]["system"]), Hybrid):
-        about = f"A system that is capable of: {', '.join(s['capabilities'])}. What needs more isn't measured."
-        made = _other_model(Run(s["run"]), s["shape"])
-    elif s["run"]:
-        about = _HYBRID
+    if s["run"]:
         run = Run(s["run"])
-        load = f'from_pretrained("{s["run"]}")' if run.pretrained else f'from_run("{s["run"]}")'
+        if isinstance(run.config, HybridConfig):
+            about = ("A classifier whose logits define an energy: it classifies, resists attacks to the degree "
+                     "measured below, and generates images.")
+            load = _loaded_as_hybrid(f'{"from_pretrained" if run.pretrained else "from_run"}("{s["run"]}")')
+        else:
+            about = f"A system that is capable of: {', '.join(s['capabilities'])}. What needs more isn't measured."
+            load = f'from robust_jem.engine.runs import Run\nsystem = Run("{run.path}").system()'
         made = _the_model(run, s["shape"], len(s["classes"]), load)
     else:
         about = "A classifier from elsewhere, judged by the same measures as this package's models."
@@ -385,7 +357,7 @@ def _pretrained_card(run: Run, jem: RobustJEM, folder: str | Path, dtype: torch.
     where = f"lies beside this folder in `{prior}`" if prior else "is fitted again to the data set when first used"
     about = (f"A classifier whose logits define an energy. Weights as {kind}; where its chains start, "
              f"the class-conditional Gaussian prior, {where}.")
-    model = _the_model(run, jem.shape, len(jem.classes), f'from_pretrained("{folder}")')
+    model = _the_model(run, jem.shape, len(jem.classes), _loaded_as_hybrid(f'from_pretrained("{folder}")'))
     out = [f"# {title} on {run.config.dataset}", f"> {about}", model, LIMITS]
     if c:
         out.append(_accuracies(c))

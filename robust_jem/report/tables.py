@@ -7,8 +7,6 @@ __all__ = ['Groups', 'BITS', 'WantedRow', 'wanted_rows', 'summaries', 'table1', 
            'scores_markdown', 'cost_markdown', 'as_csv', 'empty_cells', 'found_markdown', 'write_report']
 
 # %% ../../nbs/report/03_tables.ipynb #0e954997
-import csv
-import io
 import math
 import statistics
 from dataclasses import dataclass
@@ -224,14 +222,12 @@ def _products_note(runs: list[Run], quality: dict) -> str:
 def _prior_note(groups: Groups) -> list[str]:
     starting = {s: mine for s, mine in groups.items() if _can(s, "start")}
     uniform = [SYSTEMS[s].title for s, mine in starting.items() if _prior_of(mine) == "uniform"]
-    if not starting:
+    if not uniform:
         return []
     if len(uniform) == len(starting):
         return ["Bare prior samples are uniform noise, where all chains start."]
-    if uniform:
-        return ["Bare prior samples are draws of the class-conditional Gaussians. "
-                f"Chains of {' and '.join(uniform)} start from uniform noise instead."]
-    return []
+    return ["Bare prior samples are draws of the class-conditional Gaussians. "
+            f"Chains of {' and '.join(uniform)} start from uniform noise instead."]
 
 # %% ../../nbs/report/03_tables.ipynb #5092a4a9
 def _drawn_with(c: TrainConfig, how: GenerateConfig, seeds: list[int]) -> str:
@@ -251,8 +247,7 @@ def _sample_notes(system: str, mine: list[Run]) -> list[str]:
     notes = []
     for name, (first, *others) in sorted(rows.items()):
         for how in others:
-            other = differences(first, how, RUNTIME_FIELDS | {"seed", "name"})
-            for field, (a, b) in other.items():
+            for field, (a, b) in differences(first, how, RUNTIME_FIELDS | {"seed", "name"}).items():
                 raise InputError(f"runs: sample sets called {name} of {title} differ in {field} ({b} and {a}), "
                                  "so they can't share a row; name one otherwise")
         seeds = sorted({how.seed for how in (first, *others)})
@@ -368,8 +363,7 @@ def scores_markdown(table: dict) -> str:
     """Every score of every sample set as Markdown: kernel distance, precision and recall, density and coverage
     besides Table 1's."""
     rows = [r for r in table["rows"] if "n" in r]
-    keys = dict.fromkeys(k for r in rows for k in r)
-    names = [k for k in keys if k.split("-")[0] in SAMPLE_SCORES or k in _DIVERSITY]
+    names = [k for k in dict.fromkeys(k for r in rows for k in r) if k.split("-")[0] in SAMPLE_SCORES or k in _DIVERSITY]
     cells = [[r["model"], *[_cell(r.get(k)) for k in names], str(r["n"]), str(r["sets"])] for r in rows]
     return grid_markdown([["samples", *names, "n", "sets"], *cells]) + "\n"
 
@@ -392,15 +386,14 @@ def cost_markdown(table: dict) -> str:
 def as_csv(table: dict) -> str:
     "Table 1 as CSV: means, standard deviations in columns of their own."
     names = [k for k in shown_columns(table) if not k.startswith("paper")]
-    out = io.StringIO()
-    w = csv.writer(out, lineterminator="\n")
-    w.writerow(["model", "paper IS", "paper FID", *[h for n in names for h in (n, f"{n} std")], "n", "runs"])
+    rows = []
     for r in table["rows"]:
-        cells = []
-        for n in names:
-            cells += [r[n]["mean"], r[n]["std"]] if n in r else ["", ""]
-        w.writerow([r["model"], r["paper IS"], r["paper FID"], *cells, r.get("n", ""), r["runs"]])
-    return out.getvalue()
+        row = {k: r[k] for k in ("model", "paper IS", "paper FID")}
+        for name in names:
+            score = r.get(name, {"mean": None, "std": None})
+            row |= {name: score["mean"], f"{name} std": score["std"]}
+        rows.append(row | {"n": r.get("n"), "runs": r["runs"]})
+    return pd.DataFrame(rows, dtype=object).to_csv(index=False, lineterminator="\n")
 
 # %% ../../nbs/report/03_tables.ipynb #e9100d10
 def _why_no_row(wanted: WantedRow, groups: Groups, found: list[FoundRun]) -> str:
@@ -429,7 +422,7 @@ def _why_no_cell(name: str, wanted: WantedRow, row: dict) -> str:
         return "its density isn't normalised, or it has none"
     if name == OUTSIDE:
         return "not sampled" if wanted.sample_set is None else "not stored with these samples"
-    if name in ("accuracy",) or "accuracy" not in row:
+    if name == "accuracy" or "accuracy" not in row:
         return "not measured on all of its runs: it has no classification scores"
     if name.startswith(ATTACKED):
         return "not measured at this radius on all of its runs"
