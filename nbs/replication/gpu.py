@@ -132,10 +132,8 @@ def tuned(args) -> str:
 
 def settings(system: str, args, **changes) -> TrainConfig:
     "The preset h100, what the command line changes, and for a dry run a tiny network."
-    changes = merged(unfolded(changes), unfolded(json.loads(args.settings or "{}")), DRY if args.dry else {})
-    folder = Path(args.runs) / f"{system}-s{args.seed}"
-    return configure(TrainConfig, system, "cifar10", "h100", seed=args.seed, out=str(folder), device=device(args),
-                     compile=tuned(args), log_every=100, **changes)
+    own = dict(out=str(Path(args.runs) / f"{system}-s{args.seed}"), log_every=100)
+    return configure(TrainConfig, system, "cifar10", "h100", **merged(unfolded(changes), common_settings(args), own))
 
 
 class TimedTraining:
@@ -299,8 +297,7 @@ def compared(system: str, images: Images, budget: float, nearness: Nearness, fas
             train_updates(config, images, args)
     run = Run(folder)
     draw_best(run, best_walk(run, nearness, args), args)
-    bring_back(run, Path(args.runs) / "back", args)
-    pack(Path(args.runs) / "back", Path(args.out))
+    bring_back(run, args)
 
 
 def second(args):
@@ -480,8 +477,7 @@ def one_system(system: str, images: Images, budget: float, args):
             f"{len(training.state.events)} recoveries", rounded(training.rows[-1]))
         del training
     draw(run, args)
-    bring_back(run, Path(args.runs) / "back", args)
-    pack(Path(args.runs) / "back", Path(args.out))
+    bring_back(run, args)
 
 
 def draw(run: Run, args):
@@ -500,8 +496,9 @@ def draw(run: Run, args):
         say("drawn:", run.config.system, method)
 
 
-def bring_back(run: Run, folder: Path, args):
-    "Weights in two bytes each, records, scores, and the first images of each sample set."
+def bring_back(run: Run, args):
+    "Pack weights in two bytes each, records, scores, and the first images of each sample set, with what is there."
+    folder = Path(args.runs) / "back"
     target = folder / run.path.name
     target.mkdir(parents=True, exist_ok=True)
     for file in ("config.json", "summary.json", "metrics.jsonl"):
@@ -517,6 +514,7 @@ def bring_back(run: Run, folder: Path, args):
     for name in ("scores", "comparison"):
         if (run.path / name).exists():
             shutil.copytree(run.path / name, target / name, dirs_exist_ok=True)
+    pack(folder, Path(args.out))
 
 
 def pack(folder: Path, out: Path):
@@ -553,15 +551,13 @@ def judge(args):
         if args.more:
             judge_more(Run(run), args)
         first = first or run
-        bring_back(Run(run), Path(args.runs) / "back", args)
-        pack(Path(args.runs) / "back", Path(args.out))
+        bring_back(Run(run), args)
     for system in args.systems if args.more and args.autoattacked else ():
         run = Path(args.runs) / f"{system}-s{args.seed}"
         in_time = args.dry or time.perf_counter() < BEGAN + args.seconds - args.each
         if in_time and (run / "comparison/classifier.json").exists():
             autoattacked(Run(run), args)
-            bring_back(Run(run), Path(args.runs) / "back", args)
-            pack(Path(args.runs) / "back", Path(args.out))
+            bring_back(Run(run), args)
     say("judged")
 
 
