@@ -115,6 +115,24 @@ def choice(found: dict) -> dict[str, str]:
     return out
 
 
+def _try(config: TuneConfig, network: str, variant: str, device: torch.device, peak: float, found: dict) -> str | None:
+    "Add a variant's agreement and times to what is found; the reason where it can't run."
+    compile = VARIANTS[variant]["compile"]
+    cannot = can_fuse(WideResNet(10, 1), device) if compile == "fused" else None
+    if cannot is not None:
+        return cannot
+    try:
+        if variant not in found["agreement"]:
+            depth, width, _ = shape(network)
+            found["agreement"][variant] = agreement(depth, width, compile, device)
+        found["networks"].setdefault(network, {})[variant] = measure_variant(config, network, variant, device, peak)
+    except Exception as e:
+        return f"{type(e).__name__}: {traceback.format_exc().splitlines()[-1][:200]}"
+    finally:
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    return None
+
 def tune(
     config: TuneConfig,
     progress: bool = True, # show a bar
@@ -130,22 +148,9 @@ def tune(
         found |= {"agreement": {}, "networks": {}, "left out": {}}
         plan = [(network, variant) for network in config.networks for variant in config.variants]
         for network, variant in progress_bar(plan, desc="tuning", unit="variant", disable=not progress):
-            reason = None
-            if VARIANTS[variant]["compile"] == "fused":
-                reason = can_fuse(WideResNet(10, 1), device)
-            if time.monotonic() > end:
-                reason = f"no time: {config.seconds:g} seconds were over"
-            if reason is None:
-                try:
-                    if variant not in found["agreement"]:
-                        depth, width, _ = shape(network)
-                        found["agreement"][variant] = agreement(depth, width, VARIANTS[variant]["compile"], device)
-                    row = measure_variant(config, network, variant, device, peak)
-                    found["networks"].setdefault(network, {})[variant] = row
-                except Exception as e:
-                    reason = f"{type(e).__name__}: {traceback.format_exc().splitlines()[-1][:200]}"
-                if device.type == "cuda":
-                    torch.cuda.empty_cache()
+            reason = f"no time: {config.seconds:g} seconds were over"
+            if time.monotonic() <= end:
+                reason = _try(config, network, variant, device, peak, found)
             if reason is not None:
                 found["left out"][f"{network}, {variant}"] = reason
             found["choice"] = choice(found)

@@ -8,6 +8,7 @@ __all__ = ['DIVERSITY', 'LIMITS', 'percent', 'robustness_table', 'detection_tabl
            'write_pretrained', 'write_comparison']
 
 # %% ../../nbs/report/05_card.ipynb #d5280a26
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -177,59 +178,55 @@ def suite_markdown(all: list[SuiteResults]) -> str:
     return "\n\n".join(out) + "\n"
 
 # %% ../../nbs/report/05_card.ipynb #a3bfd765
-def _against_detection(part: dict) -> list[str]:
-    out = []
-    for stranger, scores in part.get("AUROC", {}).items():
+def _against_detection(part: dict) -> Iterator[str]:
+    for stranger, scores in part["AUROC"].items():
         worse = [k for k, v in scores.items() if v < 0.5]
         if worse:
             found = ", ".join(f"{scores[k]:.2f}" for k in worse)
-            out.append(f"It finds *{stranger}* more familiar than test images by {', '.join(worse)} (AUROC {found}).")
-    return out
+            yield f"It finds *{stranger}* more familiar than test images by {', '.join(worse)} (AUROC {found})."
 
-def _against_robustness(part: dict) -> list[str]:
-    out = []
-    for eps, right in part.get("accuracy", {}).items():
+def _against_robustness(part: dict) -> Iterator[str]:
+    for eps, right in part["accuracy"].items():
         if right["AutoAttack"] < right["PGD"] - 0.02:
             both = [f"{100 * right[k]:.1f} %" for k in ("AutoAttack", "PGD")]
-            out.append(f"AutoAttack leaves {both[0]} right at ε = {eps} where PGD leaves {both[1]}: "
-                       "PGD alone overstates its robustness.")
-    return out
+            yield (f"AutoAttack leaves {both[0]} right at ε = {eps} where PGD leaves {both[1]}: "
+                   "PGD alone overstates its robustness.")
 
-def _against_gradients(parts: dict[str, dict]) -> list[str]:
-    masked = {k: v for k, v in parts.items() if v.get("verdict") == "masked"}
-    return [f"Its gradients are masked, {said}: PGD overstates its robustness." for said in _blind(masked)]
+def _against_distal(part: dict) -> Iterator[str]:
+    if part["reached"] > 0.9 and part["median steps"] <= 20:
+        yield f"{part['median steps']:.0f} small steps from pure noise make it sure of any class."
 
-def _against_distal(part: dict) -> list[str]:
-    if not part or part["reached"] <= 0.9 or part["median steps"] > 20:
-        return []
-    return [f"{part['median steps']:.0f} small steps from pure noise make it sure of any class."]
+def _against_calibration(part: dict) -> Iterator[str]:
+    if part["ECE"] > 0.05:
+        bins = zip(part["count"], part["confidence"], part["accuracy"])
+        above = sum(n * (sure - right) for n, sure, right in bins if n)
+        way = "high" if above > 0 else "low"
+        yield f"Its confidence is off by {100 * part['ECE']:.1f} % on average, mostly too {way}."
 
-def _against_calibration(part: dict) -> list[str]:
-    if not part or part["ECE"] <= 0.05:
-        return []
-    bins = zip(part["count"], part["confidence"], part["accuracy"])
-    above = sum(n * (sure - right) for n, sure, right in bins if n)
-    way = "high" if above > 0 else "low"
-    return [f"Its confidence is off by {100 * part['ECE']:.1f} % on average, mostly too {way}."]
-
-def _against_landscape(part: dict) -> list[str]:
-    energies = part.get("median energy", {})
+def _against_landscape(part: dict) -> Iterator[str]:
+    energies = part["median energy"]
     unreal = [k for k in energies if "noise" in k or "attacked" in k or k == "prior"]
     low = [k for k in unreal if energies[k] < energies["test images"]]
-    if not low:
-        return []
-    return [f"By running statistics it gives a lower energy (more density) to {', '.join(low)} than to test images."]
+    if low:
+        yield f"By running statistics it gives a lower energy (more density) to {', '.join(low)} than to test images."
+
+def _against_gradients(parts: dict[str, dict]) -> Iterator[str]:
+    masked = {k: v for k, v in parts.items() if v.get("verdict") == "masked"}
+    for said in _blind(masked):
+        yield f"Its gradients are masked, {said}: PGD overstates its robustness."
 
 def weaknesses(f: SuiteResults) -> list[str]:
     "What the measurements say against the model."
-    part = f.parts
+    def against(name: str, say: Callable[[dict], Iterator[str]]) -> list[str]:
+        return [*say(f.parts[name])] if name in f.parts else []
+
     return [
-        *_against_detection(part.get("detection", {})),
-        *_against_robustness(part.get("autoattack", {})),
-        *_against_gradients(part),
-        *_against_distal(part.get("distal", {})),
-        *_against_calibration(part.get("calibration", {})),
-        *_against_landscape(part.get("landscape", {})),
+        *against("detection", _against_detection),
+        *against("autoattack", _against_robustness),
+        *_against_gradients(f.parts),
+        *against("distal", _against_distal),
+        *against("calibration", _against_calibration),
+        *against("landscape", _against_landscape),
     ]
 
 # %% ../../nbs/report/05_card.ipynb #a3bfd766

@@ -219,15 +219,15 @@ def _products_note(runs: list[Run], quality: dict) -> str:
     recoveries = f"Recoveries from divergence while training: {', '.join(helped) or 'none'}."
     return f"Products of networks {how}, scores in {quality['precision']}. {recoveries}"
 
-def _prior_note(groups: Groups) -> list[str]:
+def _prior_note(groups: Groups) -> str:
     starting = {s: mine for s, mine in groups.items() if _can(s, "start")}
     uniform = [SYSTEMS[s].title for s, mine in starting.items() if _prior_of(mine) == "uniform"]
     if not uniform:
-        return []
+        return ""
     if len(uniform) == len(starting):
-        return ["Bare prior samples are uniform noise, where all chains start."]
-    return ["Bare prior samples are draws of the class-conditional Gaussians. "
-            f"Chains of {' and '.join(uniform)} start from uniform noise instead."]
+        return "Bare prior samples are uniform noise, where all chains start."
+    return ("Bare prior samples are draws of the class-conditional Gaussians. "
+            f"Chains of {' and '.join(uniform)} start from uniform noise instead.")
 
 # %% ../../nbs/report/03_tables.ipynb #5092a4a9
 def _drawn_with(c: TrainConfig, how: GenerateConfig, seeds: list[int]) -> str:
@@ -261,17 +261,17 @@ def _mean_curve(results: pd.DataFrame, system: str) -> dict[str, float]:
     values, runs = _values(part), part["run"].nunique()
     return {k.removeprefix(ATTACKED): statistics.fmean(v) for k, v in values.items() if len(v) == runs}
 
-def _comparison_note(results: pd.DataFrame) -> list[str]:
+def _comparison_note(results: pd.DataFrame) -> str:
     "What is left of Robust JEM's accuracy where JEM++ is down to 60 %, as the paper compares them."
     jempp, robust_jem = (_mean_curve(results, s) for s in ("jempp", "robust_jem"))
     eps = eps_at_accuracy(jempp, 0.6) if jempp and robust_jem else None
     if not eps:
-        return []
+        return ""
     x, y = zip(*sorted((float(e), accuracy) for e, accuracy in robust_jem.items()))
-    return [f"At ε = {eps:.3f}, where JEM++ is down to 60 % (interpolated), "
-            f"Robust JEM keeps {100 * np.interp(eps, x, y):.1f} %."]
+    return (f"At ε = {eps:.3f}, where JEM++ is down to 60 % (interpolated), "
+            f"Robust JEM keeps {100 * np.interp(eps, x, y):.1f} %.")
 
-def _blind_note(runs: list[Run]) -> list[str]:
+def _blind_note(runs: list[Run]) -> str:
     "Where PGD had no gradient to follow; nothing where it had one on every image."
     said = []
     for run in runs:
@@ -279,16 +279,12 @@ def _blind_note(runs: list[Run]) -> list[str]:
         if share > 0:
             said.append(f"{run.path.name} ({100 * share:.2g} %{', masked' if share >= MASKED else ''})")
     if not said:
-        return []
-    return [f"Zero gradients on images that are right before the attack: {', '.join(said)}. PGD can't move these, so "
-            "its accuracy is overstated."]
+        return ""
+    return (f"Zero gradients on images that are right before the attack: {', '.join(said)}. PGD can't move these, so "
+            "its accuracy is overstated.")
 
-def _bits_note(results: pd.DataFrame) -> list[str]:
-    "What bits a dimension are of."
-    if not (results["metric"] == BITS).any():
-        return []
-    return ["bits/dim: of test images with uniform noise within their grey levels (256 of them); in the last row, of "
-            "Gaussians with full covariance of the classes, fitted to training images with such noise."]
+_BITS_NOTE = ("bits/dim: of test images with uniform noise within their grey levels (256 of them); in the last row, of "
+              "Gaussians with full covariance of the classes, fitted to training images with such noise.")
 
 def _notes(groups: Groups, results: pd.DataFrame, distance: str | None) -> list[str]:
     "What every number depends on."
@@ -299,11 +295,13 @@ def _notes(groups: Groups, results: pd.DataFrame, distance: str | None) -> list[
     if s:
         attack = f"PGD accuracy on {s['n attacked']}: {s['threat_model']}, seed {s['seed']}."
         notes.append(f"Accuracy on {s['n']} test images; {attack}")
-    notes += _blind_note(runs) + _bits_note(results)
-    notes += [_products_note(runs, quality), *_prior_note(groups)]
+    notes.append(_blind_note(runs))
+    if (results["metric"] == BITS).any():
+        notes.append(_BITS_NOTE)
+    notes += [_products_note(runs, quality), _prior_note(groups)]
     for system, mine in groups.items():
         notes += _sample_notes(system, mine)
-    return notes + _comparison_note(results)
+    return [*filter(None, [*notes, _comparison_note(results)])]
 
 # %% ../../nbs/report/03_tables.ipynb #b662df0c
 def _place(x: float, digits: int) -> int:
@@ -363,7 +361,8 @@ def scores_markdown(table: dict) -> str:
     """Every score of every sample set as Markdown: kernel distance, precision and recall, density and coverage
     besides Table 1's."""
     rows = [r for r in table["rows"] if "n" in r]
-    names = [k for k in dict.fromkeys(k for r in rows for k in r) if k.split("-")[0] in SAMPLE_SCORES or k in _DIVERSITY]
+    keys = dict.fromkeys(k for r in rows for k in r)
+    names = [k for k in keys if k.split("-")[0] in SAMPLE_SCORES or k in _DIVERSITY]
     cells = [[r["model"], *[_cell(r.get(k)) for k in names], str(r["n"]), str(r["sets"])] for r in rows]
     return grid_markdown([["samples", *names, "n", "sets"], *cells]) + "\n"
 

@@ -539,9 +539,14 @@ class FlowSystem(System):
         """
         if y is not None:
             raise InputError(f"log_density: {self.config.system} knows no classes; accepted: no labels")
+        latents, log_det = self._encoded(x)
+        return self.flow.log_prob(latents) + log_det
+
+    def _encoded(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
+        "Latent variables, and the log-determinant `[B]`: where it is estimated, from the same noise at every call."
         with global_random(stream(self.config.seed, "log-determinant"), self.runtime.device):
             latents, _, log_det = self.flow.encode(x)
-        return self.flow.log_prob(latents) + log_det
+        return latents, log_det
 
     # samples
     @torch.no_grad()
@@ -586,8 +591,7 @@ class FlowClassifier(FlowSystem):
 
     def _joint(self, x: Tensor) -> Tensor:
         "log p(x, y) `[B,K]` of a class-conditional flow."
-        with global_random(stream(self.config.seed, "log-determinant"), self.runtime.device):
-            latents, _, log_det = self.flow.encode(x)
+        latents, log_det = self._encoded(x)
         classes = torch.arange(self.images.num_classes, device=x.device)
         given = torch.stack([self.flow.log_prob(latents, k.expand(len(x))) for k in classes], 1)
         return given + log_det[:, None] + self.log_prior
