@@ -22,8 +22,7 @@ from ..systems.catalog import TrainConfig
 class Naive:
     "The plain arithmetic of a training run of Robust JEM, on a network of its own."
 
-    def __init__(
-        self,
+    def __init__(self,
         config: TrainConfig, # network, optimizer, attack and sampler
         device: torch.device, # where everything is computed
         mean: Tensor, # [K, 3072], of the prior's classes
@@ -38,15 +37,13 @@ class Naive:
             self.model.parameters(), asked.lr, momentum=0.9, weight_decay=asked.weight_decay)
         self.classes = [MultivariateNormal(m, scale_tril=f, validate_args=False) for m, f in zip(mean, factor)]
 
-    def prior(
-        self,
+    def prior(self,
         y: Tensor, # [B] labels
     ) -> Tensor: # [B, 3, 32, 32] in [-1, 1]
         "Images from the class-conditional Gaussian, one at a time."
         return torch.stack([self.classes[k].sample().clamp(-1, 1).view(3, 32, 32) for k in y.tolist()])
 
-    def chain(
-        self,
+    def chain(self,
         x: Tensor, # [B, 3, 32, 32], where the chains start
         outer_steps: int, # a gradient of the trunk each
     ) -> Tensor: # [B, 3, 32, 32] in [-1, 1]
@@ -61,8 +58,7 @@ class Naive:
                 x = (x + chain.step_size * g.clamp(-clip, clip)).clamp(-1, 1)
         return x.detach()
 
-    def attack(
-        self,
+    def attack(self,
         x: Tensor, # [B, 3, 32, 32] in [-1, 1]
         y: Tensor, # [B] labels
         steps: int, # a gradient of the network each
@@ -77,8 +73,7 @@ class Naive:
             adversarial = (x + (adversarial + step_size * g.sign() - x).clamp(-eps, eps)).clamp(-1, 1)
         return adversarial.detach()
 
-    def update(
-        self,
+    def update(self,
         x: Tensor, # [B, 3, 32, 32] in [-1, 1]
         y: Tensor, # [B] labels
         start: Tensor, # [N, 3, 32, 32], where the chains start

@@ -74,12 +74,9 @@ class Nearness:
         reference = reference_statistics(self.extractor, images, cache, device=device)
         self.distance = FrechetTo(reference["mu"], reference["sigma"], device)
 
-    def features(self, x: Tensor) -> Tensor:
-        "Of uint8 images [N,C,H,W]: [N,D]."
-        return extract(self.extractor, x, device=self.device, probabilities=False)[0]
-
     def __call__(self, x: Tensor) -> float:
-        return self.distance(self.features(x))
+        "Of uint8 images `[N,C,H,W]`."
+        return self.distance(extract(self.extractor, x, device=self.device, probabilities=False)[0])
 
 # %% ../../nbs/judge/18_sweep.ipynb #cb7f05e2
 Walks = tuple[tuple[str, float, tuple[int, ...]], ...]      # method, step size, the lengths that are looked at

@@ -52,9 +52,8 @@ class GanSampling(GenerateConfig):
     conditional: bool = False  # its samples are of no asked class
 
 @settings
-class ConditionalGanSampling(GenerateConfig):
-    "How a class-conditional GAN is sampled."
-    method: Literal["sample"] = "sample"  # there is one way
+class ConditionalGanSampling(GanSampling):
+    "The same, of a class-conditional GAN."
     conditional: bool = True  # of the asked classes; no: of classes drawn at random
 
 # %% ../../nbs/systems/08_gan.ipynb #e3b4d506

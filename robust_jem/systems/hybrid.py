@@ -263,13 +263,6 @@ class Hybrid(HybridState):
             self._hot = HotPaths(self, step)
         return self._hot
 
-    def chains_of(self,
-        batch: int, # real images, of this process
-    ) -> int:
-        "Chains that an update runs in this process."
-        asked = self.config.replay.batch_size
-        return min(batch, self.runtime.world.share(asked, "replay.batch_size")) if asked else batch
-
     def _augmented(self, images: Tensor, noise: torch.Generator) -> tuple[Tensor, Tensor]:
         "Real images for the classifier's terms, and for the likelihood, which may see them as they are."
         augmented, raw = self.config.augment, to_unit(images)
@@ -278,7 +271,9 @@ class Hybrid(HybridState):
 
     def _continued_chains(self, batch: int, hot: HotPaths, step: Step) -> tuple[Tensor, Tensor]:
         "Chains from the buffer, run on and put back; and their labels, which conditional ones and ascents aim at."
-        start, index = self.replay.draw(self.chains_of(batch), step.generators["noise"], step.generators["choices"])
+        asked = self.config.replay.batch_size           # of all processes
+        number = min(batch, self.runtime.world.share(asked, "replay.batch_size")) if asked else batch
+        start, index = self.replay.draw(number, step.generators["noise"], step.generators["choices"])
         labels = self.replay.y[index]
         aimed = self.config.objective.conditional or self.config.chain.sampler == "ascent"
         x_sampled = hot.chain(start, labels if aimed else None)
