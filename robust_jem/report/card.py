@@ -276,13 +276,14 @@ def _the_model(run: Run, shape: tuple[int, ...], classes: int, load: str) -> str
     "What a run trained, how, on what, and how to load it."
     c, m = run.config, _summary(run)
     size = f"{m['parameters']:,} parameters; {'x'.join(map(str, shape))} images in [-1,1]"
-    facts = {"system": f"{SYSTEMS[c.system].title}, {size}", "data": f"{c.dataset}, fingerprint {m['fingerprint']}"}
+    data = ("data", f"{c.dataset}, fingerprint {m['fingerprint']}")
+    facts = [("system", f"{SYSTEMS[c.system].title}, {size}"), data]
     if isinstance(c, HybridConfig):
         network = f"WRN-{c.network.depth}-{c.network.width}, {c.network.norm} norm, {size} to {classes} logits"
-        facts = {"network": network, "data": facts["data"], "objective": _objective(c)}
-    facts |= {"training": _training(c, m), "weights": run.weights}
-    facts |= {"made by": f"commit {m['commit']}, torch {m['torch']}"}
-    table = "\n".join(f"| {name} | {fact} |" for name, fact in facts.items())
+        facts = [("network", network), data, ("objective", _objective(c))]
+    made_by = ("made by", f"commit {m['commit']}, torch {m['torch']}")
+    facts += [("training", _training(c, m)), ("weights", run.weights), made_by]
+    table = "\n".join(f"| {name} | {fact} |" for name, fact in facts)
     return f"## The model\n\n| | |\n|---|---|\n{table}\n\n```python\n{load}\n```"
 
 def _loaded_as_hybrid(how: str) -> str:

@@ -498,7 +498,8 @@ class FlowSystem(System):
         with global_random(step.generators["choices"], self.runtime.device):
             loss, parts = self.loss(x, batch.y)
             step.differentiate("flow", loss)
-            norm = nn.utils.clip_grad_norm_(self.flow.parameters(), c.flow.clip or math.inf)      # as it was before
+            # the norm is that of before
+            norm = nn.utils.clip_grad_norm_(self.flow.parameters(), c.flow.clip or math.inf)
             step.descend("flow")
             self.flow.renormalise(c.flow.power_iterations or None)
         if self.average is not None:

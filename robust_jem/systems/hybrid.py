@@ -98,6 +98,7 @@ class EnergyClassifier(System):
         "Draw images of the wanted classes in one of the four ways."
         return generate(self.fast, self.prior, y, how, trained=self.asked.chain, generator=rng, on_stage=on_stage)
 
+    # what is said of a drawing is the same for every network
     share_done = staticmethod(hybrid_sampling.share_done)
     is_pictured = staticmethod(hybrid_sampling.is_pictured)
 
