@@ -36,9 +36,9 @@ def percent(
 def _attack_name(part: dict) -> str:
     return part["threat_model"].split(", [")[0]
 
-def _curves_table(all: list[SuiteResults], norm: str, name: str) -> str:
+def _curves_table(subjects: list[SuiteResults], norm: str, name: str) -> str:
     "Accuracy under each attack of one norm; empty where none was tried."
-    found = [(f.title, part) for f in all for part in f.curves(norm).values()]
+    found = [(f.title, part) for f in subjects for part in f.curves(norm).values()]
     if not found:
         return ""
     radii = sorted({e for _, part in found for e in part["curve"] if e != "0"}, key=float)
@@ -59,24 +59,24 @@ def _blind(parts: dict[str, dict]) -> list[str]:
             said.append(f"{attack}: {100 * share:.2g} % ({part['verdict']})")
     return said
 
-def robustness_table(all: list[SuiteResults]) -> str:
+def robustness_table(subjects: list[SuiteResults]) -> str:
     "Accuracy under each attack at each radius, a row an attack."
-    out = [_curves_table(all, norm, name) for norm, name in (("linf", "L∞"), ("l2", "L2"))]
+    out = [_curves_table(subjects, norm, name) for norm, name in (("linf", "L∞"), ("l2", "L2"))]
     auto = []
-    for f in (f for f in all if "autoattack" in f.parts):
+    for f in (f for f in subjects if "autoattack" in f.parts):
         part = f.parts["autoattack"]
         for eps, right in part["accuracy"].items():
             auto.append([f.title, eps, str(part["n"]), percent(right["AutoAttack"]), percent(right["PGD"])])
     if auto:
         out.append(grid_markdown([["model", "L∞ ε", "images", "AutoAttack", "PGD, same images"], *auto]))
-    blind = [f"- {f.title}, {said}" for f in all for said in _blind(f.parts)]
+    blind = [f"- {f.title}, {said}" for f in subjects for said in _blind(f.parts)]
     if blind:
         out.append("Images whose gradient is zero, so that PGD can't move them:\n\n" + "\n".join(blind))
     return "\n\n".join(filter(None, out))
 
-def detection_table(all: list[SuiteResults]) -> str:
+def detection_table(subjects: list[SuiteResults]) -> str:
     "AUROC by score, model and kind of strangers (JEM's Table 3)."
-    found = [(f.title, f.parts["detection"]) for f in all if "detection" in f.parts]
+    found = [(f.title, f.parts["detection"]) for f in subjects if "detection" in f.parts]
     sets = list(dict.fromkeys(s for _, part in found for s in part["AUROC"]))
     rows = [["score", "model", *sets]]
     for score in SCORES:
@@ -87,19 +87,19 @@ def detection_table(all: list[SuiteResults]) -> str:
     absent = {s: why for _, part in found for s, why in part["not measured"].items()}
     return grid_markdown(rows) + "".join(f"\n\n*{s}* isn't measured: {why}." for s, why in absent.items())
 
-def calibration_table(all: list[SuiteResults]) -> str:
+def calibration_table(subjects: list[SuiteResults]) -> str:
     "Expected and maximum calibration error, and what noise does to the confidence."
     rows = [["model", "ECE %", "worst bin %", "images"]]
-    for f in (f for f in all if f.parts.get("calibration")):
+    for f in (f for f in subjects if f.parts.get("calibration")):
         part = f.parts["calibration"]
         rows.append([f.title, percent(part["ECE"]), percent(part["maximum"]), str(part["n"])])
     return grid_markdown(rows)
 
-def distal_table(all: list[SuiteResults]) -> str:
+def distal_table(subjects: list[SuiteResults]) -> str:
     "How easily noise is made convincing."
     key = "AUROC of log p(x), test images against these"
     rows = [["model", "p(y|x) > 0.9 reached %", "steps, median", key, "images"]]
-    for f in (f for f in all if f.parts.get("distal")):
+    for f in (f for f in subjects if f.parts.get("distal")):
         part = f.parts["distal"]
         steps = f"{part['median steps']:.0f}"
         rows.append([f.title, percent(part["reached"]), steps, f"{part[key]:.2f}", str(part["n"])])
@@ -123,10 +123,10 @@ def _scores_of(f: SuiteResults) -> dict[str, dict]:
     "What Table 1 shows of a subject; nothing of a model from elsewhere."
     return Run(f.subject["run"]).scores() if f.subject["run"] else {}
 
-def samples_table(all: list[SuiteResults]) -> str:
+def samples_table(subjects: list[SuiteResults]) -> str:
     "Fidelity and diversity of every sample set, held-out images and the bare prior."
     keys, found = [], []
-    for f in all:
+    for f in subjects:
         for name, s in _scores_of(f).items():
             if name == "classification" or "extractor" not in s:
                 continue
@@ -134,18 +134,18 @@ def samples_table(all: list[SuiteResults]) -> str:
                 keys = [k for k in s if k.split("-")[0] in SAMPLE_SCORES and not k.endswith(("std", "by class"))]
             values = [s.get(k) for k in keys] + [s.get("diversity", {}).get(k) for k in DIVERSITY]
             found.append((f.title, [name, str(s["n"]), *["–" if v is None else f"{v:.3g}" for v in values]]))
-    return _sample_sets_table(["model", "samples", "n", *keys, *DIVERSITY], found, alone=len(all) == 1)
+    return _sample_sets_table(["model", "samples", "n", *keys, *DIVERSITY], found, alone=len(subjects) == 1)
 
-def class_table(all: list[SuiteResults]) -> str:
+def class_table(subjects: list[SuiteResults]) -> str:
     "The Fréchet distance class by class."
     found, head = [], []
-    for f in all:
+    for f in subjects:
         for name, s in _scores_of(f).items():
             key = next((k for k in s if k.endswith(" by class")), None)
             if key:
                 head = [key.removesuffix(" by class"), "samples", *f.subject["classes"]]
                 found.append((f.title, [name, *["–" if v is None else f"{v:.2f}" for v in s[key]]]))
-    return _sample_sets_table(head, found, alone=len(all) == 1)
+    return _sample_sets_table(head, found, alone=len(subjects) == 1)
 
 # %% ../../nbs/report/05_card.ipynb #2a75dd3f
 _SECTIONS = (      # title, table, and what it shows
@@ -168,11 +168,11 @@ _SECTIONS = (      # title, table, and what it shows
      "Few images a class bias it upwards, so compare it only among rows of equal numbers."),
 )
 
-def suite_markdown(all: list[SuiteResults]) -> str:
+def suite_markdown(subjects: list[SuiteResults]) -> str:
     "Every table, with what it shows; subjects side by side."
     out = []
     for title, table, text in _SECTIONS:
-        body = table(all)
+        body = table(subjects)
         if body.count("\n") > 1:                                        # more than a head
             out.append(f"## {title}\n\n{body}\n\n{text}")
     return "\n\n".join(out) + "\n"
@@ -401,22 +401,22 @@ def _kind(f: SuiteResults) -> str:
     return f.subject["train"]["system"] if f.subject["run"] else "model"
 
 def write_comparison(
-    all: list[SuiteResults],
+    subjects: list[SuiteResults],
     out: Path, # folder
 ):
     "Models side by side: suite.md and figures into a folder; the first subject's histograms stand for its kind."
-    about = "; ".join(map(_about, all))
-    write_bytes(out / "suite.md", suite_markdown(all).encode())
+    about = "; ".join(map(_about, subjects))
+    write_bytes(out / "suite.md", suite_markdown(subjects).encode())
     figures = {}
-    if any(f.curves("linf") for f in all):
-        figures["suite-robustness"] = robustness_curves(all)
-    if any("calibration" in f.parts for f in all):
-        figures["suite-calibration"] = reliability(all)
-    if any("distal" in f.parts for f in all):
-        figures["suite-distal"] = distal_sheet(all)
+    if any(f.curves("linf") for f in subjects):
+        figures["suite-robustness"] = robustness_curves(subjects)
+    if any("calibration" in f.parts for f in subjects):
+        figures["suite-calibration"] = reliability(subjects)
+    if any("distal" in f.parts for f in subjects):
+        figures["suite-distal"] = distal_sheet(subjects)
     for name, fig in figures.items():
         save_figure(fig, out / name, about)
-    for f in all:
+    for f in subjects:
         for name, fig in draw(f).items():
             if name in ("detection", "landscape", "neighbours"):
                 save_figure(fig, out / f"suite-{name}-{_kind(f)}", about)
