@@ -42,9 +42,11 @@ TINY = dict(
     precision="float32",
 )
 
-# Processes that come from one that has imported torch and done nothing else: as good as new ones, and there at once.
+# Processes that come from one that has imported what most of them need and done nothing else: as good as new ones, and
+# there at once.
 FRESH = multiprocessing.get_context("forkserver")
-FRESH.set_forkserver_preload(["conftest"])
+FRESH.set_forkserver_preload(["conftest", "matplotlib.pyplot", "nbdev.test", "pandas", "papermill", "scipy.stats",
+                              "sklearn.datasets", "torch.utils.tensorboard", "torchvision"])
 # jsonschema, by which notebooks are checked, compiles grammars for six seconds where JupyterLab is installed.
 sys.modules.setdefault("rfc3987_syntax", None)
 
@@ -201,22 +203,41 @@ def command():
                            env=env | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path})
 
 
+def execute(argv):
+    "The package's command line; or, as Python takes them, a script or `-m` and a module."
+    if argv[0] == "-m":
+        sys.argv = argv[1:]
+        runpy.run_module(argv[1], run_name="__main__", alter_sys=True)
+    elif argv[0].endswith(".py"):
+        sys.argv = argv
+        runpy.run_path(argv[0], run_name="__main__")
+    elif argv[0].endswith(".ipynb"):
+        run_notebook(Path(argv[0]))
+    else:
+        sys.exit(main(argv))
+
+
+def run_notebook(path):
+    "A notebook's cells from top to bottom, as nbdev_test runs them: those that its flags name are left out."
+    from nbdev.config import get_config
+    from nbdev.test import test_nb
+    passed, _ = test_nb(path, skip_flags=get_config().tst_flags.split(), basepath=REPO)
+    sys.exit(not passed)
+
+
 def run_there(argv, folder, changes, printed, memory):
-    "The command line, or a script, with its output in two files."
+    "What `execute` does, with its output in two files."
     for fd, file in enumerate(("out", "err"), 1):
         os.dup2(os.open(printed / file, os.O_WRONLY | os.O_CREAT), fd)
     os.chdir(folder)
     os.environ.update(changes)
     if memory:
         resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
-    if not argv[0].endswith(".py"):
-        sys.exit(main(argv))
-    sys.argv = argv
-    runpy.run_path(argv[0], run_name="__main__")
+    execute(argv)
 
 
 class Fresh:
-    "The command line, or a script, in a process of its own; with the methods of `subprocess.Popen`."
+    "The command line, a script, a module or a notebook in a process of its own; with the methods of `subprocess.Popen`."
 
     def __init__(self, argv, folder, changes=(), memory=0):
         self.printed = Path(tempfile.mkdtemp())
