@@ -51,6 +51,20 @@ FRESH.set_forkserver_preload(["conftest", "matplotlib.pyplot", "nbdev.test", "pa
 sys.modules.setdefault("rfc3987_syntax", None)
 
 
+# Thousands of cases of some milliseconds.
+QUICK = {"test_cli", "test_forms", "test_inputs", "test_project", "test_properties", "test_sample"}
+
+
+def pytest_collection_modifyitems(items):
+    """What trains or starts processes first, and what is quick in the end, so that no worker waits for another.
+
+    pytest-xdist deals tests out in equal parts, one after the other in this order: each begins with the long ones."""
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
+    parts = ([item for item in items if (item.path.stem in QUICK) == quick] for quick in (False, True))
+    shares = [[part[i * len(part) // workers:(i + 1) * len(part) // workers] for i in range(workers)] for part in parts]
+    items[:] = [item for of_a_worker in zip(*shares) for share in of_a_worker for item in share]
+
+
 @pytest.fixture(autouse=True)
 def one_thread():
     "Same bits on every machine, and no fight over cores."
@@ -194,10 +208,14 @@ def cli(capsys):
     return call
 
 
+# What a surrounding test run has set and a user hasn't.
+OURS = ("IN_TEST", "MPLBACKEND", "ROBUST_JEM_DATA")
+
+
 @pytest.fixture
 def command():
     "The environment and the start of a command line that runs the package in another process."
-    env = {k: v for k, v in os.environ.items() if k not in ("IN_TEST", "MPLBACKEND", "ROBUST_JEM_DATA")}
+    env = {k: v for k, v in os.environ.items() if k not in OURS}
     path = os.pathsep.join(filter(None, [str(REPO), env.get("PYTHONPATH")]))
     return SimpleNamespace(argv=[sys.executable, "-m", "robust_jem.app.cli"],
                            env=env | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path})
@@ -230,6 +248,8 @@ def run_there(argv, folder, changes, printed, memory):
     for fd, file in enumerate(("out", "err"), 1):
         os.dup2(os.open(printed / file, os.O_WRONLY | os.O_CREAT), fd)
     os.chdir(folder)
+    for name in OURS:
+        os.environ.pop(name, None)
     os.environ.update(changes)
     if memory:
         resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
@@ -237,7 +257,7 @@ def run_there(argv, folder, changes, printed, memory):
 
 
 class Fresh:
-    "The command line, a script, a module or a notebook in a process of its own; with the methods of `subprocess.Popen`."
+    "What `execute` does, in a process of its own; with the methods of `subprocess.Popen`."
 
     def __init__(self, argv, folder, changes=(), memory=0):
         self.printed = Path(tempfile.mkdtemp())

@@ -9,7 +9,7 @@ NOTEBOOKS = sorted(p for p in FOLDER.rglob("*.ipynb") if ".ipynb_checkpoints" no
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: "/".join(p.relative_to(FOLDER).with_suffix("").parts))
 def test_notebook_runs(path):
     "What its cells assert, and that each does what the text says; without those that are slow or need a GPU."
-    process = Fresh([path], FOLDER)
+    process = Fresh([path], FOLDER, {"MPLBACKEND": "Agg"})
     try:
         out, err = process.communicate(600)
     finally:

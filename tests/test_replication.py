@@ -28,14 +28,14 @@ STAGES = REPO / "nbs/replication"
 # Each notebook alone
 
 @pytest.fixture
-def papermill(command, here):
+def papermill(run_command):
     "Run a replication notebook, in the working directory, as its text says: `papermill NOTEBOOK OUT -p NAME VALUE …`."
     def run(notebook, **parameters):
-        argv = [sys.executable, "-m", "papermill", str(STAGES / f"{notebook}.ipynb"), f"{notebook}-out.ipynb",
+        argv = ["-m", "papermill", STAGES / f"{notebook}.ipynb", f"{notebook}-out.ipynb",
                 "--no-progress-bar", "-k", "python3"]
         for name, value in parameters.items():
             argv += ["-y", json.dumps({name: value})] if isinstance(value, dict) else ["-p", name, str(value)]
-        return subprocess.run(argv, cwd=here, env=command.env, capture_output=True, text=True, timeout=300)
+        return run_command(*argv)
 
     return run
 
@@ -52,7 +52,7 @@ def test_stages_run_alone_one_after_the_other(papermill, runs, here):
 
     def ran(notebook, **parameters):
         done = papermill(notebook, **parameters)
-        assert done.returncode == 0, done.stderr[-2000:]
+        assert done.code == 0, done.err[-2000:]
         assert pictures(f"{notebook}-out.ipynb") > 0                         # each shows what it made
 
     ran("train", system="robust_jem", dataset="digits", preset="cpu", **short)
@@ -87,7 +87,7 @@ REFUSED = [         # the fault harness tries these too
 ], ids=("unknown parameter", "no run"))
 def test_stage_refuses_before_any_work(papermill, here, notebook, parameters, says):
     done = papermill(notebook, **parameters)
-    assert done.returncode != 0 and says in done.stderr
+    assert done.code != 0 and says in done.err
     assert set(snapshot(here)) == {f"{notebook}-out.ipynb"}                  # papermill's record of the failure
 
 
