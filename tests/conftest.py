@@ -45,8 +45,11 @@ TINY = dict(
 # Processes that come from one that has imported what most of them need and done nothing else: as good as new ones, and
 # there at once.
 FRESH = multiprocessing.get_context("forkserver")
-FRESH.set_forkserver_preload(["conftest", "matplotlib.pyplot", "nbdev.test", "pandas", "papermill", "scipy.stats",
-                              "sklearn.datasets", "torch.utils.tensorboard", "torchvision"])
+FRESH.set_forkserver_preload([
+    "matplotlib.pyplot", "nbdev.test", "pandas", "papermill", "pytest", "scipy.stats", "sklearn.datasets",
+    "sklearn.model_selection", "torch.utils.tensorboard", "torchvision", "robust_jem.app.cli", "robust_jem.app.plan",
+    "robust_jem.engine.sample", "robust_jem.engine.train",
+])
 # jsonschema, by which notebooks are checked, compiles grammars for six seconds where JupyterLab is installed.
 sys.modules.setdefault("rfc3987_syntax", None)
 
