@@ -423,10 +423,11 @@ def hear_interrupts():
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-@pytest.mark.parametrize("whole_group", (pytest.param(False, marks=pytest.mark.long), True),
-                         ids=("this process", "Ctrl-C to the whole group"))
-def test_interrupted_replication_leaves_no_process_and_nothing_that_looks_finished(command, here, whole_group):
-    options = "--seeds 0 --systems jempp --runs runs --figures figures --device cpu".split()
+@pytest.mark.parametrize("whole_group, jobs", (
+    pytest.param(False, 2, marks=pytest.mark.long), pytest.param(True, 2, marks=pytest.mark.long), (True, 1),
+), ids=("this process", "Ctrl-C to the whole group", "Ctrl-C to the whole group, one job"))
+def test_interrupted_replication_leaves_no_process_and_nothing_that_looks_finished(command, here, whole_group, jobs):
+    options = f"--seeds 0 --systems jempp --runs runs --figures figures --device cpu --jobs {jobs}".split()
     process = subprocess.Popen([*command.argv, "replicate", *options], cwd=here, env=command.env,
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                                start_new_session=True, preexec_fn=hear_interrupts)
