@@ -16,6 +16,7 @@ import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from numbers import Integral, Real
 from pathlib import Path
 from urllib.error import URLError
@@ -134,12 +135,17 @@ class Images:
                 f"{self.num_classes} classes, {self.fingerprint})")
 
 # %% ../../nbs/core/04_images.ipynb #0a46ef7e
-def _digits() -> Images:
+@cache
+def _all_digits() -> tuple[Tensor, Tensor]:
+    "Images and labels, not to change; scikit-learn keeps them as text, which takes a twelfth of a second to read."
     from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
     bunch = load_digits()
     x = torch.from_numpy(bunch.images * 255 / 16).round().to(torch.uint8)[:, None]
-    y = torch.from_numpy(bunch.target).long()
+    return x, torch.from_numpy(bunch.target).long()
+
+def _digits() -> Images:
+    from sklearn.model_selection import train_test_split
+    x, y = _all_digits()
     train, test = train_test_split(range(len(x)), test_size=360, stratify=y, random_state=0)
     return Images("digits", x[train], y[train], x[test], y[test], tuple(map(str, range(10))))
 
