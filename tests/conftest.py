@@ -42,11 +42,30 @@ TINY = dict(
     precision="float32",
 )
 
-# Processes that come from one that has imported torch and done nothing else: as good as new ones, and there at once.
+# Processes that come from one that has imported what most of them need and done nothing else: as good as new ones, and
+# there at once.
 FRESH = multiprocessing.get_context("forkserver")
-FRESH.set_forkserver_preload(["conftest"])
+FRESH.set_forkserver_preload([
+    "matplotlib.pyplot", "nbdev.test", "pandas", "papermill", "pytest", "scipy.stats", "sklearn.datasets",
+    "sklearn.model_selection", "torch.utils.tensorboard", "torchvision", "robust_jem.app.cli", "robust_jem.app.plan",
+    "robust_jem.engine.sample", "robust_jem.engine.train",
+])
 # jsonschema, by which notebooks are checked, compiles grammars for six seconds where JupyterLab is installed.
 sys.modules.setdefault("rfc3987_syntax", None)
+
+
+# Thousands of cases of some milliseconds.
+QUICK = {"test_cli", "test_forms", "test_inputs", "test_project", "test_properties", "test_sample"}
+
+
+def pytest_collection_modifyitems(items):
+    """What trains or starts processes first, and what is quick in the end, so that no worker waits for another.
+
+    pytest-xdist deals tests out in equal parts, one after the other in this order: each begins with the long ones."""
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
+    parts = ([item for item in items if (item.path.stem in QUICK) == quick] for quick in (False, True))
+    shares = [[part[i * len(part) // workers:(i + 1) * len(part) // workers] for i in range(workers)] for part in parts]
+    items[:] = [item for of_a_worker in zip(*shares) for share in of_a_worker for item in share]
 
 
 @pytest.fixture(autouse=True)
@@ -192,31 +211,56 @@ def cli(capsys):
     return call
 
 
+# What a surrounding test run has set and a user hasn't.
+OURS = ("IN_TEST", "MPLBACKEND", "ROBUST_JEM_DATA")
+
+
 @pytest.fixture
 def command():
     "The environment and the start of a command line that runs the package in another process."
-    env = {k: v for k, v in os.environ.items() if k not in ("IN_TEST", "MPLBACKEND", "ROBUST_JEM_DATA")}
+    env = {k: v for k, v in os.environ.items() if k not in OURS}
     path = os.pathsep.join(filter(None, [str(REPO), env.get("PYTHONPATH")]))
     return SimpleNamespace(argv=[sys.executable, "-m", "robust_jem.app.cli"],
                            env=env | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path})
 
 
+def execute(argv):
+    "The package's command line; or, as Python takes them, a script or `-m` and a module."
+    if argv[0] == "-m":
+        sys.argv = argv[1:]
+        runpy.run_module(argv[1], run_name="__main__", alter_sys=True)
+    elif argv[0].endswith(".py"):
+        sys.argv = argv
+        runpy.run_path(argv[0], run_name="__main__")
+    elif argv[0].endswith(".ipynb"):
+        run_notebook(Path(argv[0]))
+    else:
+        sys.exit(main(argv))
+
+
+def run_notebook(path):
+    "A notebook's cells from top to bottom, as nbdev_test runs them: those that its flags name are left out."
+    from nbdev.config import get_config
+    from nbdev.test import test_nb
+    passed, _ = test_nb(path, skip_flags=get_config().tst_flags.split(), basepath=REPO)
+    sys.exit(not passed)
+
+
 def run_there(argv, folder, changes, printed, memory):
-    "The command line, or a script, with its output in two files."
+    "What `execute` does, with its output in two files."
     for fd, file in enumerate(("out", "err"), 1):
         os.dup2(os.open(printed / file, os.O_WRONLY | os.O_CREAT), fd)
     os.chdir(folder)
+    for name in OURS:
+        os.environ.pop(name, None)
     os.environ.update(changes)
     if memory:
         resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
-    if not argv[0].endswith(".py"):
-        sys.exit(main(argv))
-    sys.argv = argv
-    runpy.run_path(argv[0], run_name="__main__")
+    execute(argv)
 
 
 class Fresh:
-    "The command line, or a script, in a process of its own; with the methods of `subprocess.Popen`."
+    "What `execute` does, in a process of its own; with the methods of `subprocess.Popen`."
 
     def __init__(self, argv, folder, changes=(), memory=0):
         self.printed = Path(tempfile.mkdtemp())

@@ -6,8 +6,6 @@ import random
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 import time
 
 import pytest
@@ -90,12 +88,12 @@ def free_port():
 
 
 @pytest.fixture
-def torchrun(command, here):
+def torchrun(run_command):
     "Run a module or a script on two processes, as a user does."
 
     def call(*what, timeout=300):
-        argv = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *map(str, what)]
-        return subprocess.run(argv, cwd=here, env=command.env, capture_output=True, text=True, timeout=timeout)
+        argv = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *what]
+        return run_command(*argv, seconds=timeout)
 
     return call
 
@@ -124,7 +122,7 @@ def ended(processes, timeout=300):
 
 
 def succeeded(done):
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.code == 0, done.out + done.err
     return done
 
 
@@ -226,8 +224,8 @@ def test_killed_process_ends_the_job_and_leaves_a_whole_checkpoint(here, ranks):
 )
 def test_shares_that_are_not_whole_are_refused_once(torchrun, here, options, says):
     done = torchrun("-m", "robust_jem.app.cli", "train", *OPTIONS, *options.split(), "--out", "run")
-    assert done.returncode != 0 and done.stderr.count(f"robust-jem: {says}") == 1 and not os.path.exists(here / "run")
-    assert "InputError" not in done.stderr  # nor does the process that torchrun terminates add a traceback
+    assert done.code != 0 and done.err.count(f"robust-jem: {says}") == 1 and not os.path.exists(here / "run")
+    assert "InputError" not in done.err  # nor does the process that torchrun terminates add a traceback
 
 
 def test_evaluation_is_not_for_several_processes(ranks, runs):

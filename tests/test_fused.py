@@ -19,10 +19,10 @@ from robust_jem.ebm.energy import frozen_statistics
 from robust_jem.networks.fused import can_fuse, fused_forward
 from robust_jem.networks.wide_resnet import WideResNet
 
-def check(mode, width, statistics):
+def check(mode, depth, width, statistics):
     training, tracked = mode == "train", statistics == "tracked"
     torch.manual_seed(1)         # no pre-activation so near 0 that float32 and float64 see different signs
-    net = WideResNet(16, width, num_classes=5).to(memory_format=torch.channels_last)
+    net = WideResNet(depth, width, num_classes=5).to(memory_format=torch.channels_last)
     for m in net.modules():
         if isinstance(m, torch.nn.BatchNorm2d):
             torch.nn.init.uniform_(m.weight, 0.5, 1.5)
@@ -74,12 +74,13 @@ def check(mode, width, statistics):
     assert fused < max(0.1, 1.25 * plain)
 
 for case in sys.argv[1:]:
-    mode, width, statistics = case.split()
+    mode, depth, width, statistics = case.split()
     print(f"{case}: ", end="")
-    check(mode, int(width), statistics)
+    check(mode, int(depth), int(width), statistics)
     print("right", flush=True)
 """
-CASES = ("train 1 tracked", "train 2 frozen", "train 10 tracked", "eval 1 tracked")       # mode, width, statistics
+# mode, depth, width, statistics; at depth 16 every second block has no projection, at width 10 a layer has many tiles
+CASES = ("train 16 1 tracked", "train 16 2 frozen", "train 10 10 tracked", "eval 16 1 tracked")
 
 
 def test_fused_layers_are_the_network():

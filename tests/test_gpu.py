@@ -2,7 +2,6 @@
 import json
 import re
 import subprocess
-import sys
 import tarfile
 import zipfile
 
@@ -16,14 +15,13 @@ SCRIPT = notebook_path("train").parent / "gpu.py"
 
 
 @pytest.fixture
-def gpu(here, command):
+def gpu(run_command):
     "Run a stage of the script, dry, in the working directory; its output."
     def run(*argv):
-        done = subprocess.run([sys.executable, str(SCRIPT), *map(str, argv)], cwd=here, env=command.env,
-                              capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-1500:]
-        assert "FAILED" not in done.stdout, done.stdout
-        return done.stdout
+        done = run_command(SCRIPT, *argv)
+        assert done.code == 0, done.out[-1000:] + done.err[-1500:]
+        assert "FAILED" not in done.out, done.out
+        return done.out
     return run
 
 

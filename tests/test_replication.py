@@ -28,14 +28,14 @@ STAGES = REPO / "nbs/replication"
 # Each notebook alone
 
 @pytest.fixture
-def papermill(command, here):
+def papermill(run_command):
     "Run a replication notebook, in the working directory, as its text says: `papermill NOTEBOOK OUT -p NAME VALUE …`."
     def run(notebook, **parameters):
-        argv = [sys.executable, "-m", "papermill", str(STAGES / f"{notebook}.ipynb"), f"{notebook}-out.ipynb",
+        argv = ["-m", "papermill", STAGES / f"{notebook}.ipynb", f"{notebook}-out.ipynb",
                 "--no-progress-bar", "-k", "python3"]
         for name, value in parameters.items():
             argv += ["-y", json.dumps({name: value})] if isinstance(value, dict) else ["-p", name, str(value)]
-        return subprocess.run(argv, cwd=here, env=command.env, capture_output=True, text=True, timeout=300)
+        return run_command(*argv)
 
     return run
 
@@ -52,7 +52,7 @@ def test_stages_run_alone_one_after_the_other(papermill, runs, here):
 
     def ran(notebook, **parameters):
         done = papermill(notebook, **parameters)
-        assert done.returncode == 0, done.stderr[-2000:]
+        assert done.code == 0, done.err[-2000:]
         assert pictures(f"{notebook}-out.ipynb") > 0                         # each shows what it made
 
     ran("train", system="robust_jem", dataset="digits", preset="cpu", **short)
@@ -87,7 +87,7 @@ REFUSED = [         # the fault harness tries these too
 ], ids=("unknown parameter", "no run"))
 def test_stage_refuses_before_any_work(papermill, here, notebook, parameters, says):
     done = papermill(notebook, **parameters)
-    assert done.returncode != 0 and says in done.stderr
+    assert done.code != 0 and says in done.err
     assert set(snapshot(here)) == {f"{notebook}-out.ipynb"}                  # papermill's record of the failure
 
 
@@ -423,10 +423,11 @@ def hear_interrupts():
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-@pytest.mark.parametrize("whole_group", (pytest.param(False, marks=pytest.mark.long), True),
-                         ids=("this process", "Ctrl-C to the whole group"))
-def test_interrupted_replication_leaves_no_process_and_nothing_that_looks_finished(command, here, whole_group):
-    options = "--seeds 0 --systems jempp --runs runs --figures figures --device cpu".split()
+@pytest.mark.parametrize("whole_group, jobs", (
+    pytest.param(False, 2, marks=pytest.mark.long), pytest.param(True, 2, marks=pytest.mark.long), (True, 1),
+), ids=("this process", "Ctrl-C to the whole group", "Ctrl-C to the whole group, one job"))
+def test_interrupted_replication_leaves_no_process_and_nothing_that_looks_finished(command, here, whole_group, jobs):
+    options = f"--seeds 0 --systems jempp --runs runs --figures figures --device cpu --jobs {jobs}".split()
     process = subprocess.Popen([*command.argv, "replicate", *options], cwd=here, env=command.env,
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                                start_new_session=True, preexec_fn=hear_interrupts)

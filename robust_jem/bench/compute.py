@@ -85,10 +85,11 @@ def spent(
 ) -> float: # operations, those of the run it went on from included
     "Floating-point operations that a run's training took."
     config, images = run.config, run.images()
-    total, before = 0.0, 0
-    for row in run.metrics():
-        each = update_flops(config, images.shape, images.num_classes, row.get("chain_steps"))
-        total += (row["step"] - before) * each
+    total, before, rows = 0.0, 0, run.metrics()
+    lengths = {row.get("chain_steps") for row in rows}
+    each = {length: update_flops(config, images.shape, images.num_classes, length) for length in lengths}
+    for row in rows:
+        total += (row["step"] - before) * each[row.get("chain_steps")]
         before = row["step"]
     if config.source and SYSTEMS[config.system].source_system:
         total += spent(Run(config.source, config.root))
