@@ -85,11 +85,7 @@ class RobustJEM:
         """
         kind = {True: "full", False: "none"}.get(prior, prior)
         kept = None if kind == "none" else _prior_to_keep(self, kind)
-        if not isinstance(path, (str, Path)):
-            raise InputError(f"save_pretrained: {path!r} is not accepted; accepted: the path of a folder")
-        if not getattr(dtype, "is_floating_point", False):
-            raise InputError(f"dtype: {dtype} is not accepted; accepted: a type of floats, such as torch.float16")
-        _write_pretrained(self, Path(path).expanduser(), dtype, kept, card)
+        _write_pretrained(self, path, dtype, kept, card)
 
     def push_to_hub(self,
         repo_id: str, # OWNER/NAME; made where it isn't there
@@ -225,11 +221,15 @@ def _prior_to_keep(jem: RobustJEM, kind: str) -> GaussianMixturePrior | CompactG
 
 def _write_pretrained(
     jem: RobustJEM,
-    folder: Path,
+    path: str | Path,
     dtype: torch.dtype, # of the weights in the file
     prior: GaussianMixturePrior | CompactGaussianPrior | None, # none: it is fitted where the model is used
     card: str, # the README; empty: a short one, where there is none
 ):
+    if not isinstance(path, (str, Path)) or not getattr(dtype, "is_floating_point", False):
+        raise InputError(f"save_pretrained: {path!r} in {dtype} is not accepted; accepted: the path of a folder, and a "
+                         "type of floats, such as torch.float16")
+    folder = Path(path).expanduser()
     if (folder / "config.json").exists() and "train" not in read_json(folder / "config.json"):
         raise InputError(f"save_pretrained: {folder} is a run folder, "
                          "whose weights and settings would be overwritten; choose another")
