@@ -14,10 +14,10 @@ help: ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 20
 	@echo "PYTHON=python3.12 picks the interpreter (3.10 to 3.13); DATASET=cifar10 PRESET=paper is the paper at its size."
 
-replicate: $(VENV)/.installed-run ## train, sample and score every system, one seed: runs/digits-cpu, four minutes at most
+replicate: $(VENV)/.installed-run ## train, sample and score the three systems, one seed: runs/digits-cpu, four minutes at most
 	$(BIN)/robust-jem replicate --dataset $(DATASET) --preset $(PRESET)
 
-record: $(VENV)/.installed-run ## the committed record in figures/: three seeds, the full suite, the study of chains; an hour
+record: $(VENV)/.installed-run ## the committed record in figures/: three seeds, the full suite, the study of chains; half an hour
 	$(BIN)/robust-jem replicate --seeds 0 1 2 --suite full --chains --runs runs/record --figures figures \
 	  --systems robust_classifier jempp robust_jem glow residual_flow
 

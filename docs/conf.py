@@ -22,6 +22,7 @@ myst_heading_anchors = 3
 suppress_warnings = ["myst.header"]
 
 html_theme = "furo"
+pygments_dark_style = "a11y-high-contrast-dark"    # the theme's own underlines the names of imported modules
 html_static_path = ["static", "../_build/static"]      # ours, and what build.py makes for the interactive page
 html_css_files = ["site.css"]
 html_js_files = [("site.js", {"defer": "defer"})]

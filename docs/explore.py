@@ -23,15 +23,16 @@ Choose a system, a class and a step; the arrow keys move along the chain.
 
 ## What is shown
 
-Each image started as a draw from the class-conditional Gaussian prior (step *prior*). A targeted *attack* follows the
-gradient of the cross-entropy, by running averages; a chain's *steps* follow the gradient of $E(x, y)$ with batch norm
-by the images that are drawn together. Nothing is selected: the first {chains} chains of each class.
+Each image starts as a draw from the class-conditional Gaussian prior (step *prior*). A targeted *attack* follows the
+gradient of the cross-entropy, with batch norm by running averages; a chain's *steps* follow the gradient of $E(x, y)$,
+with batch norm by the images that are drawn together. Nothing is selected: these are the first {chains} chains of each
+class.
 
 All numbers come from the ten logits that the network gives to the image above:
 $E(x, y) = -f(x)[y]$, $E(x) = -\\log \\sum_y \\exp f(x)[y]$, and $p(y \\mid x) = \\exp(E(x) - E(x, y))$
 ([method](guide/method.ipynb)). Energies are known up to a constant of their own for each network, so compare them
 along a chain and with the dotted line, the mean over {real} test images, and not between systems. The shares at the
-top are each network's own opinion of its last images, by running averages: no independent judge was asked
+top are each network's own opinion of its finished samples, with running averages: no independent network was asked
 ([that is another page](guide/cifar10.ipynb)).
 
 Images are {size}×{size} pixels, compressed as WebP. Drawn from the networks in `data/pretrained` by `make explore`
@@ -76,8 +77,8 @@ def markdown(address: str, figures: Path = FIGURES) -> str:
     data = read(figures)
     shares = "; ".join(f"{entry['title']} {share:.0%}" for entry, share in zip(data["rows"], sure(data)))
     number = len(data["classes"]) * data["chains"]
-    finding = ("Watch noise become an image, and what the network makes of it on the way. At the end of "
-               f"{number} chains, so many are to their own network what was asked for: {shares}.")
+    finding = ("Watch noise become an image, and what the network makes of it on the way. Of each system's "
+               f"{number} finished samples, its own network recognises as the class that was asked for: {shares}.")
     return PAGE.format(finding=finding, body=body(address), chains=data["chains"], size=data["size"], seed=data["seed"],
                        commit=data["commit"], real=data["real_images"])
 

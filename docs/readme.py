@@ -14,19 +14,22 @@ MODULES = re.compile(r"<!-- modules: (\w+) -->")
 HEADER = "<!-- Made from nbs/index.ipynb by `make prepare`: edit the notebook. -->\n\n"
 
 
-def expand_includes(text: str, root: Path = ROOT, folder: str = "nbs") -> str:
+def expand_includes(text: str, root: Path = ROOT, folder: str = "nbs", linked: bool = False) -> str:
     """Replace `<!-- include: path | alt -->`, path from the root: an image becomes a link from `folder`, any other file
-    its text. A file that isn't there (no run yet) leaves nothing behind. `<!-- modules: room -->` names a room's."""
+    its text, whose headings go below that of the section they come into. A file that isn't there (no run yet) leaves
+    nothing behind. `<!-- modules: room -->` names a room's, each `linked` to its notebook where that is asked for."""
     def expand(m):
         path = root / m[1]
         if not path.exists():
             return ""
         if path.suffix in (".png", ".svg"):
             return f"![{m[2] or ''}]({posixpath.relpath(m[1], folder)})\n"
-        return path.read_text(encoding="utf-8").strip() + "\n"
+        text = path.read_text(encoding="utf-8").strip() + "\n"
+        return re.sub(r"^##", "###", text, flags=re.M)
     def modules(m):
         notebooks = sorted((root / "nbs" / m[1]).glob("*.ipynb"))
-        return " ".join(f"`{path.stem.split('_', 1)[1]}`" for path in notebooks)
+        names = [(f"`{path.stem.split('_', 1)[1]}`", path.relative_to(root).as_posix()) for path in notebooks]
+        return " ".join(f"[{name}]({posixpath.relpath(path, folder)})" if linked else name for name, path in names)
     return MODULES.sub(modules, INCLUDE.sub(expand, text))
 
 

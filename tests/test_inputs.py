@@ -820,7 +820,7 @@ def test_features_kept_without_probabilities_are_not_taken_for_all(digits, tmp_p
             return self(x).softmax(1)
 
     x = digits.test_x[:N]
-    assert extract_once(Both(), x, tmp_path, 500, "cpu", "", False)[1] is None
+    assert extract_once(Both(), x, tmp_path, probabilities=False)[1] is None
     for _ in range(2):
         features, probabilities = extract_once(Both(), x, tmp_path)
         assert torch.equal(probabilities, extract(Both(), x)[1]) and torch.equal(features, extract(Both(), x)[0])

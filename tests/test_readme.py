@@ -71,11 +71,19 @@ def test_table_is_small():
     assert len(rows) == 2 + 5 and {line.count("|") for line in rows} == {5}
 
 
+def test_headings_of_included_files_go_below_the_section(tmp_path):
+    (tmp_path / "a.md").write_text("## Accuracy\n\nText #1.\n")
+    text = readme.expand_includes("## All\n\n<!-- include: a.md -->\n", tmp_path)
+    assert text == "## All\n\n### Accuracy\n\nText #1.\n"
+
+
 def test_map_of_the_code_is_made(tmp_path):
     for name in ("00_first", "01_second"):
         (tmp_path / "nbs/room").mkdir(parents=True, exist_ok=True)
         (tmp_path / f"nbs/room/{name}.ipynb").touch()
     assert readme.expand_includes("| <!-- modules: room --> |", tmp_path) == "| `first` `second` |"
+    linked = readme.expand_includes("<!-- modules: room -->", tmp_path, linked=True)
+    assert linked == "[`first`](room/00_first.ipynb) [`second`](room/01_second.ipynb)"
 
 
 def test_figure_has_a_row_a_stage():

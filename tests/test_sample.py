@@ -381,8 +381,19 @@ def test_the_usual_method_is_the_papers():
 @pytest.mark.parametrize(
     "environment, kind",
     [
-        ({}, "blocks"),
-        ({"TERM": "xterm-256color"}, "blocks"),
+        ({}, "none"),
+        ({"TERM": "dumb"}, "none"),
+        ({"TERM": "vt100"}, "none"),
+        ({"TERM": "xterm"}, "blocks-256"),
+        ({"TERM": "xterm-256color", "TERM_PROGRAM": "Apple_Terminal"}, "blocks-256"),
+        ({"TERM": "xterm-256color", "COLORTERM": "truecolor"}, "blocks"),
+        ({"TERM": "foot", "COLORTERM": "truecolor"}, "blocks"),
+        ({"WT_SESSION": "1"}, "blocks"),
+        ({"TERM": "tmux-256color", "TMUX": "/tmp/0", "KITTY_WINDOW_ID": "1", "TERM_PROGRAM": "tmux"}, "blocks-256"),
+        ({"TERM": "screen", "LC_TERMINAL": "iTerm2"}, "blocks-256"),
+        ({"TERM_PROGRAM": "vscode", "COLORTERM": "truecolor", "KITTY_WINDOW_ID": "1"}, "blocks"),
+        ({"TERM": "xterm-ghostty"}, "kitty"),
+        ({"TERM": "xterm-256color", "LC_TERMINAL": "iTerm2"}, "iterm"),
         ({"TERM": "xterm-kitty"}, "kitty"),
         ({"KITTY_WINDOW_ID": "1"}, "kitty"),
         ({"TERM_PROGRAM": "iTerm.app"}, "iterm"),
@@ -415,3 +426,26 @@ def test_a_terminal_gets_the_whole_file():
 def test_show_says_where_the_sheet_is_when_there_is_no_terminal(folder, capsys):
     draw_samples(SampleConfig("toy", method="attack", per_class=1, show=True), progress=False)
     assert "no terminal; the sheet is samples.png" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "environment, encoding, said",
+    [
+        ({"TERM": "dumb"}, "utf-8", "no colours in this terminal"),
+        ({"TERM": "xterm"}, "ascii", "no block characters"),
+        ({"TERM": "xterm"}, "utf-8", "\x1b[38;5;231;48;5;16m▀"),
+    ],
+)
+def test_show_degrades(environment, encoding, said, monkeypatch):
+    "A terminal that can't show the sheet is told where it is; nothing else reaches it."
+    class Terminal(io.TextIOWrapper):
+        def isatty(self):
+            return True
+
+    monkeypatch.setattr(sample.os, "environ", environment)
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", Terminal(written, encoding=encoding))
+    sample._show(b"", {"ant": torch.tensor([0, 255], dtype=torch.uint8).repeat_interleave(3).view(1, 1, 2, 3)}, "a.png")
+    sys.stdout.flush()
+    text = written.getvalue().decode()
+    assert said in text and ("\x1b" in said or ("a.png" in text and "\x1b" not in text))

@@ -47,7 +47,7 @@ from robust_jem.judge.extractors import feature_extractor
 from robust_jem.judge.robustness import accuracy, robust_accuracy
 from robust_jem.judge.sweep import WALKS, walk_config
 from robust_jem.systems import hybrid
-from robust_jem.systems.catalog import EvaluateConfig, GenerateConfig, TrainConfig, configure
+from robust_jem.systems.catalog import TOLD_APART, EvaluateConfig, GenerateConfig, TrainConfig, configure
 
 BEGAN = time.perf_counter()
 ROWS = {
@@ -59,13 +59,7 @@ COMPARED = (
     "robust_jem", "robust_classifier", "robust_jem_fast", "jempp", "l2_robust_classifier", "dat", "sada_jem", "m_ebm",
 )
 # Second stages of robust_jem_fast, each without an ingredient or with another strength of it.
-_TOLD_APART = dict(
-    network=dict(frozen_statistics=True),
-    objective=dict(density="discrimination"),
-    attack=dict(statistics="running"),
-    chain=dict(sampler="ascent", growth=0.8, outer_steps=12, step_size=0.4, statistics="running"),
-    replay=dict(reinit_prob=1.0),
-)
+_TOLD_APART = merged(TOLD_APART, dict(chain=dict(outer_steps=12, step_size=0.4)))
 SECOND = {
     "as the preset": dict(),
     "told apart, as in DAT": merged(_TOLD_APART, dict(optimizer=dict(lr=0.01))),
@@ -138,10 +132,8 @@ def tuned(args) -> str:
 
 def settings(system: str, args, **changes) -> TrainConfig:
     "The preset h100, what the command line changes, and for a dry run a tiny network."
-    changes = merged(unfolded(changes), unfolded(json.loads(args.settings or "{}")), DRY if args.dry else {})
-    folder = Path(args.runs) / f"{system}-s{args.seed}"
-    return configure(TrainConfig, system, "cifar10", "h100", seed=args.seed, out=str(folder), device=device(args),
-                     compile=tuned(args), log_every=100, **changes)
+    own = dict(out=str(Path(args.runs) / f"{system}-s{args.seed}"), log_every=100)
+    return configure(TrainConfig, system, "cifar10", "h100", **merged(unfolded(changes), common_settings(args), own))
 
 
 class TimedTraining:
@@ -305,8 +297,7 @@ def compared(system: str, images: Images, budget: float, nearness: Nearness, fas
             train_updates(config, images, args)
     run = Run(folder)
     draw_best(run, best_walk(run, nearness, args), args)
-    bring_back(run, Path(args.runs) / "back", args)
-    pack(Path(args.runs) / "back", Path(args.out))
+    bring_back(run, args)
 
 
 def second(args):
@@ -486,8 +477,7 @@ def one_system(system: str, images: Images, budget: float, args):
             f"{len(training.state.events)} recoveries", rounded(training.rows[-1]))
         del training
     draw(run, args)
-    bring_back(run, Path(args.runs) / "back", args)
-    pack(Path(args.runs) / "back", Path(args.out))
+    bring_back(run, args)
 
 
 def draw(run: Run, args):
@@ -506,8 +496,9 @@ def draw(run: Run, args):
         say("drawn:", run.config.system, method)
 
 
-def bring_back(run: Run, folder: Path, args):
-    "Weights in two bytes each, records, scores, and the first images of each sample set."
+def bring_back(run: Run, args):
+    "Pack weights in two bytes each, records, scores, and the first images of each sample set, with what is there."
+    folder = Path(args.runs) / "back"
     target = folder / run.path.name
     target.mkdir(parents=True, exist_ok=True)
     for file in ("config.json", "summary.json", "metrics.jsonl"):
@@ -523,6 +514,7 @@ def bring_back(run: Run, folder: Path, args):
     for name in ("scores", "comparison"):
         if (run.path / name).exists():
             shutil.copytree(run.path / name, target / name, dirs_exist_ok=True)
+    pack(folder, Path(args.out))
 
 
 def pack(folder: Path, out: Path):
@@ -559,15 +551,13 @@ def judge(args):
         if args.more:
             judge_more(Run(run), args)
         first = first or run
-        bring_back(Run(run), Path(args.runs) / "back", args)
-        pack(Path(args.runs) / "back", Path(args.out))
+        bring_back(Run(run), args)
     for system in args.systems if args.more and args.autoattacked else ():
         run = Path(args.runs) / f"{system}-s{args.seed}"
         in_time = args.dry or time.perf_counter() < BEGAN + args.seconds - args.each
         if in_time and (run / "comparison/classifier.json").exists():
             autoattacked(Run(run), args)
-            bring_back(Run(run), Path(args.runs) / "back", args)
-            pack(Path(args.runs) / "back", Path(args.out))
+            bring_back(Run(run), args)
     say("judged")
 
 

@@ -97,7 +97,7 @@ EXAMPLES = {        # of each command: what it does, and command lines that can 
         "robust-jem doctor --device cuda --root /data",
     ),
     "replicate": (
-        "Train, sample and score every row of Table 1, and report.",
+        "Train, sample and score the paper's three systems, or others, and report.",
         "robust-jem replicate --preset cpu\n"
         "robust-jem replicate --seeds 0 1 2 --suite full --chains --runs runs/record --figures figures\n"
         "robust-jem replicate --dataset cifar10 --preset paper --seeds 0\n"
@@ -140,9 +140,8 @@ def _evaluate_defaults(argv: list[str]) -> Config:
     from robust_jem.systems.catalog import EvaluateConfig, configure
     elsewhere, path = _given(argv, "model", "model-data"), _given(argv, "run").get("run")
     if elsewhere:
-        data = elsewhere.get("model-data", "")
-        preset = "cpu" if data.startswith("digits") else "paper"
         data = elsewhere.get("model-data", "cifar10")
+        preset = "cpu" if data.startswith("digits") else "paper"
         return configure(EvaluateConfig, dataset=data, preset=preset, model_data=data)
     if not path:
         return configure(EvaluateConfig)
@@ -154,9 +153,6 @@ _DEFAULTS: dict[str, Callable[[list[str]], Config]] = {
     "generate": _generate_defaults,
     "evaluate": _evaluate_defaults,
 }
-
-def _defaults(command: str, argv: list[str]) -> Config:
-    return _DEFAULTS[command](argv) if command in _DEFAULTS else _named(COMMANDS[command][0])()
 
 # %% ../../nbs/app/04_cli.ipynb #25eba573
 def _hyphened(option: str) -> str:
@@ -201,7 +197,8 @@ def parse(
     if command in ("generate", "sample", "evaluate", "export") and argv and not argv[0].startswith("-"):
         argv = ["--folder" if command == "sample" else "--run", *argv]  # `robust-jem generate RUN`
     argv = [_hyphened(a) for a in argv]
-    default, (summary, examples) = _defaults(command, argv), EXAMPLES[command]
+    default = _DEFAULTS[command](argv) if command in _DEFAULTS else _named(COMMANDS[command][0])()
+    summary, examples = EXAMPLES[command]
     description = f"{summary}\n\nExamples:\n" + "\n".join(f"  {e}" for e in examples.splitlines())
     box = io.StringIO()
     try:
@@ -257,12 +254,6 @@ def _report_said(config: Config, table: Any) -> str:
         lines.append(f"not in the table: {f.run.path.name}: {f.missing} ({f.has})")
     return "\n".join(lines)
 
-def _benchmark_said(config: Config, found: Any) -> str:
-    return _named("bench.benchmark:markdown")(found)
-
-def _tune_said(config: Config, found: Any) -> str:
-    return _named("bench.tune:markdown")(found)
-
 def _lines_said(config: Config, lines: Any) -> str:
     return "\n".join(map(str, lines))
 
@@ -272,8 +263,8 @@ _SAID: dict[str, Callable[[Config, Any], str | None]] = {
     "evaluate": _evaluation_said,
     "export": _lines_said,
     "report": _report_said,
-    "benchmark": _benchmark_said,
-    "tune": _tune_said,
+    "benchmark": lambda config, found: _named("bench.charts:markdown")(found),
+    "tune": lambda config, found: _named("bench.tune:markdown")(found),
     "doctor": _lines_said,
 }
 
@@ -301,10 +292,6 @@ def _say(message: object, code: int, always: bool = False) -> int:
             time.sleep(2)                      # torchrun terminates all processes when one ends: let the first speak
     return code
 
-def _out_of_memory(e: BaseException) -> str:
-    first = str(e).splitlines()[0][:120] if str(e) else "no more to be had"
-    return f"memory ran out ({first}); use a smaller network, batch or buffer"
-
 def _ended(e: BaseException, command: str) -> int:
     "The exit code of what stopped a command, after saying it; a fault of the program goes on."
     if isinstance(e, InputError):
@@ -320,7 +307,8 @@ def _ended(e: BaseException, command: str) -> int:
         return _say(f"{e.filename or 'output'}: {e.strerror or e}", 2)
     from robust_jem.engine.runtime import out_of_memory
     if out_of_memory(e):
-        return _say(_out_of_memory(e), 1)
+        first = str(e).splitlines()[0][:120] if str(e) else "no more to be had"
+        return _say(f"memory ran out ({first}); use a smaller network, batch or buffer", 1)
     if type(e).__name__ == "Diverged" or command == "replicate":
         return _say(e, 1)
     raise e

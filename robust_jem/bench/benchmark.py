@@ -49,8 +49,7 @@ class BenchmarkConfig(Config):
         for p in (*self.policies, f"{self.precision}/{self.compile}"):
             self.policy(p)
 
-    def policy(
-        self,
+    def policy(self,
         text: str, # `precision/compile`
     ) -> dict[str, str]: # arguments of `choose_policy`
         "The fields of `choose_policy` that `precision/compile` names; an `InputError` where they aren't accepted."
@@ -58,8 +57,7 @@ class BenchmarkConfig(Config):
         c = configure(TrainConfig, precision=precision, compile=compile or "off")
         return {"precision": c.precision, "compile": c.compile}
 
-    def training(
-        self,
+    def training(self,
         batch: int, # images
     ) -> TrainConfig:
         "The whole update that is timed."

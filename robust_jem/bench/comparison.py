@@ -14,11 +14,11 @@ import pandas as pd
 import torch
 
 from .compute import spent
-from ..core.files import fingerprint, read_json
+from ..core.files import read_json
 from ..engine.runs import Run, result_cache
 from ..engine.runtime import Execution
 from ..judge.calibration import all_logits, calibration
-from ..judge.ood import OOD_SETS, detect_ood, ood_images
+from ..judge.ood import detect_ood, ood_images
 from ..judge.robustness import autoattack_accuracy, robust_accuracy, zero_gradients
 from ..judge.sample_scores import draw_test_images
 from ..judge.sweep import SWEEP_SEED, Nearness, sweep, walks_for
@@ -57,28 +57,24 @@ def measure_classifier(
     eps: float, # L∞ radius, on the [-1,1] scale
     l2_eps: float, # L2 radius
     number: int = 1000, # test images attacked by PGD, and as many strangers
-    strangers: tuple[str, ...] = ("interpolations", "constant"), # images to be told from test images
-    batch_size: int = 500,
 ) -> dict[str, Any]: # kept in comparison/classifier.json
     "PGD-20 in both norms, the calibration error of all test images, and the AUROC of log p(x) against other images."
-    images = run.images()
+    images, strangers = run.images(), ("interpolations", "constant")
     settings = dict(weights=run.weights, fingerprint=images.fingerprint, eps=eps, l2_eps=l2_eps, n=number,
                     strangers=list(strangers), precision=at.precision)
     x, y = draw_test_images(images, number)
     generator = torch.Generator().manual_seed(0)
-    others = {name: ood_images(name, x, number, generator, run.data_place) for name in strangers}
-    for name in set(strangers) - set(OOD_SETS):                 # not made of the test images: other images may come
-        settings[f"images of {name}"] = fingerprint({"x": others[name]})
+    others = {name: ood_images(name, x, number, generator) for name in strangers}
 
     def measure():
         model = at.accelerate(run.model(at.device))
-        found = {f"PGD-20, {norm} {radius:g}": robust_accuracy(model, x, y, radius, 20, norm, batch_size)
+        found = {f"PGD-20, {norm} {radius:g}": robust_accuracy(model, x, y, radius, 20, norm)
                  for norm, radius in (("linf", eps), ("l2", l2_eps))}
-        logits = all_logits(model, images.test_x, at.device, batch_size)
+        logits = all_logits(model, images.test_x, at.device)
         found["accuracy"] = (logits.argmax(1) == images.test_y).float().mean().item()
         found["ECE"] = calibration(logits, images.test_y)["ECE"]
-        found["zero gradients"] = zero_gradients(model, x, y, batch_size)
-        found["AUROC"], _ = detect_ood(model, x, others, batch_size)
+        found["zero gradients"] = zero_gradients(model, x, y)
+        found["AUROC"], _ = detect_ood(model, x, others)
         return found
 
     return _kept(run, at, "classifier", settings, measure)

@@ -12,13 +12,13 @@ from pathlib import Path
 
 import torch
 
-from .hot_paths import agreement, hot_paths, kernel_table, median_time, precision_of
+from .hot_paths import agreement, hot_paths, kernel_table, median_time
 from ..core.config import Config, merged, option, settings
 from ..core.errors import InputError
 from ..core.files import write_bytes, write_json
 from ..core.images import progress_bar
 from ..engine.runs import provenance
-from ..engine.runtime import executing
+from ..engine.runtime import choose_policy, executing
 from ..networks.fused import can_fuse
 from ..networks.wide_resnet import WideResNet
 from ..systems.catalog import RuntimeConfig, TrainConfig, configure
@@ -71,7 +71,7 @@ def shape(
 def peak_rate(device: torch.device) -> float:
     "Operations a second of a large product in the precision that variants are timed in."
     n = 8192 if device.type == "cuda" else 1024
-    a = torch.randn(n, n, device=device).to(getattr(torch, precision_of(device)))
+    a = torch.randn(n, n, device=device).to(getattr(torch, choose_policy(device).precision))
     return 2 * n**3 / median_time(lambda: a @ a, device, 10)
 
 
@@ -115,6 +115,24 @@ def choice(found: dict) -> dict[str, str]:
     return out
 
 
+def _try(config: TuneConfig, network: str, variant: str, device: torch.device, peak: float, found: dict) -> str | None:
+    "Add a variant's agreement and times to what is found; the reason where it can't run."
+    compile = VARIANTS[variant]["compile"]
+    cannot = can_fuse(WideResNet(10, 1), device) if compile == "fused" else None
+    if cannot is not None:
+        return cannot
+    try:
+        if variant not in found["agreement"]:
+            depth, width, _ = shape(network)
+            found["agreement"][variant] = agreement(depth, width, compile, device)
+        found["networks"].setdefault(network, {})[variant] = measure_variant(config, network, variant, device, peak)
+    except Exception as e:
+        return f"{type(e).__name__}: {traceback.format_exc().splitlines()[-1][:200]}"
+    finally:
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    return None
+
 def tune(
     config: TuneConfig,
     progress: bool = True, # show a bar
@@ -124,28 +142,15 @@ def tune(
     with executing(RuntimeConfig(device=config.device), config.threads) as at:
         device = at.device
         peak = peak_rate(device)
-        found = {"peak TFLOP/s": peak / 1e12, "precision": precision_of(device)}
+        found = {"peak TFLOP/s": peak / 1e12, "precision": choose_policy(device).precision}
         found |= {"attack_steps": config.attack_steps, "outer_steps": config.outer_steps}
         found |= provenance(device)
         found |= {"agreement": {}, "networks": {}, "left out": {}}
         plan = [(network, variant) for network in config.networks for variant in config.variants]
         for network, variant in progress_bar(plan, desc="tuning", unit="variant", disable=not progress):
-            reason = None
-            if VARIANTS[variant]["compile"] == "fused":
-                reason = can_fuse(WideResNet(10, 1), device)
-            if time.monotonic() > end:
-                reason = f"no time: {config.seconds:g} seconds were over"
-            if reason is None:
-                try:
-                    if variant not in found["agreement"]:
-                        depth, width, _ = shape(network)
-                        found["agreement"][variant] = agreement(depth, width, VARIANTS[variant]["compile"], device)
-                    row = measure_variant(config, network, variant, device, peak)
-                    found["networks"].setdefault(network, {})[variant] = row
-                except Exception as e:
-                    reason = f"{type(e).__name__}: {traceback.format_exc().splitlines()[-1][:200]}"
-                if device.type == "cuda":
-                    torch.cuda.empty_cache()
+            reason = f"no time: {config.seconds:g} seconds were over"
+            if time.monotonic() <= end:
+                reason = _try(config, network, variant, device, peak, found)
             if reason is not None:
                 found["left out"][f"{network}, {variant}"] = reason
             found["choice"] = choice(found)

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import re
+import reprlib
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -282,9 +283,6 @@ def _some_classes(images: Images, name: str) -> Images:
         tensors |= {f"{split}_x": x[keep], f"{split}_y": y[keep] - first}
     return Images(name, classes=images.classes[first:last + 1], **tensors)
 
-def _no_name(given, root: Path) -> InputError:
-    return InputError(f"dataset: {given!r} is not a name; accepted: {', '.join(DATASETS)}, or a folder below {root}")
-
 def load_images(
     name: str, # "digits", "cifar10", "cifar100", "svhn", or a folder below `root`; "digits@0-7": some of its classes
     root: str | Path | None = None, # where data sets live; default: $ROBUST_JEM_DATA, else ./data
@@ -298,14 +296,12 @@ def load_images(
     two training images, or an image that is damaged, not square or of another size than the rest.
     """
     root = data_root(root)
-    if not isinstance(name, str):
-        raise _no_name(name, root)
-    if len(name) > 255:
-        raise _no_name(name[:20] + "…", root)
+    plain = isinstance(name, str) and 0 < len(name) <= 255 and Path(name).name == name and not name.startswith(".")
+    if not plain:
+        raise InputError(f"dataset: {reprlib.repr(name)} is not a name; accepted: {', '.join(DATASETS)}, "
+                         f"or a folder below {root}")
     if "@" in name:
         return _some_classes(load_images(name.partition("@")[0], root, download), name)
-    if not name or Path(name).name != name or name.startswith("."):
-        raise _no_name(name, root)
     if (root / name / "train").is_dir():
         return _cached(name, root, lambda: _folder(name, root))
     if name == "digits":

@@ -127,8 +127,8 @@ def climb(
     _check_length(eps, "eps")
     _check_length(step, "step", -math.inf)
     as_number(steps, "steps", whole=True)
+    x0, y = _images_and_labels(x0, y, bounds)
     ball, loss = BALLS[norm], _AttackLoss(y)
-    x0, loss.y = _images_and_labels(x0, y, bounds)
     adv = as_tensor(adv, "adv")
     if adv.shape != x0.shape:
         raise InputError(f"adv: shape {tuple(adv.shape)} for images {tuple(x0.shape)}; both must be equal")
@@ -145,15 +145,11 @@ class _AttackLoss:
     def __init__(self, y: Tensor):
         self.y, self.checked = y, False
 
-    def check(self, logits: Tensor):
-        "Once: labels within the classes, and logits that are none of what comes after them."
+    def __call__(self, logits: Tensor) -> Tensor: # [B]
         if not self.checked:
             check_labels(self.y, logits.shape[-1])
             check_unnormalised(logits, joint=False)
             self.checked = True
-
-    def __call__(self, logits: Tensor) -> Tensor: # [B]
-        self.check(logits)
         return F.cross_entropy(widened(logits), differentiable(self.y), reduction="none")
 
 @taking_gradients

@@ -19,7 +19,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..core.errors import InputError
 from robust_jem.core.inputs import (
-    as_labels, as_number, as_points, as_tensor, check_model, logits_of, naming_the_model, reads_values,
+    as_labels, as_number, as_points, as_tensor, check_label_range, check_model, logits_of, naming_the_model,
+    reads_values,
 )
 
 # %% ../../nbs/ebm/00_energy.ipynb #c514dc78
@@ -38,11 +39,8 @@ def check_labels(
     """
     if not isinstance(y, Tensor) or y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
         raise InputError(f"labels: {getattr(y, 'dtype', type(y).__name__)}; expected a tensor of whole numbers")
-    if not y.numel() or y.device.type != "cpu" and not reads_values(y):
-        return
-    low, high = (int(v) for v in y.long().aminmax())             # torch compares no uint16
-    if low < 0 or high >= num_classes:
-        raise InputError(f"labels: {low}..{high} are outside 0..{num_classes - 1}")
+    if y.device.type == "cpu" or reads_values(y):
+        check_label_range(y.long().flatten(), num_classes)          # torch compares no uint16
 
 def _as_logits(logits) -> Tensor:
     "Logits `[…,K]`, from an array as well."

@@ -28,20 +28,42 @@ def _labels_to_draw(y, num_classes: int, generator, device) -> Tensor:
     check_generator(generator, device)
     return y
 
-def _drawn_labels(weights: Tensor, n: int, generator) -> Tensor:
-    "`n` labels with frequencies `weights` [K]."
-    if not _count(n, generator, weights.device):
-        return torch.zeros(0, dtype=torch.long, device=weights.device)
-    return torch.multinomial(weights, n, replacement=True, generator=generator)
+class _ClassGaussians:
+    "What the two Gaussian mixtures have in common; they differ in how they keep their covariances."
+    kept: tuple[str, ...]               # the tensors that a file keeps, by name
+    mean: Tensor                        # [K,D]
+    weights: Tensor                     # class frequencies [K]
+    shape: tuple[int, int, int]         # (C, H, W)
 
-def _flat_points(x, y, mean: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    "Images as float64 points `[B,D]` and their labels `[B]`, where the prior is."
-    x = as_points(x, beyond=20).to(mean.device)         # draws may leave [-1, 1], but by no scale of grey levels
-    if x.shape[1:] != shape:
-        raise InputError(f"images: shape {tuple(x.shape)}; expected (B, {', '.join(map(str, shape))})")
-    y = as_labels(y, len(x), empty=True, ranged=False)
-    check_label_range(y.cpu(), len(mean))
-    return x.flatten(1).double(), y.to(mean.device)
+    def tensors(self) -> dict[str, Tensor]:
+        "What a file keeps; `prior_from_tensors` takes it back."
+        return {name: getattr(self, name) for name in self.kept}
+
+    def sample_labels(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+        "Draw `n` labels `[n]` with the training set's class frequencies."
+        if not _count(n, generator, self.weights.device):
+            return torch.zeros(0, dtype=torch.long, device=self.weights.device)
+        return torch.multinomial(self.weights, n, replacement=True, generator=generator)
+
+    def log_prob(self,
+        x: Tensor, # images [B,C,H,W]
+        y: Tensor, # labels [B]
+    ) -> Tensor: # float64 [B], in nats
+        "log N(x; mean_y, covariance_y), before the clip to [-1, 1]."
+        x = as_points(x, beyond=20).to(self.mean.device)    # draws may leave [-1, 1], but by no scale of grey levels
+        if x.shape[1:] != self.shape:
+            raise InputError(f"images: shape {tuple(x.shape)}; expected (B, {', '.join(map(str, self.shape))})")
+        y = as_labels(y, len(x), empty=True, ranged=False)
+        check_label_range(y.cpu(), len(self.mean))
+        x, y = x.flatten(1).double(), y.to(x.device)
+        result = torch.empty(len(x), dtype=torch.float64, device=x.device)
+        for k in y.unique().tolist():
+            result[y == k] = self._log_density(k, x[y == k])
+        return result
+
+    def _log_density(self, k: int, x: Tensor) -> Tensor:
+        "log N(x; mean_k, covariance_k) `[n]` of points `[n,D]` in float64."
+        raise NotImplementedError
 
 # %% ../../nbs/ebm/01_priors.ipynb #21dcc289
 def _class_counts(y: Tensor, num_classes: int, jitter: float) -> Tensor:
@@ -66,8 +88,9 @@ def _correlated(z: Tensor, factor: Tensor) -> Tensor:
     return x
 
 # %% ../../nbs/ebm/01_priors.ipynb #cd3cb5d2
-class GaussianMixturePrior:
+class GaussianMixturePrior(_ClassGaussians):
     "Class-conditional Gaussians with full covariance (JEM++): `sample(y)` draws images `[B,C,H,W]` clipped to [-1,1]."
+    kept = ("mean", "factor", "weights")
 
     def __init__(self,
         mean: Tensor, # [K,D]
@@ -116,10 +139,6 @@ class GaussianMixturePrior:
         "The same prior on a device. Factors in bfloat16 take half the memory, and less time where a device has it."
         return type(self)(self.mean.to(device), self.factor.to(device, dtype), self.weights.to(device), self.shape)
 
-    def sample_labels(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        "Draw `n` labels `[n]` with the training set's class frequencies."
-        return _drawn_labels(self.weights, n, generator)
-
     def sample(self,
         y: Tensor, # labels [B]: one image of each class named; on the CPU they cost a GPU no waiting
         generator: torch.Generator | None = None, # on the prior's device
@@ -138,23 +157,11 @@ class GaussianMixturePrior:
             first += n
         return torch.empty_like(x).index_copy_(0, order, x.clamp_(-1, 1)).view(-1, *self.shape)
 
-    def log_prob(self,
-        x: Tensor, # images [B,C,H,W]
-        y: Tensor, # labels [B]
-    ) -> Tensor: # float64 [B], in nats
-        "log N(x; mean_y, covariance_y), before the clip to [-1, 1]."
-        x, y = _flat_points(x, y, self.mean, self.shape)
-        result = torch.empty(len(x), dtype=torch.float64, device=x.device)
-        for k in y.unique().tolist():
-            factor = self.factor[k].double()
-            z = torch.linalg.solve_triangular(factor, (x[y == k] - self.mean[k]).T, upper=False)
-            log_volume = factor.diagonal().log().sum() + x.shape[1] / 2 * math.log(2 * math.pi)
-            result[y == k] = -z.square().sum(0) / 2 - log_volume
-        return result
-
-    def tensors(self) -> dict[str, Tensor]:
-        "What a file keeps; `prior_from_tensors` takes it back."
-        return {"mean": self.mean, "factor": self.factor, "weights": self.weights}
+    def _log_density(self, k: int, x: Tensor) -> Tensor:
+        factor = self.factor[k].double()
+        z = torch.linalg.solve_triangular(factor, (x - self.mean[k]).T, upper=False)
+        log_volume = factor.diagonal().log().sum() + x.shape[1] / 2 * math.log(2 * math.pi)
+        return -z.square().sum(0) / 2 - log_volume
 
     def compact(self,
         rank: int = 60, # R: leading directions of each class
@@ -195,8 +202,9 @@ def _spectrum(rows: Tensor, colours: Tensor, shape: tuple[int, int, int]) -> Ten
     return _frequencies(rows, colours, shape).square().sum(0)
 
 # %% ../../nbs/ebm/01_priors.ipynb #a47f29a0
-class CompactGaussianPrior:
+class CompactGaussianPrior(_ClassGaussians):
     "Class-conditional Gaussians in few numbers: `sample(y)` draws images `[B,C,H,W]` clipped to [-1,1]."
+    kept = ("mean", "directions", "spread", "colours", "weights")
 
     def __init__(self,
         mean: Tensor, # [K,D]
@@ -223,15 +231,6 @@ class CompactGaussianPrior:
         kept = [t.to(device, dtype) for t in (self.mean, self.directions, self.spread)]
         return type(self)(*kept, self.colours.to(device), self.weights.to(device), self.shape)
 
-    def tensors(self) -> dict[str, Tensor]:
-        "What a file keeps; `prior_from_tensors` takes it back."
-        return {"mean": self.mean, "directions": self.directions, "spread": self.spread, "colours": self.colours,
-                "weights": self.weights}
-
-    def sample_labels(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        "Draw `n` labels `[n]` with the training set's class frequencies."
-        return _drawn_labels(self.weights, n, generator)
-
     def sample(self,
         y: Tensor, # labels [B]: one image of each class named; on the CPU they cost a GPU no waiting
         generator: torch.Generator | None = None, # on the prior's device
@@ -249,23 +248,15 @@ class CompactGaussianPrior:
                        + _frequencies(coefficients, self.colours, self.shape, inverse=True))
         return x.clamp_(-1, 1).view(-1, *self.shape)
 
-    def log_prob(self,
-        x: Tensor, # images [B,C,H,W]
-        y: Tensor, # labels [B]
-    ) -> Tensor: # float64 [B], in nats
-        "log N(x; mean_y, covariance_y), before the clip to [-1, 1], by Woodbury's identity."
-        x, y = _flat_points(x, y, self.mean, self.shape)
-        result = torch.empty(len(x), dtype=torch.float64, device=x.device)
-        for k in y.unique().tolist():
-            spread = self.spread[k].double()
-            whitened = [_frequencies(v, self.colours.double(), self.shape) / spread
-                        for v in (x[y == k] - self.mean[k].double(), self.directions[k].double())]
-            deviation, directions = whitened
-            capacity = torch.linalg.cholesky(torch.eye(len(directions)).to(directions) + directions @ directions.T)
-            explained = torch.linalg.solve_triangular(capacity, directions @ deviation.T, upper=False)
-            log_volume = spread.log().sum() + capacity.diagonal().log().sum() + x.shape[1] / 2 * math.log(2 * math.pi)
-            result[y == k] = (explained.square().sum(0) - deviation.square().sum(1)) / 2 - log_volume
-        return result
+    def _log_density(self, k: int, x: Tensor) -> Tensor:
+        "By Woodbury's identity."
+        spread = self.spread[k].double()
+        deviation, directions = (_frequencies(v, self.colours.double(), self.shape) / spread
+                                 for v in (x - self.mean[k].double(), self.directions[k].double()))
+        capacity = torch.linalg.cholesky(torch.eye(len(directions)).to(directions) + directions @ directions.T)
+        explained = torch.linalg.solve_triangular(capacity, directions @ deviation.T, upper=False)
+        log_volume = spread.log().sum() + capacity.diagonal().log().sum() + x.shape[1] / 2 * math.log(2 * math.pi)
+        return (explained.square().sum(0) - deviation.square().sum(1)) / 2 - log_volume
 
     def covariance(self,
         k: int, # the class

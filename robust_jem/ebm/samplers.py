@@ -18,16 +18,13 @@ from .attacks import L2
 from .energy import taking_gradients
 
 # %% ../../nbs/ebm/03_samplers.ipynb #f539326e
-def _starts(score, x, bounds, generator, on_step) -> Tensor:
-    "Where chains start: any points within the bounds."
+def _check_functions(score, on_step):
+    "Raise `InputError` unless both can be called."
     if not callable(score):
         raise InputError(f"score: {type(score).__name__} is not accepted; accepted: a function of states, such as "
                          "score_of(model)")
     if on_step is not None and not callable(on_step):
         raise InputError(f"on_step: {type(on_step).__name__} is not accepted; accepted: a function of step and states")
-    x = as_points(x, "starts", bounds, hint="; or give the chain's own `bounds`").detach()
-    check_generator(generator, x.device)
-    return x
 
 def _scored(score: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     "The score, which must be of the states' shape: any other would be broadcast."
@@ -38,12 +35,35 @@ def _scored(score: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
                          "one of a classifier)")
     return g.detach()
 
-def _chain_block(score: Callable[[Tensor], Tensor]) -> AbstractContextManager:
-    "What a chain runs in: the score's own block where it has one, so that it prepares its model once."
-    return score if isinstance(score, AbstractContextManager) else nullcontext()
-
 def _add_noise(x: Tensor, noise_std: float, generator: torch.Generator | None) -> Tensor:
     return x + noise_std * torch.randn(x.shape, device=x.device, dtype=x.dtype, generator=generator)
+
+def _chain(
+    score: Callable[[Tensor], Tensor], # ∂ log p/∂x
+    x: Tensor, # the chains' starts, within the bounds
+    steps: int, # evaluations of the score
+    move: Callable[[Tensor, Tensor], Tensor], # states and their scores to the states that follow
+    *,
+    noise_std: float = 0.0, # added after each move
+    bounds: tuple[float, float] | None, # then each state is clamped to this range
+    generator: torch.Generator | None = None,
+    on_step: Callable[[int, Tensor], None] | None = None,
+) -> Tensor: # the chains' ends
+    "What all walks along a score share; each is one `move`."
+    _check_functions(score, on_step)
+    x = as_points(x, "starts", bounds, hint="; or give the chain's own `bounds`").detach()
+    check_generator(generator, x.device)
+    # in the score's own block, where it has one, so that it prepares its model once
+    with score if isinstance(score, AbstractContextManager) else nullcontext():
+        for i in range(steps):
+            x = move(x, _scored(score, x))
+            if noise_std:
+                x = _add_noise(x, noise_std, generator)
+            if bounds is not None:
+                x = x.clamp(*bounds)
+            if on_step is not None:
+                on_step(i, x)
+    return x
 
 @taking_gradients
 def sgld(
@@ -63,17 +83,11 @@ def sgld(
     """
     steps, step_size = as_number(steps, "steps", whole=True), as_number(step_size, "step_size")
     noise_std = step_size ** 0.5 if noise_std is None else as_number(noise_std, "noise_std")
-    x = _starts(score, x, bounds, generator, on_step)
-    with _chain_block(score):
-        for i in range(steps):
-            x = x + step_size / 2 * _scored(score, x)
-            if noise_std:
-                x = _add_noise(x, noise_std, generator)
-            if bounds is not None:
-                x = x.clamp(*bounds)
-            if on_step is not None:
-                on_step(i, x)
-    return x
+
+    def drift(x, s):
+        return x + step_size / 2 * s
+
+    return _chain(score, x, steps, drift, noise_std=noise_std, bounds=bounds, generator=generator, on_step=on_step)
 
 # %% ../../nbs/ebm/03_samplers.ipynb #f2cccd18
 @taking_gradients
@@ -99,21 +113,15 @@ def proximal_sgld(
     inner_steps = as_number(inner_steps, "inner_steps", whole=True)
     step_size, noise_std = as_number(step_size, "step_size"), as_number(noise_std, "noise_std")
     clip = as_number(clip, "clip", above=True)
-    x = _starts(score, x, bounds, generator, on_step)
-    with _chain_block(score):
-        for i in range(outer_steps if inner_steps else 0):
-            step = _scored(score, x).clamp(-clip, clip) * step_size
-            if bounds is None:
-                x = x + inner_steps * step
-            else:
-                x = ((x + step).clamp(*bounds) + (inner_steps - 1) * step).clamp(*bounds)
-            if noise_std:
-                x = _add_noise(x, noise_std, generator)
-                if bounds is not None:
-                    x = x.clamp(*bounds)
-            if on_step is not None:
-                on_step(i, x)
-    return x
+
+    def inner_loop(x, s):
+        step = s.clamp(-clip, clip) * step_size
+        if bounds is None:
+            return x + inner_steps * step
+        return ((x + step).clamp(*bounds) + (inner_steps - 1) * step).clamp(*bounds)
+
+    steps = outer_steps if inner_steps else 0
+    return _chain(score, x, steps, inner_loop, noise_std=noise_std, bounds=bounds, generator=generator, on_step=on_step)
 
 # %% ../../nbs/ebm/03_samplers.ipynb #27a0b012
 @taking_gradients
@@ -131,15 +139,11 @@ def normalised_ascent(
     Raises `InputError` for negative steps or step size, and starts that aren't finite or outside the bounds.
     """
     steps, step_size = as_number(steps, "steps", whole=True), as_number(step_size, "step_size")
-    x = _starts(score, x, bounds, None, on_step)
-    with _chain_block(score):
-        for i in range(steps):
-            x = x + step_size * L2.ascent(_scored(score, x))
-            if bounds is not None:
-                x = x.clamp(*bounds)
-            if on_step is not None:
-                on_step(i, x)
-    return x
+
+    def climb(x, s):
+        return x + step_size * L2.ascent(s)
+
+    return _chain(score, x, steps, climb, bounds=bounds, on_step=on_step)
 
 # %% ../../nbs/ebm/03_samplers.ipynb #ab1e5002
 @taking_gradients

@@ -6,7 +6,9 @@
 __all__ = ['World', 'join_world']
 
 # %% ../../nbs/engine/00_distributed.ipynb #d5741f34
-import gc, os, traceback
+import gc
+import os
+import traceback
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -99,11 +101,10 @@ def _is_lost_peer(e: BaseException) -> bool:
 @contextmanager
 def join_world(
     device_type: str = "cpu", # "cpu" exchanges through gloo, "cuda" through nccl
-    minutes: float = 10.0, # a process that waits longer than this for another gives up
 ):
     """The job that `torchrun` started this process for, as a `World`; alone where there is none.
 
-    Raises `PeerLost` in the block when another process dies.
+    Raises `PeerLost` in the block when another process dies, or lets this one wait for ten minutes.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) == 1 or not dist.is_available():
         yield World()
@@ -112,7 +113,7 @@ def join_world(
     ours = not dist.is_initialized()
     if ours:
         backend = "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(minutes=minutes))
+        dist.init_process_group(backend, timeout=timedelta(minutes=10))
     try:
         yield World(dist.get_rank(), dist.get_world_size(), local)
     except BaseException as e:

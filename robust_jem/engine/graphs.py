@@ -15,16 +15,12 @@ from torch.utils import _pytree
 # %% ../../nbs/engine/02_graphs.ipynb #010af105
 class Captured:
     "A function of CUDA tensors: run eagerly at first, then recorded as a CUDA graph and replayed."
+    WARMUPS = 2         # calls of each shape that run eagerly
 
     def __init__(self,
         work: Callable, # of tensors or None; no randomness of its own, no reading back to the host
-        warmups: int = 2, # calls of each shape that run eagerly
     ):
-        self.work, self.warmups = work, warmups
-        self.forget()
-
-    def forget(self):
-        "Record anew."
+        self.work = work
         self.calls: dict = {}
         self.graphs: dict = {}
         self.stream = torch.cuda.Stream()
@@ -33,7 +29,7 @@ class Captured:
         key = tuple(None if t is None else (t.shape, t.dtype, t.stride()) for t in inputs)
         if key not in self.graphs:
             self.calls[key] = self.calls.get(key, 0) + 1
-            if self.calls[key] <= self.warmups:
+            if self.calls[key] <= self.WARMUPS:
                 return self._aside(inputs)
             self.graphs[key] = self._record(inputs)
         graph, own, out = self.graphs[key]

@@ -114,7 +114,9 @@ class RobustJEM:
                                              revision=branch, create_pr=create_pr))
 
     def _logits(self, x: Tensor) -> Tensor:
-        x, parameter = _of_shape(x, self.shape), next(self.model.parameters())
+        x, parameter = as_points(x, beyond=20), next(self.model.parameters())    # "combined" may leave [-1, 1]
+        if x.shape[1:] != self.shape:
+            raise InputError(f"images: shape {tuple(x.shape)}; expected (B, {', '.join(map(str, self.shape))})")
         return self.model(x.to(parameter.device, parameter.dtype))
 
     @torch.no_grad()
@@ -199,12 +201,6 @@ def _fitted_prior(config: HybridConfig, classes: tuple[str, ...], shape: tuple[i
         raise InputError(f"prior: {config.dataset} here has {here}, the model was trained on {then}; "
                          "point $ROBUST_JEM_DATA to that data set")
     return build_prior(config, images, device)
-
-def _of_shape(x: Tensor, shape: tuple[int, int, int]) -> Tensor:
-    x = as_points(x, beyond=20)                             # samples of "combined" may lie outside of [-1, 1]
-    if x.shape[1:] != shape:
-        raise InputError(f"images: shape {tuple(x.shape)}; expected (B, {', '.join(map(str, shape))})")
-    return x
 
 def _size(shape: tuple[int, ...]) -> str:
     return "x".join(map(str, shape))

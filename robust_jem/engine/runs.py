@@ -33,7 +33,7 @@ def provenance(device: torch.device, policy: Policy | None = None) -> dict:
     else:
         threads = torch.get_num_threads()
         name = f"{platform.machine()} CPU, {threads} thread{'s' * (threads > 1)}"
-    arithmetic = {k: v for k, v in policy.to_dict().items() if k in ("precision", "compile")} if policy else {}
+    arithmetic = dict(precision=policy.precision, compile=policy.compile) if policy else {}
     return dict(
         commit=source_version(),
         device=name,

@@ -20,8 +20,9 @@ import timeit
 import warnings
 from collections.abc import Callable
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import get_args
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +34,7 @@ from ..core.files import read_json
 from .distributed import World, join_world
 from .graphs import Captured
 from ..networks.fused import can_fuse, fused_forward
+from ..systems.base import Compile, Precision
 
 # %% ../../nbs/engine/01_runtime.ipynb #431480f7
 def resolve_device(device: str, world: World = World()) -> torch.device:
@@ -76,9 +78,6 @@ def _convolution_seconds(dtype: torch.dtype) -> float:
     return min(timeit.repeat(lambda: F.conv2d(x, w, padding=1), number=1, repeat=5))
 
 # %% ../../nbs/engine/01_runtime.ipynb #2e198368
-_COMPILE = ("auto", "off", "default", "reduce-overhead", "max-autotune", "fused")
-_PRECISION = ("auto", "float32", "bfloat16", "float16")
-
 @dataclass(frozen=True)
 class Policy:
     "How a network runs on a device; `choose_policy` makes it, `accelerate` applies it."
@@ -99,20 +98,10 @@ class Policy:
 
     def accelerate(self,
         model: nn.Module, # the network
-        name: str | None = None, # depth-width/batch
     ) -> "Accelerated":
         "The same network as a module that runs by this policy; parameters are shared, the layout is changed in place."
-        policy = self.settled(model, name)
+        policy = self.settled(model)
         return Accelerated(model.to(memory_format=torch.channels_last) if self.channels_last else model, policy)
-
-    @property
-    def captures(self) -> bool:
-        "Whether whole attacks, chains and updates become CUDA graphs."
-        return self.compile == "fused" and self.device.startswith("cuda")
-
-    def to_dict(self) -> dict:
-        "The fields."
-        return asdict(self)
 
 _TUNED = "runtime.tuned.json"        # what `robust-jem tune` writes and a run in the same directory reads
 
@@ -131,7 +120,7 @@ def tuned_compile(
     tuned = read_json(Path(_TUNED)) if Path(_TUNED).is_file() else {}
     if tuned.get("device") == torch.cuda.get_device_name(device):
         chosen = tuned.get("choice", {}).get(name)
-        known = [mode for mode in _COMPILE if mode != "auto"]
+        known = [mode for mode in get_args(Compile) if mode != "auto"]
         if chosen is not None and chosen not in known:
             raise InputError(f"{_TUNED}: {chosen!r} for {name} is not accepted; accepted: {', '.join(known)}")
         if chosen is not None and (fits or chosen != "fused"):
@@ -144,9 +133,9 @@ def choose_policy(
     compile: str = "auto", # auto: "off" on a CPU; on a GPU left to the network, see `tuned_compile`
 ) -> Policy:
     "The policy for a device, with what the configuration overrides."
-    for name, value, known in (("precision", precision, _PRECISION), ("compile", compile, _COMPILE)):
-        if value not in known:
-            raise InputError(f"{name}: {value!r} is not accepted; accepted: {', '.join(known)}")
+    for name, value, known in (("precision", precision, Precision), ("compile", compile, Compile)):
+        if value not in get_args(known):
+            raise InputError(f"{name}: {value!r} is not accepted; accepted: {', '.join(get_args(known))}")
     if precision == "auto":
         precision = "bfloat16" if fast_bfloat16(device) else "float32"
     if compile == "auto" and device.type != "cuda":
@@ -161,7 +150,7 @@ class Accelerated(nn.Module):
     def __init__(self, model: nn.Module, policy: Policy):
         super().__init__()
         if policy.compile == "fused" and (reason := can_fuse(model, torch.device(policy.device))):
-            others = ", ".join(mode for mode in _COMPILE if mode != "fused")
+            others = ", ".join(mode for mode in get_args(Compile) if mode != "fused")
             raise InputError(f"compile: 'fused' can't be used ({reason}); accepted: {others}")
         self.model, self.policy = model, policy
         # A power of two: exact, and keeps float16's small gradients from vanishing.
@@ -230,15 +219,15 @@ class Accelerated(nn.Module):
         self._hide("seen", None)
 
     def prepare(self):
-        "Round the weights now, if they have changed: a captured graph reads the rounded ones and doesn't look."
-        if self.rounds:
-            self._refresh(getattr(torch, self.policy.precision))
+        """Round the weights, if they have changed: once after an update, not in each of the gradients before the next.
 
-    def _refresh(self, dtype: torch.dtype):
-        "Round the weights once after an update, not in each of the gradients before the next."
+        A captured graph reads the rounded ones and doesn't look, so that this is called before it is replayed.
+        """
+        if not self.rounds:
+            return
         trunk = self.model.trunk[:-1]
         if self.rounded is None:
-            self._hide("rounded", _rounded_copy(trunk, dtype))
+            self._hide("rounded", _rounded_copy(trunk, getattr(torch, self.policy.precision)))
         own, rounded = list(trunk.parameters()), list(self.rounded.parameters())
         seen = [p._version for p in own]
         if seen != self.seen:
@@ -370,7 +359,7 @@ class Execution:
     @property
     def records(self) -> bool:
         "Whether `record` makes CUDA graphs; several processes meet inside an update, which no graph can hold."
-        return self.policy.captures and self.world.size == 1
+        return self.policy.compile == "fused" and self.device.type == "cuda" and self.world.size == 1
 
     def accelerate(self,
         network: nn.Module, # with its weights on the device

@@ -9,13 +9,11 @@ __all__ = ['PgdPlan', 'pgd_plans', 'masking_verdict', 'robustness_parts', 'calib
 import warnings
 from dataclasses import dataclass
 
-import torch
-
 from ..core.cache import ResultCache
-from ..core.images import progress_bar, to_unit
+from ..core.images import progress_bar
 from ..core.inputs import as_number
 from ..engine.runtime import at_a_size_that_fits
-from .calibration import calibration
+from .calibration import all_logits, calibration
 from .robustness import MASKED, accuracy, autoattack_accuracy, robust_accuracy, zero_gradients
 from .sample_scores import draw_test_images
 from .targets import EvalTarget
@@ -108,8 +106,6 @@ def _autoattack_part(target: EvalTarget, c: EvaluateConfig, cache: ResultCache, 
 def calibration_part(target: EvalTarget, c: EvaluateConfig) -> dict:
     "Calibration on all test images."
     images = target.images
-    @torch.no_grad()
     def logits(size):
-        batches = (to_unit(part.to(target.at.device)) for part in images.test_x.split(size))
-        return torch.cat([target.model(x).float().cpu() for x in batches])
+        return all_logits(target.model, images.test_x, target.at.device, size)
     return {"n": len(images.test_x)} | calibration(at_a_size_that_fits(logits, c.batch_size), images.test_y)

@@ -24,7 +24,7 @@ def _checked_features(name: str, samples: Tensor, real: Tensor, k: int) -> tuple
     if not (samples.isfinite().all() and real.isfinite().all()):
         raise InputError(f"{name}: some features aren't finite; use another extractor")
     as_number(k, "k", 1, whole=True)
-    if not 1 <= k < min(len(samples), len(real)):
+    if k >= min(len(samples), len(real)):
         raise InputError(f"{name}: k {k} is outside 1..{min(len(samples), len(real)) - 1}; "
                          f"there are {len(samples)} samples and {len(real)} real images")
     return samples, real
@@ -86,8 +86,7 @@ def class_frechet(
     counts = torch.stack([torch.bincount(labels.cpu(), minlength=num_classes) for labels in (y, y_real)]).amin(0)
     if (counts < samples.shape[1]).any():
         warnings.warn(f"Fréchet distance by class: as few as {int(counts.min())} images in {samples.shape[1]} "
-                      "dimensions, "
-                      "so biased upwards; compare it only with others of equal numbers")
+                      "dimensions, so biased upwards; compare it only with others of equal numbers")
     distances: list[float | None] = [None] * num_classes
     for k in range(num_classes):
         if counts[k] >= 2:
@@ -117,7 +116,7 @@ def nearest(
     a, b = queries.flatten(1).float(), real.flatten(1).float()
     if not len(a) or not (a.isfinite().all() and b.isfinite().all()):
         raise InputError("nearest: no queries, or some values aren't finite")
-    if a.shape[1] != b.shape[1] or not 1 <= k <= len(b):
+    if a.shape[1] != b.shape[1] or k > len(b):
         raise InputError(f"nearest: {tuple(queries.shape)} among {tuple(real.shape)}, k {k}; "
                          f"shapes must match and k lie in 1..{len(b)}")
     found = [torch.cdist(part, b).topk(k, largest=False) for part in a.split(1000)]

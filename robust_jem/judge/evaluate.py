@@ -54,8 +54,8 @@ def _evaluate(config: EvaluateConfig, run: Run, at: Execution, progress: bool) -
         n = max([len(x) for x, _, _ in sets.values()], default=len(images.test_x))
         asked = scorer.settings() | dict(num_samples=n, seed=config.seed)
         cache.get("prior", asked, lambda: scorer.prior(run.prior(at.device), n, config.seed))
-    for name in sets:
-        _sample_set(run, name, scorer, cache)
+    for name, drawn in sets.items():
+        _sample_set(run, name, drawn, scorer, cache)
     return run.scores()
 
 def _check_sets(run: Run, sets: dict):
@@ -69,19 +69,16 @@ def _check_sets(run: Run, sets: dict):
                              "the samples again")
         if summary["weights"] != run.weights:
             raise InputError(f"{folder}: drawn from other weights ({summary['weights']}) than the run has now "
-                             f"({run.weights}); "
-                             f"`robust-jem generate {run.path}` with the same options draws them again, or remove "
-                             "the folder")
+                             f"({run.weights}); `robust-jem generate {run.path}` with the same options draws them "
+                             "again, or remove the folder")
 
-def _sample_set(run: Run, name: str, scorer: SampleScorer, cache: ResultCache):
-    "One set of a run's samples."
-    x, y, summary = run.samples(name)
-    labelled = run.drawn_with(name).labelled
-    asked = summary["config"]
+def _sample_set(run: Run, name: str, drawn: tuple, scorer: SampleScorer, cache: ResultCache):
+    "One set of a run's samples: images, labels and summary."
+    x, y, summary = drawn
     settings = scorer.settings() | dict(
-        samples=asked | {"batch_size": summary["batch_size"], "precision": summary["precision"]},
+        samples=summary["config"] | {"batch_size": summary["batch_size"], "precision": summary["precision"]},
         images=fingerprint({"x": x, "y": y}),
         weights=summary["weights"],
         share_outside=summary["share_outside"],
     )
-    cache.get(name, settings, lambda: scorer(name, x, y if labelled else None))
+    cache.get(name, settings, lambda: scorer(name, x, y if run.drawn_with(name).labelled else None))

@@ -295,18 +295,18 @@ def extract_once(
     x: Tensor, # images [N,C,H,W]: uint8, or float in [-1,1]
     cache: Path | None, # folder to keep the result in
     *args, # as for `extract`
+    probabilities: bool = True, # as for `extract`
 ) -> tuple[Tensor, Tensor | None]: # features [N,D] and probabilities [N,K], on the CPU
     """`extract` through a `ResultCache`: for test images and prior samples, which are the same for every run. An
     extractor without a key keeps nothing."""
     def compute():
-        features, probs = extract(extractor, x, *args)
+        features, probs = extract(extractor, x, *args, probabilities=probabilities)
         return {"features": features} | ({} if probs is None else {"probabilities": probs}), {}
     x = grey_levels(as_images(x))
     results = ResultCache(cache if extractor.key else None)
     depends = {"images": fingerprint(str(tuple(x.shape)), x), "extractor": extractor.key}
-    without = len(args) > 3 and not args[3]
     whole = results.file("features", depends)
-    if without and not (whole and whole.exists()):
+    if not probabilities and not (whole and whole.exists()):
         depends["probabilities"] = False
     kept, _ = results.shared("features", depends, compute)
     return kept["features"], kept.get("probabilities")

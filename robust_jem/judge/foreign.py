@@ -42,8 +42,7 @@ def import_model(spec: str) -> nn.Module:
         why = " ".join(str(e).split())[:160]
         why = why if isinstance(e, (ImportError, AttributeError, ValueError)) else f"{type(e).__name__}: {why}"
         raise InputError(f"model: {spec!r} can't be imported ({why}); accepted: package.module:factory, importable "
-                         "from here, "
-                         "where factory() gives a torch.nn.Module") from e
+                         "from here, where factory() gives a torch.nn.Module") from e
     try:
         model = factory()
     except (Exception, SystemExit) as e:

@@ -22,11 +22,8 @@ NEEDS = {
 }
 
 def capabilities_of(run: Run) -> frozenset[str]:
-    """What a run's system can do, of "logits", "log_density", "normalised", "sample", "start" and "latent".
-
-    The one place to ask a run's own system, where it has one; all others are classifiers.
-    """
-    return run.system().capabilities if hasattr(run, "system") else CLASSIFIER
+    """What a run's system can do, of "logits", "log_density", "normalised", "sample", "start" and "latent"."""
+    return run.system().capabilities
 
 def what_is_lacking(
     part: str, # of the scores or of the suite

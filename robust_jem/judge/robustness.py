@@ -174,10 +174,8 @@ def robust_accuracy(
                                             targeted=targeted, restarts=restarts)
     if blind and eps > 0:
         warnings.warn(f"robust_accuracy: the gradient of {100 * blind / attacked:.1f} % of the attacked images is "
-                      "zero, so PGD "
-                      """can't move them and the accuracy is overstated (masked gradients, as of logits so large
-                      that the"""
-                      "softmax saturates); scale the logits down, or see autoattack_accuracy")
+                      "zero, so PGD can't move them and the accuracy is overstated (masked gradients, as of logits so "
+                      "large that the softmax saturates); scale the logits down, or see autoattack_accuracy")
     return right / len(x)
 
 # %% ../../nbs/judge/05_robustness.ipynb #4619cc59

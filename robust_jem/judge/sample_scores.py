@@ -39,9 +39,9 @@ def frechet_distance(
     mu1: np.ndarray, sigma1: np.ndarray, # mean [D] and covariance [D,D]
     mu2: np.ndarray, sigma2: np.ndarray, # of the other distribution
 ) -> float:
-    """Fréchet distance of two Gaussians (Heusel et al.
+    """Fréchet distance of two Gaussians (Heusel et al. 2017).
 
-    2017). Raises `InputError` where the dimensions differ or a value isn't finite.
+    Raises `InputError` where the dimensions differ or a value isn't finite.
     """
     from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_statistics_to_metric
     one, other = _gaussian(mu1, sigma1), _gaussian(mu2, sigma2)
@@ -62,9 +62,9 @@ def kernel_distance(
     subsets: int = 100, # random subsets averaged over
     subset_size: int = 1000, # images a subset; fewer where there are fewer
 ) -> tuple[float, float]: # mean and standard deviation over the subsets
-    """Kernel distance, unbiased (Bińkowski et al.
+    """Kernel distance, unbiased (Bińkowski et al. 2018).
 
-    2018). Raises `InputError` for other shapes, fewer than two images, no subsets, or features that aren't finite.
+    Raises `InputError` for other shapes, fewer than two images, no subsets, or features that aren't finite.
     """
     from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, kid_features_to_metric
     f1, f2 = (as_features(f, "kernel_distance: features").detach() for f in (f1, f2))
@@ -73,7 +73,7 @@ def kernel_distance(
                          "one extractor")
     as_number(subsets, "subsets", 1, whole=True)
     as_number(subset_size, "subset_size", 2, whole=True)
-    if min(len(f1), len(f2), subset_size) < 2 or subsets < 1:
+    if min(len(f1), len(f2)) < 2:
         raise InputError(f"kernel_distance: {subsets} subsets of {subset_size} out of {len(f1)} and {len(f2)} images; "
                          "accepted: at least one subset, of at least two images")
     if not (f1.isfinite().all() and f2.isfinite().all()):
@@ -91,7 +91,7 @@ def inception_score(
     from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, KEY_METRIC_ISC_STD, isc_features_to_metric
     probs = as_features(probs, "inception_score: probabilities").detach()
     as_number(splits, "splits", 1, whole=True)
-    if not 1 <= splits <= len(probs):
+    if splits > len(probs):
         raise InputError(f"splits: {splits} is outside 1..{len(probs)}, the number of images")
     if not (probs >= 0).all() or not probs.isfinite().all():
         raise InputError("inception_score: expected probabilities [N,K], all finite and none below 0; "
@@ -129,8 +129,7 @@ def score(
     "`quality`, from features that are at hand."
     if len(features) < features.shape[1]:
         warnings.warn(f"{names['frechet']} of {len(features)} images in {features.shape[1]} dimensions: strongly "
-                      "biased upwards; "
-                      "use at least as many images as dimensions")
+                      "biased upwards; use at least as many images as dimensions")
     distance, deviation = kernel_distance(features, reference["features"])
     out = {
         "n": len(features),
@@ -175,7 +174,7 @@ def reference_statistics(
         parts, features = images.train_x.split(10_000), []
         for i, x in enumerate(parts, 1):
             label = f"reference {i}/{len(parts)}" if progress else ""
-            features.append(extract_once(extractor, x, pieces, batch_size, device, label, False)[0])
+            features.append(extract_once(extractor, x, pieces, batch_size, device, label, probabilities=False)[0])
         features = torch.cat(features)
         mu, sigma = moments(features)
         chosen = features[reference_choice(len(features))]

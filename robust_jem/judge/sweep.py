@@ -23,7 +23,7 @@ from ..core.inputs import as_features, as_tensor
 from ..core.random import stream
 from .extractors import Extractor, extract
 from .sample_scores import reference_statistics
-from ..systems.base import GenerateConfig, System
+from ..systems.base import GenerateConfig, System, step_of
 from ..systems.catalog import configure
 
 # %% ../../nbs/judge/18_sweep.ipynb #27a0c002
@@ -74,12 +74,9 @@ class Nearness:
         reference = reference_statistics(self.extractor, images, cache, device=device)
         self.distance = FrechetTo(reference["mu"], reference["sigma"], device)
 
-    def features(self, x: Tensor) -> Tensor:
-        "Of uint8 images [N,C,H,W]: [N,D]."
-        return extract(self.extractor, x, device=self.device, probabilities=False)[0]
-
     def __call__(self, x: Tensor) -> float:
-        return self.distance(self.features(x))
+        "Of uint8 images `[N,C,H,W]`."
+        return self.distance(extract(self.extractor, x, device=self.device, probabilities=False)[0])
 
 # %% ../../nbs/judge/18_sweep.ipynb #cb7f05e2
 Walks = tuple[tuple[str, float, tuple[int, ...]], ...]      # method, step size, the lengths that are looked at
@@ -129,9 +126,8 @@ def states_along(
     states: dict[int, list[Tensor]] = {n: [] for n in lengths}
 
     def keep(stage: str, x: Tensor):
-        length = int(stage.removeprefix("step ")) if stage.startswith("step ") else 0
-        if length in states:
-            states[length].append(to_uint8(x).cpu())
+        if step_of(stage) in states:
+            states[step_of(stage)].append(to_uint8(x).cpu())
 
     y = torch.arange(number) % system.images.num_classes
     for i, part in enumerate(y.split(how.batch_size)):

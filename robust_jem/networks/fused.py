@@ -47,6 +47,18 @@ if triton is not None:
         return mean, variance
 
     @triton.jit
+    def _summed(x, residual, bias, s, at, columns, inside, C, HAS_RESIDUAL: tl.constexpr):
+        "x on a tile, in float32; with a residual x + residual + bias, as rounded for s and stored there."
+        value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+        if HAS_RESIDUAL:
+            value += tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)
+            value += tl.load(bias + columns, mask=columns < C, other=0.0)[None, :]
+            rounded = value.to(s.dtype.element_ty)
+            tl.store(s + at, rounded, mask=inside)
+            value = rounded.to(tl.float32)
+        return value
+
+    @triton.jit
     def _sum_kernel(x, residual, bias, s, sums, M, C,
                     HAS_RESIDUAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):
         "s = x + residual + bias, and the sums of s and s² over pixels."
@@ -55,13 +67,9 @@ if triton is not None:
         squares = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
         for tile in range(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.num_programs(0)):
             at, columns, inside = _tile(tile, pid_c, M, C, BLOCK_M, BLOCK_C)
-            value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
-            if HAS_RESIDUAL:
-                value += tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)
-                value += tl.load(bias + columns, mask=columns < C, other=0.0)[None, :]
-                rounded = value.to(s.dtype.element_ty)
-                tl.store(s + at, rounded, mask=inside)
-                value = tl.where(inside, rounded.to(tl.float32), 0.0)
+            value = _summed(x, residual, bias, s, at, columns, inside, C, HAS_RESIDUAL)
+            if HAS_RESIDUAL:            # the bias is added outside as well
+                value = tl.where(inside, value, 0.0)
             total += value
             squares += value * value
         columns = pid_c * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -76,13 +84,7 @@ if triton is not None:
         mean, variance = _moments(p0, p1, columns, C, count, BATCH)
         scale = tl.load(weight + columns, mask=columns < C, other=0.0) / tl.sqrt(variance + eps)
         offset = tl.load(shift + columns, mask=columns < C, other=0.0) - mean * scale
-        value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
-        if HAS_RESIDUAL:
-            value += tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)
-            value += tl.load(bias + columns, mask=columns < C, other=0.0)[None, :]
-            rounded = value.to(s.dtype.element_ty)
-            tl.store(s + at, rounded, mask=inside)
-            value = rounded.to(tl.float32)
+        value = _summed(x, residual, bias, s, at, columns, inside, C, HAS_RESIDUAL)
         z = value * scale[None, :] + offset[None, :]
         tl.store(y + at, tl.where(z > 0, z, slope * z).to(y.dtype.element_ty), mask=inside)
 
@@ -90,22 +92,33 @@ if triton is not None:
 if triton is not None:
 
     @triton.jit
+    def _norm(p0, p1, weight, shift, columns, C, count, eps, BATCH: tl.constexpr):
+        "Of channels: mean, 1 / deviation, gain and offset."
+        mean, variance = _moments(p0, p1, columns, C, count, BATCH)
+        inverse = 1.0 / tl.sqrt(variance + eps)
+        gain = tl.load(weight + columns, mask=columns < C, other=0.0)
+        offset = tl.load(shift + columns, mask=columns < C, other=0.0)
+        return mean, inverse, gain, offset
+
+    @triton.jit
+    def _output_gradient(dy, s, at, inside, mean, inverse, gain, offset, slope):
+        "(s - mean)/deviation on a tile, and g, the gradient at the norm's output."
+        normal = (tl.load(s + at, mask=inside, other=0.0).to(tl.float32) - mean[None, :]) * inverse[None, :]
+        g = tl.load(dy + at, mask=inside, other=0.0).to(tl.float32)
+        return normal, tl.where(normal * gain[None, :] + offset[None, :] > 0, g, slope * g)
+
+    @triton.jit
     def _gradient_sums_kernel(dy, s, p0, p1, weight, shift, sums, M, C, count, eps, slope,
                               BATCH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):
         "Sums over pixels of g and g·(s - mean)/deviation, where g is the gradient at the norm's output."
         pid_c = tl.program_id(1)
         columns = pid_c * BLOCK_C + tl.arange(0, BLOCK_C)
-        mean, variance = _moments(p0, p1, columns, C, count, BATCH)
-        inverse = 1.0 / tl.sqrt(variance + eps)
-        gain = tl.load(weight + columns, mask=columns < C, other=0.0)
-        offset = tl.load(shift + columns, mask=columns < C, other=0.0)
+        mean, inverse, gain, offset = _norm(p0, p1, weight, shift, columns, C, count, eps, BATCH)
         total = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
         product = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
         for tile in range(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.num_programs(0)):
             at, _, inside = _tile(tile, pid_c, M, C, BLOCK_M, BLOCK_C)
-            normal = (tl.load(s + at, mask=inside, other=0.0).to(tl.float32) - mean[None, :]) * inverse[None, :]
-            g = tl.load(dy + at, mask=inside, other=0.0).to(tl.float32)
-            g = tl.where(normal * gain[None, :] + offset[None, :] > 0, g, slope * g)
+            normal, g = _output_gradient(dy, s, at, inside, mean, inverse, gain, offset, slope)
             total += g
             product += g * normal
         tl.atomic_add(sums + columns, tl.sum(total, 0), mask=columns < C)
@@ -116,13 +129,8 @@ if triton is not None:
                          HAS_STREAM: tl.constexpr, BATCH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):
         "The gradient at s: through activation and norm, plus what arrives by the residual stream."
         at, columns, inside = _tile(tl.program_id(0), tl.program_id(1), M, C, BLOCK_M, BLOCK_C)
-        mean, variance = _moments(p0, p1, columns, C, count, BATCH)
-        inverse = 1.0 / tl.sqrt(variance + eps)
-        gain = tl.load(weight + columns, mask=columns < C, other=0.0)
-        offset = tl.load(shift + columns, mask=columns < C, other=0.0)
-        normal = (tl.load(s + at, mask=inside, other=0.0).to(tl.float32) - mean[None, :]) * inverse[None, :]
-        g = tl.load(dy + at, mask=inside, other=0.0).to(tl.float32)
-        g = tl.where(normal * gain[None, :] + offset[None, :] > 0, g, slope * g)
+        mean, inverse, gain, offset = _norm(p0, p1, weight, shift, columns, C, count, eps, BATCH)
+        normal, g = _output_gradient(dy, s, at, inside, mean, inverse, gain, offset, slope)
         if BATCH:
             mean_g = tl.load(sums + columns, mask=columns < C, other=0.0) / count
             mean_product = tl.load(sums + C + columns, mask=columns < C, other=0.0) / count
@@ -177,10 +185,15 @@ if triton is not None:
         tl.store(dx + at, value, mask=(pixel < M)[:, None] & (channel < CHANNELS)[None, :])
 
 # %% ../../nbs/networks/01_fused.ipynb #de196339
-def _blocks(rows: int, channels: int) -> tuple[int, int]:
-    "Rows and columns of a tile of 4096 elements; columns divide the channels where they can."
+def _grids(rows: int, channels: int) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
+    """Rows and columns of a tile of 4096 elements, a grid with a program a tile, and one of few programs for sums.
+
+    Columns divide the channels where they can.
+    """
     columns = next(c for c in (128, 64, 32, 16) if channels % c == 0 or c == 16)
-    return max(16, min(4096 // columns, triton.next_power_of_2(rows))), columns
+    tile = max(16, min(4096 // columns, triton.next_power_of_2(rows))), columns
+    down, across = triton.cdiv(rows, tile[0]), triton.cdiv(channels, columns)
+    return tile, (down, across), (min(down, max(1, 1056 // across)), across)
 
 
 def _matrix(x: Tensor) -> Tensor:
@@ -189,28 +202,30 @@ def _matrix(x: Tensor) -> Tensor:
 
 # %% ../../nbs/networks/01_fused.ipynb #fb6a58ef
 class _NormAct(torch.autograd.Function):
+    """s = x + residual + bias, and LeakyReLU(norm(s)); without a residual s = x.
+
+    `sums` [2,C], zeros, are filled and used for batch statistics; without them the norm is by `mean` and `variance`.
+    """
 
     @staticmethod
     def forward(ctx, x, residual, bias, weight, shift, mean, variance, sums, eps, slope):
         x = _matrix(x)
         n, c, h, w = x.shape
         rows = n * h * w
-        block_m, block_c = _blocks(rows, c)
-        tiles, columns = triton.cdiv(rows, block_m), triton.cdiv(c, block_c)
+        tile, tiles, programs = _grids(rows, c)
         batch, has_residual = sums is not None, residual is not None
         residual = _matrix(residual) if has_residual else x
         s = torch.empty_like(x) if has_residual else x
         y = torch.empty_like(x)
         if batch:
-            programs = (min(tiles, max(1, 1056 // columns)), columns)
-            _sum_kernel[programs](x, residual, bias, s, sums, rows, c, has_residual, block_m, block_c, num_warps=8)
+            _sum_kernel[programs](x, residual, bias, s, sums, rows, c, has_residual, *tile, num_warps=8)
             p0, p1 = sums[0], sums[1]
         else:
             p0, p1 = mean, variance
         fuse_sum = has_residual and not batch
-        _apply_kernel[(tiles, columns)](
+        _apply_kernel[tiles](
             x if fuse_sum or not has_residual else s, residual, bias, s, y, p0, p1, weight, shift,
-            rows, c, float(rows), eps, slope, fuse_sum, batch, block_m, block_c, num_warps=8)
+            rows, c, float(rows), eps, slope, fuse_sum, batch, *tile, num_warps=8)
         ctx.save_for_backward(s, p0, p1, weight, shift)
         ctx.batch, ctx.eps, ctx.slope, ctx.has_residual = batch, eps, slope, has_residual
         ctx.set_materialize_grads(False)
@@ -222,29 +237,27 @@ class _NormAct(torch.autograd.Function):
         n, c, h, w = s.shape
         rows = n * h * w
         if dy is None:
-            return ds, ds if ctx.has_residual else None, None, None, None, None, None, None, None, None
+            return ds, ds if ctx.has_residual else None, *[None] * 8
         dy = _matrix(dy)
-        block_m, block_c = _blocks(rows, c)
-        tiles, columns = triton.cdiv(rows, block_m), triton.cdiv(c, block_c)
+        tile, tiles, programs = _grids(rows, c)
         sums = torch.zeros(2, c, device=s.device)
         wanted = ctx.batch or ctx.needs_input_grad[3] or ctx.needs_input_grad[4]
         if wanted:
-            programs = (min(tiles, max(1, 1056 // columns)), columns)
             _gradient_sums_kernel[programs](
                 dy, s, p0, p1, weight, shift, sums, rows, c, float(rows), ctx.eps, ctx.slope,
-                ctx.batch, block_m, block_c, num_warps=8)
+                ctx.batch, *tile, num_warps=8)
         dx = torch.empty_like(s)
         stream = ds is not None
         ds = _matrix(ds) if stream else dy
-        _gradient_kernel[(tiles, columns)](
+        _gradient_kernel[tiles](
             dy, s, ds, p0, p1, weight, shift, sums, dx, rows, c, float(rows), ctx.eps, ctx.slope,
-            stream, ctx.batch, block_m, block_c, num_warps=8)
+            stream, ctx.batch, *tile, num_warps=8)
         bias = None
         if ctx.needs_input_grad[2]:         # batch statistics cancel it
             bias = torch.zeros_like(weight) if ctx.batch else dx.sum((0, 2, 3), dtype=torch.float32)
         dresidual = dx if ctx.has_residual else None
         dweight, dshift = (sums[1], sums[0]) if wanted else (None, None)
-        return dx, dresidual, bias, dweight, dshift, None, None, None, None, None
+        return dx, dresidual, bias, dweight, dshift, *[None] * 5
 
 # %% ../../nbs/networks/01_fused.ipynb #3228cff1
 class _Stem(torch.autograd.Function):

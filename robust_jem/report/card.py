@@ -8,6 +8,7 @@ __all__ = ['DIVERSITY', 'LIMITS', 'percent', 'robustness_table', 'detection_tabl
            'write_pretrained', 'write_comparison']
 
 # %% ../../nbs/report/05_card.ipynb #d5280a26
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,8 +23,8 @@ from ..judge.ood import SCORES
 from .figures import SuiteResults, distal_sheet, draw, reliability, robustness_curves, save_figure
 from .results import SAMPLE_SCORES
 from .tables import grid_markdown
-from ..systems.catalog import SYSTEMS, TrainConfig, system_class
-from ..systems.hybrid import Hybrid, HybridConfig
+from ..systems.catalog import SYSTEMS, TrainConfig
+from ..systems.hybrid import HybridConfig
 
 # %% ../../nbs/report/05_card.ipynb #2a75dd3c
 def percent(
@@ -35,9 +36,9 @@ def percent(
 def _attack_name(part: dict) -> str:
     return part["threat_model"].split(", [")[0]
 
-def _curves_table(all: list[SuiteResults], norm: str, name: str) -> str:
+def _curves_table(subjects: list[SuiteResults], norm: str, name: str) -> str:
     "Accuracy under each attack of one norm; empty where none was tried."
-    found = [(f.title, part) for f in all for part in f.curves(norm).values()]
+    found = [(f.title, part) for f in subjects for part in f.curves(norm).values()]
     if not found:
         return ""
     radii = sorted({e for _, part in found for e in part["curve"] if e != "0"}, key=float)
@@ -58,24 +59,24 @@ def _blind(parts: dict[str, dict]) -> list[str]:
             said.append(f"{attack}: {100 * share:.2g} % ({part['verdict']})")
     return said
 
-def robustness_table(all: list[SuiteResults]) -> str:
+def robustness_table(subjects: list[SuiteResults]) -> str:
     "Accuracy under each attack at each radius, a row an attack."
-    out = [_curves_table(all, norm, name) for norm, name in (("linf", "L∞"), ("l2", "L2"))]
+    out = [_curves_table(subjects, norm, name) for norm, name in (("linf", "L∞"), ("l2", "L2"))]
     auto = []
-    for f in (f for f in all if "autoattack" in f.parts):
+    for f in (f for f in subjects if "autoattack" in f.parts):
         part = f.parts["autoattack"]
         for eps, right in part["accuracy"].items():
             auto.append([f.title, eps, str(part["n"]), percent(right["AutoAttack"]), percent(right["PGD"])])
     if auto:
         out.append(grid_markdown([["model", "L∞ ε", "images", "AutoAttack", "PGD, same images"], *auto]))
-    blind = [f"- {f.title}, {said}" for f in all for said in _blind(f.parts)]
+    blind = [f"- {f.title}, {said}" for f in subjects for said in _blind(f.parts)]
     if blind:
         out.append("Images whose gradient is zero, so that PGD can't move them:\n\n" + "\n".join(blind))
     return "\n\n".join(filter(None, out))
 
-def detection_table(all: list[SuiteResults]) -> str:
+def detection_table(subjects: list[SuiteResults]) -> str:
     "AUROC by score, model and kind of strangers (JEM's Table 3)."
-    found = [(f.title, f.parts["detection"]) for f in all if "detection" in f.parts]
+    found = [(f.title, f.parts["detection"]) for f in subjects if "detection" in f.parts]
     sets = list(dict.fromkeys(s for _, part in found for s in part["AUROC"]))
     rows = [["score", "model", *sets]]
     for score in SCORES:
@@ -86,19 +87,19 @@ def detection_table(all: list[SuiteResults]) -> str:
     absent = {s: why for _, part in found for s, why in part["not measured"].items()}
     return grid_markdown(rows) + "".join(f"\n\n*{s}* isn't measured: {why}." for s, why in absent.items())
 
-def calibration_table(all: list[SuiteResults]) -> str:
+def calibration_table(subjects: list[SuiteResults]) -> str:
     "Expected and maximum calibration error, and what noise does to the confidence."
     rows = [["model", "ECE %", "worst bin %", "images"]]
-    for f in (f for f in all if f.parts.get("calibration")):
+    for f in (f for f in subjects if f.parts.get("calibration")):
         part = f.parts["calibration"]
         rows.append([f.title, percent(part["ECE"]), percent(part["maximum"]), str(part["n"])])
     return grid_markdown(rows)
 
-def distal_table(all: list[SuiteResults]) -> str:
+def distal_table(subjects: list[SuiteResults]) -> str:
     "How easily noise is made convincing."
     key = "AUROC of log p(x), test images against these"
     rows = [["model", "p(y|x) > 0.9 reached %", "steps, median", key, "images"]]
-    for f in (f for f in all if f.parts.get("distal")):
+    for f in (f for f in subjects if f.parts.get("distal")):
         part = f.parts["distal"]
         steps = f"{part['median steps']:.0f}"
         rows.append([f.title, percent(part["reached"]), steps, f"{part[key]:.2f}", str(part["n"])])
@@ -107,49 +108,44 @@ def distal_table(all: list[SuiteResults]) -> str:
 # %% ../../nbs/report/05_card.ipynb #2a75dd3e
 DIVERSITY = ("precision", "recall", "density", "coverage", "memorisation")
 
-class _Rows:
-    "Rows of a table over models: their sample sets first, then what they are compared with, alike ones once."
-
-    def __init__(self, alone: bool):
-        self.alone, self.samples, self.compared = alone, [], []
-
-    def add(self, title: str, row: list[str]):
-        if row[0] not in ("held-out", "prior"):
-            self.samples.append([title, *row])
-        elif row not in [r[1:] for r in self.compared]:
-            self.compared.append([title if self.alone else "–", *row])
-
-    def markdown(self, head: list[str]) -> str:
-        rows = [*self.samples, *self.compared]
-        return grid_markdown([head, *rows]) if rows else ""
+def _sample_sets_table(head: list[str], found: list[tuple[str, list[str]]], alone: bool) -> str:
+    "Models and their sample sets first, then what these are compared with, alike ones once."
+    samples, compared = [], {}
+    for title, row in found:
+        if row[0] in ("held-out", "prior"):
+            compared.setdefault(tuple(row), title if alone else "–")
+        else:
+            samples.append([title, *row])
+    rows = samples + [[title, *row] for row, title in compared.items()]
+    return grid_markdown([head, *rows]) if rows else ""
 
 def _scores_of(f: SuiteResults) -> dict[str, dict]:
     "What Table 1 shows of a subject; nothing of a model from elsewhere."
     return Run(f.subject["run"]).scores() if f.subject["run"] else {}
 
-def samples_table(all: list[SuiteResults]) -> str:
+def samples_table(subjects: list[SuiteResults]) -> str:
     "Fidelity and diversity of every sample set, held-out images and the bare prior."
-    keys, rows = [], _Rows(alone=len(all) == 1)
-    for f in all:
+    keys, found = [], []
+    for f in subjects:
         for name, s in _scores_of(f).items():
             if name == "classification" or "extractor" not in s:
                 continue
             if not keys:
                 keys = [k for k in s if k.split("-")[0] in SAMPLE_SCORES and not k.endswith(("std", "by class"))]
             values = [s.get(k) for k in keys] + [s.get("diversity", {}).get(k) for k in DIVERSITY]
-            rows.add(f.title, [name, str(s["n"]), *["–" if v is None else f"{v:.3g}" for v in values]])
-    return rows.markdown(["model", "samples", "n", *keys, *DIVERSITY])
+            found.append((f.title, [name, str(s["n"]), *["–" if v is None else f"{v:.3g}" for v in values]]))
+    return _sample_sets_table(["model", "samples", "n", *keys, *DIVERSITY], found, alone=len(subjects) == 1)
 
-def class_table(all: list[SuiteResults]) -> str:
+def class_table(subjects: list[SuiteResults]) -> str:
     "The Fréchet distance class by class."
-    rows, head = _Rows(alone=len(all) == 1), []
-    for f in all:
+    found, head = [], []
+    for f in subjects:
         for name, s in _scores_of(f).items():
             key = next((k for k in s if k.endswith(" by class")), None)
             if key:
                 head = [key.removesuffix(" by class"), "samples", *f.subject["classes"]]
-                rows.add(f.title, [name, *["–" if v is None else f"{v:.2f}" for v in s[key]]])
-    return rows.markdown(head)
+                found.append((f.title, [name, *["–" if v is None else f"{v:.2f}" for v in s[key]]]))
+    return _sample_sets_table(head, found, alone=len(subjects) == 1)
 
 # %% ../../nbs/report/05_card.ipynb #2a75dd3f
 _SECTIONS = (      # title, table, and what it shows
@@ -172,69 +168,65 @@ _SECTIONS = (      # title, table, and what it shows
      "Few images a class bias it upwards, so compare it only among rows of equal numbers."),
 )
 
-def suite_markdown(all: list[SuiteResults]) -> str:
+def suite_markdown(subjects: list[SuiteResults]) -> str:
     "Every table, with what it shows; subjects side by side."
     out = []
     for title, table, text in _SECTIONS:
-        body = table(all)
+        body = table(subjects)
         if body.count("\n") > 1:                                        # more than a head
             out.append(f"## {title}\n\n{body}\n\n{text}")
     return "\n\n".join(out) + "\n"
 
 # %% ../../nbs/report/05_card.ipynb #a3bfd765
-def _against_detection(part: dict) -> list[str]:
-    out = []
-    for stranger, scores in part.get("AUROC", {}).items():
+def _against_detection(part: dict) -> Iterator[str]:
+    for stranger, scores in part["AUROC"].items():
         worse = [k for k, v in scores.items() if v < 0.5]
         if worse:
             found = ", ".join(f"{scores[k]:.2f}" for k in worse)
-            out.append(f"It finds *{stranger}* more familiar than test images by {', '.join(worse)} (AUROC {found}).")
-    return out
+            yield f"It finds *{stranger}* more familiar than test images by {', '.join(worse)} (AUROC {found})."
 
-def _against_robustness(part: dict) -> list[str]:
-    out = []
-    for eps, right in part.get("accuracy", {}).items():
+def _against_robustness(part: dict) -> Iterator[str]:
+    for eps, right in part["accuracy"].items():
         if right["AutoAttack"] < right["PGD"] - 0.02:
             both = [f"{100 * right[k]:.1f} %" for k in ("AutoAttack", "PGD")]
-            out.append(f"AutoAttack leaves {both[0]} right at ε = {eps} where PGD leaves {both[1]}: "
-                       "PGD alone overstates its robustness.")
-    return out
+            yield (f"AutoAttack leaves {both[0]} right at ε = {eps} where PGD leaves {both[1]}: "
+                   "PGD alone overstates its robustness.")
 
-def _against_gradients(parts: dict[str, dict]) -> list[str]:
-    masked = {k: v for k, v in parts.items() if v.get("verdict") == "masked"}
-    return [f"Its gradients are masked, {said}: PGD overstates its robustness." for said in _blind(masked)]
+def _against_distal(part: dict) -> Iterator[str]:
+    if part["reached"] > 0.9 and part["median steps"] <= 20:
+        yield f"{part['median steps']:.0f} small steps from pure noise make it sure of any class."
 
-def _against_distal(part: dict) -> list[str]:
-    if not part or part["reached"] <= 0.9 or part["median steps"] > 20:
-        return []
-    return [f"{part['median steps']:.0f} small steps from pure noise make it sure of any class."]
+def _against_calibration(part: dict) -> Iterator[str]:
+    if part["ECE"] > 0.05:
+        bins = zip(part["count"], part["confidence"], part["accuracy"])
+        above = sum(n * (sure - right) for n, sure, right in bins if n)
+        way = "high" if above > 0 else "low"
+        yield f"Its confidence is off by {100 * part['ECE']:.1f} % on average, mostly too {way}."
 
-def _against_calibration(part: dict) -> list[str]:
-    if not part or part["ECE"] <= 0.05:
-        return []
-    bins = zip(part["count"], part["confidence"], part["accuracy"])
-    above = sum(n * (sure - right) for n, sure, right in bins if n)
-    way = "high" if above > 0 else "low"
-    return [f"Its confidence is off by {100 * part['ECE']:.1f} % on average, mostly too {way}."]
-
-def _against_landscape(part: dict) -> list[str]:
-    energies = part.get("median energy", {})
+def _against_landscape(part: dict) -> Iterator[str]:
+    energies = part["median energy"]
     unreal = [k for k in energies if "noise" in k or "attacked" in k or k == "prior"]
     low = [k for k in unreal if energies[k] < energies["test images"]]
-    if not low:
-        return []
-    return [f"By running statistics it gives a lower energy (more density) to {', '.join(low)} than to test images."]
+    if low:
+        yield f"By running statistics it gives a lower energy (more density) to {', '.join(low)} than to test images."
+
+def _against_gradients(parts: dict[str, dict]) -> Iterator[str]:
+    masked = {k: v for k, v in parts.items() if v.get("verdict") == "masked"}
+    for said in _blind(masked):
+        yield f"Its gradients are masked, {said}: PGD overstates its robustness."
 
 def weaknesses(f: SuiteResults) -> list[str]:
     "What the measurements say against the model."
-    part = f.parts
+    def against(name: str, say: Callable[[dict], Iterator[str]]) -> list[str]:
+        return [*say(f.parts[name])] if name in f.parts else []
+
     return [
-        *_against_detection(part.get("detection", {})),
-        *_against_robustness(part.get("autoattack", {})),
-        *_against_gradients(part),
-        *_against_distal(part.get("distal", {})),
-        *_against_calibration(part.get("calibration", {})),
-        *_against_landscape(part.get("landscape", {})),
+        *against("detection", _against_detection),
+        *against("autoattack", _against_robustness),
+        *_against_gradients(f.parts),
+        *against("distal", _against_distal),
+        *against("calibration", _against_calibration),
+        *against("landscape", _against_landscape),
     ]
 
 # %% ../../nbs/report/05_card.ipynb #a3bfd766
@@ -280,49 +272,25 @@ def _training(c: TrainConfig, m: dict) -> str:
     epochs = "" if c.schedule.updates else f"{c.schedule.epochs} epochs, "
     return f"{epochs}{done}, {m['precision']}; seed {c.seed}; {recoveries}"
 
-_HYBRID = ("A classifier whose logits define an energy: it classifies, resists attacks to the degree measured "
-           "below, and generates images.")
-
-def _other_model(run: Run, shape: tuple[int, ...]) -> str:
-    "What a run of another kind of system trained, on what, and how to load it."
-    c, m = run.config, _summary(run)
-    images = f"{'x'.join(map(str, shape))} images in [-1,1]"
-    return f"""## The model
-
-| | |
-|---|---|
-| system | {SYSTEMS[run.config.system].title}, {m['parameters']:,} parameters; {images} |
-| data | {c.dataset}, fingerprint {m['fingerprint']} |
-| training | {_training(c, m)} |
-| weights | {run.weights} |
-| made by | commit {m['commit']}, torch {m['torch']} |
-
-```python
-from robust_jem.engine.runs import Run
-system = Run("{run.path}").system()
-```"""
-
 def _the_model(run: Run, shape: tuple[int, ...], classes: int, load: str) -> str:
     "What a run trained, how, on what, and how to load it."
     c, m = run.config, _summary(run)
-    network = f"WRN-{c.network.depth}-{c.network.width}, {c.network.norm} norm, {m['parameters']:,} parameters"
-    images = f"{'x'.join(map(str, shape))} images in [-1,1] to {classes} logits"
-    return f"""## The model
+    size = f"{m['parameters']:,} parameters; {'x'.join(map(str, shape))} images in [-1,1]"
+    data = ("data", f"{c.dataset}, fingerprint {m['fingerprint']}")
+    facts = [("system", f"{SYSTEMS[c.system].title}, {size}"), data]
+    if isinstance(c, HybridConfig):
+        network = f"WRN-{c.network.depth}-{c.network.width}, {c.network.norm} norm, {size} to {classes} logits"
+        facts = [("network", network), data, ("objective", _objective(c))]
+    made_by = ("made by", f"commit {m['commit']}, torch {m['torch']}")
+    facts += [("training", _training(c, m)), ("weights", run.weights), made_by]
+    table = "\n".join(f"| {name} | {fact} |" for name, fact in facts)
+    return f"## The model\n\n| | |\n|---|---|\n{table}\n\n```python\n{load}\n```"
 
-| | |
-|---|---|
-| network | {network}; {images} |
-| data | {c.dataset}, fingerprint {m['fingerprint']} |
-| objective | {_objective(c)} |
-| training | {_training(c, m)} |
-| weights | {run.weights} |
-| made by | commit {m['commit']}, torch {m['torch']} |
-
-```python
-from robust_jem.engine.pretrained import RobustJEM
-model = RobustJEM.{load}
-model.classify(x); model.energy(x); model.generate(y)          # x in [-1, 1]
-```"""
+def _loaded_as_hybrid(how: str) -> str:
+    "Python that loads a hybrid and uses it."
+    return ("from robust_jem.engine.pretrained import RobustJEM\n"
+            f"model = RobustJEM.{how}\n"
+            "model.classify(x); model.energy(x); model.generate(y)          # x in [-1, 1]")
 
 # %% ../../nbs/report/05_card.ipynb #a83ad440
 _PICTURES = ("robustness", "calibration", "detection", "distal", "landscape", "neighbours")
@@ -330,13 +298,15 @@ _PICTURES = ("robustness", "calibration", "detection", "distal", "landscape", "n
 def model_card(f: SuiteResults) -> str:
     "The card of one subject, as Markdown."
     s, first = f.subject, next(iter(f.parts.values()), {})
-    if s["run"] and not issubclass(system_class(s["train"]["system"]), Hybrid):
-        about = f"A system that is capable of: {', '.join(s['capabilities'])}. What needs more isn't measured."
-        made = _other_model(Run(s["run"]), s["shape"])
-    elif s["run"]:
-        about = _HYBRID
+    if s["run"]:
         run = Run(s["run"])
-        load = f'from_pretrained("{s["run"]}")' if run.pretrained else f'from_run("{s["run"]}")'
+        if isinstance(run.config, HybridConfig):
+            about = ("A classifier whose logits define an energy: it classifies, resists attacks to the degree "
+                     "measured below, and generates images.")
+            load = _loaded_as_hybrid(f'{"from_pretrained" if run.pretrained else "from_run"}("{s["run"]}")')
+        else:
+            about = f"A system that is capable of: {', '.join(s['capabilities'])}. What needs more isn't measured."
+            load = f'from robust_jem.engine.runs import Run\nsystem = Run("{run.path}").system()'
         made = _the_model(run, s["shape"], len(s["classes"]), load)
     else:
         about = "A classifier from elsewhere, judged by the same measures as this package's models."
@@ -385,7 +355,7 @@ def _pretrained_card(run: Run, jem: RobustJEM, folder: str | Path, dtype: torch.
     where = f"lies beside this folder in `{prior}`" if prior else "is fitted again to the data set when first used"
     about = (f"A classifier whose logits define an energy. Weights as {kind}; where its chains start, "
              f"the class-conditional Gaussian prior, {where}.")
-    model = _the_model(run, jem.shape, len(jem.classes), f'from_pretrained("{folder}")')
+    model = _the_model(run, jem.shape, len(jem.classes), _loaded_as_hybrid(f'from_pretrained("{folder}")'))
     out = [f"# {title} on {run.config.dataset}", f"> {about}", model, LIMITS]
     if c:
         out.append(_accuracies(c))
@@ -431,22 +401,22 @@ def _kind(f: SuiteResults) -> str:
     return f.subject["train"]["system"] if f.subject["run"] else "model"
 
 def write_comparison(
-    all: list[SuiteResults],
+    subjects: list[SuiteResults],
     out: Path, # folder
 ):
     "Models side by side: suite.md and figures into a folder; the first subject's histograms stand for its kind."
-    about = "; ".join(map(_about, all))
-    write_bytes(out / "suite.md", suite_markdown(all).encode())
+    about = "; ".join(map(_about, subjects))
+    write_bytes(out / "suite.md", suite_markdown(subjects).encode())
     figures = {}
-    if any(f.curves("linf") for f in all):
-        figures["suite-robustness"] = robustness_curves(all)
-    if any("calibration" in f.parts for f in all):
-        figures["suite-calibration"] = reliability(all)
-    if any("distal" in f.parts for f in all):
-        figures["suite-distal"] = distal_sheet(all)
+    if any(f.curves("linf") for f in subjects):
+        figures["suite-robustness"] = robustness_curves(subjects)
+    if any("calibration" in f.parts for f in subjects):
+        figures["suite-calibration"] = reliability(subjects)
+    if any("distal" in f.parts for f in subjects):
+        figures["suite-distal"] = distal_sheet(subjects)
     for name, fig in figures.items():
         save_figure(fig, out / name, about)
-    for f in all:
+    for f in subjects:
         for name, fig in draw(f).items():
             if name in ("detection", "landscape", "neighbours"):
                 save_figure(fig, out / f"suite-{name}-{_kind(f)}", about)

@@ -111,13 +111,13 @@ def _stars(ax: Axes, part: dict, colour: str, labelled: bool):
     ax.plot(eps, right, "*", ms=8, mec="k", mew=0.5, color=colour, label=label)
 
 @styled
-def robustness_curves(all: list[SuiteResults]) -> Figure:
+def robustness_curves(subjects: list[SuiteResults]) -> Figure:
     "Accuracy against the attack's radius, L∞ and L2 (JEM's Figure 5)."
     fig, axes = _figure(1, 2, figsize=(6.8, 2.6), sharey=True)
-    attacked = [f for f in all if "autoattack" in f.parts]
-    several = len(all) > 1
+    attacked = [f for f in subjects if "autoattack" in f.parts]
+    several = len(subjects) > 1
     for ax, norm, name in zip(axes, ("linf", "l2"), ("L∞", "L2")):
-        for f in all:
+        for f in subjects:
             found = list(f.curves(norm).values())
             for i, part in enumerate(found[:2][-1:] if several else found):
                 colour, label = (f.colour, f.title) if several else (COLOURS[i], _attack(part))
@@ -131,12 +131,12 @@ def robustness_curves(all: list[SuiteResults]) -> Figure:
 
 # %% ../../nbs/report/04_figures.ipynb #fa318e89
 @styled
-def reliability(all: list[SuiteResults]) -> Figure:
+def reliability(subjects: list[SuiteResults]) -> Figure:
     "A reliability diagram a subject, with its expected calibration error."
-    all = [f for f in all if "calibration" in f.parts]
+    subjects = [f for f in subjects if "calibration" in f.parts]
     layout = dict(sharex=True, sharey="row", squeeze=False, height_ratios=(3, 1))
-    fig, axes = _figure(2, len(all), figsize=(max(3.0, 2.2 * len(all)), 2.9), **layout)
-    for (top, low), f in zip(axes.T, all):
+    fig, axes = _figure(2, len(subjects), figsize=(max(3.0, 2.2 * len(subjects)), 2.9), **layout)
+    for (top, low), f in zip(axes.T, subjects):
         c = f.parts["calibration"]
         edges, width = np.linspace(0, 1, c["bins"] + 1), 1 / c["bins"]
         shown = np.array(c["count"]) > 0
@@ -188,13 +188,13 @@ def _picture(ax: Axes, x: torch.Tensor):
     ax.grid(False)
 
 @styled
-def distal_sheet(all: list[SuiteResults]) -> Figure:
+def distal_sheet(subjects: list[SuiteResults]) -> Figure:
     "From noise to p(y|x) > 0.9: a row a subject, a column a class (JEM's Figure 6)."
-    all = [f for f in all if "distal" in f.parts]
-    classes = all[0].subject["classes"][:10]
-    fig, axes = _figure(len(all) + 1, len(classes), figsize=(6.8, 0.8 * (len(all) + 1) + 0.3), squeeze=False)
-    for row, f in zip(axes, [None, *all]):                              # none: the row of starting points
-        t = (f or all[0]).tensors("distal")
+    subjects = [f for f in subjects if "distal" in f.parts]
+    classes = subjects[0].subject["classes"][:10]
+    fig, axes = _figure(len(subjects) + 1, len(classes), figsize=(6.8, 0.8 * (len(subjects) + 1) + 0.3), squeeze=False)
+    for row, f in zip(axes, [None, *subjects]):                              # none: the row of starting points
+        t = (f or subjects[0]).tensors("distal")
         for k, ax in enumerate(row):
             i = int((t["y"] == k).nonzero()[0, 0])
             _picture(ax, t["x" if f else "start"][i])

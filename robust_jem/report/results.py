@@ -158,26 +158,27 @@ def depends_on(scores: dict) -> str: # 16 hexadecimal digits
     settings["samples"] = {k: v for k, v in asked.items() if k not in RUNTIME_FIELDS | {"run", "name"}}
     return fingerprint(settings)
 
-def _measured(scores: dict) -> Iterator[tuple[str, float, int]]:
-    "Metric, value and number of images of everything in a part of the scores."
-    if "accuracy" in scores:
-        yield "accuracy", scores["accuracy"], scores["n"]
+def _one_by_one(name: str, score: float | list) -> list[tuple[str, float | None]]:
+    "A score by its name, or one of each class by names of their own."
+    if not name.endswith(" by class"):
+        return [(name, score)]
+    return [(name.removesuffix(" by class") + ONE_CLASS + str(k), value) for k, value in enumerate(score)]
+
+def _measured(scores: dict) -> Iterator[tuple[str, float | None, int]]:
+    "Metric, value and number of images of everything in a part of the scores; no value: not measured."
+    n, attacked = scores.get("n"), scores.get("n attacked")
+    yield "accuracy", scores.get("accuracy"), n
     for eps, value in scores.get("robust accuracy", {}).items():
-        yield ATTACKED + eps, value, scores["n attacked"]
+        yield ATTACKED + eps, value, attacked
     for key in (k for k in scores if k.split("-")[0].split(" ")[0] in SAMPLE_SCORES):
-        if key.endswith(" by class"):
-            for k, value in enumerate(scores[key]):
-                yield key.removesuffix(" by class") + ONE_CLASS + str(k), value, scores["n"]
-        else:
-            yield key, scores[key], scores["n"]
+        for name, value in _one_by_one(key, scores[key]):
+            yield name, value, n
     for key, value in scores.get("diversity", {}).items():
-        yield key, value, scores["n"]
+        yield key, value, n
     for key in (k for k in scores if k.startswith("bits/dim")):
-        yield key, scores[key], scores["n"]
-    if scores.get("zero gradients"):                     # where there are any: a curve that is overstated
-        yield "zero gradients", scores["zero gradients"], scores["n attacked"]
-    if "share_outside" in scores:
-        yield OUTSIDE, scores["share_outside"], scores["n"]
+        yield key, scores[key], n
+    yield "zero gradients", scores.get("zero gradients") or None, attacked        # a curve that is overstated
+    yield OUTSIDE, scores.get("share_outside"), n
 
 def results_table(
     runs: Iterable[Run], # in the order that tables shall have

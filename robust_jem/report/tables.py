@@ -7,8 +7,6 @@ __all__ = ['Groups', 'BITS', 'WantedRow', 'wanted_rows', 'summaries', 'table1', 
            'scores_markdown', 'cost_markdown', 'as_csv', 'empty_cells', 'found_markdown', 'write_report']
 
 # %% ../../nbs/report/03_tables.ipynb #0e954997
-import csv
-import io
 import math
 import statistics
 from dataclasses import dataclass
@@ -221,17 +219,15 @@ def _products_note(runs: list[Run], quality: dict) -> str:
     recoveries = f"Recoveries from divergence while training: {', '.join(helped) or 'none'}."
     return f"Products of networks {how}, scores in {quality['precision']}. {recoveries}"
 
-def _prior_note(groups: Groups) -> list[str]:
+def _prior_note(groups: Groups) -> str:
     starting = {s: mine for s, mine in groups.items() if _can(s, "start")}
     uniform = [SYSTEMS[s].title for s, mine in starting.items() if _prior_of(mine) == "uniform"]
-    if not starting:
-        return []
+    if not uniform:
+        return ""
     if len(uniform) == len(starting):
-        return ["Bare prior samples are uniform noise, where all chains start."]
-    if uniform:
-        return ["Bare prior samples are draws of the class-conditional Gaussians. "
-                f"Chains of {' and '.join(uniform)} start from uniform noise instead."]
-    return []
+        return "Bare prior samples are uniform noise, where all chains start."
+    return ("Bare prior samples are draws of the class-conditional Gaussians. "
+            f"Chains of {' and '.join(uniform)} start from uniform noise instead.")
 
 # %% ../../nbs/report/03_tables.ipynb #5092a4a9
 def _drawn_with(c: TrainConfig, how: GenerateConfig, seeds: list[int]) -> str:
@@ -251,8 +247,7 @@ def _sample_notes(system: str, mine: list[Run]) -> list[str]:
     notes = []
     for name, (first, *others) in sorted(rows.items()):
         for how in others:
-            other = differences(first, how, RUNTIME_FIELDS | {"seed", "name"})
-            for field, (a, b) in other.items():
+            for field, (a, b) in differences(first, how, RUNTIME_FIELDS | {"seed", "name"}).items():
                 raise InputError(f"runs: sample sets called {name} of {title} differ in {field} ({b} and {a}), "
                                  "so they can't share a row; name one otherwise")
         seeds = sorted({how.seed for how in (first, *others)})
@@ -266,17 +261,17 @@ def _mean_curve(results: pd.DataFrame, system: str) -> dict[str, float]:
     values, runs = _values(part), part["run"].nunique()
     return {k.removeprefix(ATTACKED): statistics.fmean(v) for k, v in values.items() if len(v) == runs}
 
-def _comparison_note(results: pd.DataFrame) -> list[str]:
+def _comparison_note(results: pd.DataFrame) -> str:
     "What is left of Robust JEM's accuracy where JEM++ is down to 60 %, as the paper compares them."
     jempp, robust_jem = (_mean_curve(results, s) for s in ("jempp", "robust_jem"))
     eps = eps_at_accuracy(jempp, 0.6) if jempp and robust_jem else None
     if not eps:
-        return []
+        return ""
     x, y = zip(*sorted((float(e), accuracy) for e, accuracy in robust_jem.items()))
-    return [f"At ε = {eps:.3f}, where JEM++ is down to 60 % (interpolated), "
-            f"Robust JEM keeps {100 * np.interp(eps, x, y):.1f} %."]
+    return (f"At ε = {eps:.3f}, where JEM++ is down to 60 % (interpolated), "
+            f"Robust JEM keeps {100 * np.interp(eps, x, y):.1f} %.")
 
-def _blind_note(runs: list[Run]) -> list[str]:
+def _blind_note(runs: list[Run]) -> str:
     "Where PGD had no gradient to follow; nothing where it had one on every image."
     said = []
     for run in runs:
@@ -284,16 +279,12 @@ def _blind_note(runs: list[Run]) -> list[str]:
         if share > 0:
             said.append(f"{run.path.name} ({100 * share:.2g} %{', masked' if share >= MASKED else ''})")
     if not said:
-        return []
-    return [f"Zero gradients on images that are right before the attack: {', '.join(said)}. PGD can't move these, so "
-            "its accuracy is overstated."]
+        return ""
+    return (f"Zero gradients on images that are right before the attack: {', '.join(said)}. PGD can't move these, so "
+            "its accuracy is overstated.")
 
-def _bits_note(results: pd.DataFrame) -> list[str]:
-    "What bits a dimension are of."
-    if not (results["metric"] == BITS).any():
-        return []
-    return ["bits/dim: of test images with uniform noise within their grey levels (256 of them); in the last row, of "
-            "Gaussians with full covariance of the classes, fitted to training images with such noise."]
+_BITS_NOTE = ("bits/dim: of test images with uniform noise within their grey levels (256 of them); in the last row, of "
+              "Gaussians with full covariance of the classes, fitted to training images with such noise.")
 
 def _notes(groups: Groups, results: pd.DataFrame, distance: str | None) -> list[str]:
     "What every number depends on."
@@ -304,11 +295,13 @@ def _notes(groups: Groups, results: pd.DataFrame, distance: str | None) -> list[
     if s:
         attack = f"PGD accuracy on {s['n attacked']}: {s['threat_model']}, seed {s['seed']}."
         notes.append(f"Accuracy on {s['n']} test images; {attack}")
-    notes += _blind_note(runs) + _bits_note(results)
-    notes += [_products_note(runs, quality), *_prior_note(groups)]
+    notes.append(_blind_note(runs))
+    if (results["metric"] == BITS).any():
+        notes.append(_BITS_NOTE)
+    notes += [_products_note(runs, quality), _prior_note(groups)]
     for system, mine in groups.items():
         notes += _sample_notes(system, mine)
-    return notes + _comparison_note(results)
+    return [*filter(None, [*notes, _comparison_note(results)])]
 
 # %% ../../nbs/report/03_tables.ipynb #b662df0c
 def _place(x: float, digits: int) -> int:
@@ -392,15 +385,14 @@ def cost_markdown(table: dict) -> str:
 def as_csv(table: dict) -> str:
     "Table 1 as CSV: means, standard deviations in columns of their own."
     names = [k for k in shown_columns(table) if not k.startswith("paper")]
-    out = io.StringIO()
-    w = csv.writer(out, lineterminator="\n")
-    w.writerow(["model", "paper IS", "paper FID", *[h for n in names for h in (n, f"{n} std")], "n", "runs"])
+    rows = []
     for r in table["rows"]:
-        cells = []
-        for n in names:
-            cells += [r[n]["mean"], r[n]["std"]] if n in r else ["", ""]
-        w.writerow([r["model"], r["paper IS"], r["paper FID"], *cells, r.get("n", ""), r["runs"]])
-    return out.getvalue()
+        row = {k: r[k] for k in ("model", "paper IS", "paper FID")}
+        for name in names:
+            score = r.get(name, {"mean": None, "std": None})
+            row |= {name: score["mean"], f"{name} std": score["std"]}
+        rows.append(row | {"n": r.get("n"), "runs": r["runs"]})
+    return pd.DataFrame(rows, dtype=object).to_csv(index=False, lineterminator="\n")
 
 # %% ../../nbs/report/03_tables.ipynb #e9100d10
 def _why_no_row(wanted: WantedRow, groups: Groups, found: list[FoundRun]) -> str:
@@ -429,7 +421,7 @@ def _why_no_cell(name: str, wanted: WantedRow, row: dict) -> str:
         return "its density isn't normalised, or it has none"
     if name == OUTSIDE:
         return "not sampled" if wanted.sample_set is None else "not stored with these samples"
-    if name in ("accuracy",) or "accuracy" not in row:
+    if name == "accuracy" or "accuracy" not in row:
         return "not measured on all of its runs: it has no classification scores"
     if name.startswith(ATTACKED):
         return "not measured at this radius on all of its runs"

@@ -4,18 +4,21 @@
 
 # %% auto #0
 __all__ = ['Precision', 'Compile', 'RUNTIME_FIELDS', 'RuntimeConfig', 'Augment', 'OptimizerConfig', 'Schedule', 'Recovery',
-           'TrainConfig', 'GenerateConfig', 'differences', 'Runtime', 'Batch', 'Step', 'System']
+           'TrainConfig', 'GenerateConfig', 'differences', 'Runtime', 'Batch', 'Step', 'System', 'seeded',
+           'build_optimizer', 'averaged', 'step_of', 'is_round']
 
 # %% ../../nbs/systems/00_base.ipynb #72f57277
 import dataclasses
 import json
 from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ..core.config import Config, folded, option, settings
 from ..core.errors import InputError
@@ -75,9 +78,9 @@ class Recovery(Config):
 @settings
 class TrainConfig(RuntimeConfig):
     "What a training depends on, whatever the system; one of a kind adds what is its own."
-    system: str = "robust_jem"  # a row: see SYSTEMS
+    system: str = "robust_jem"  # robust_jem, jempp, …: a wrong name lists all
     dataset: str = "cifar10"  # digits, cifar10, cifar100, svhn or a folder of images
-    preset: str = "paper"  # where unset fields come from: see PRESETS
+    preset: str = "paper"  # where unset fields come from: cpu, cifar10-cpu, h100 or paper
     seed: int = option(0, 0, 2**63 - 1)  # of everything random: initialisation, order, noise, chains
     out: str = ""  # run folder; empty: runs/<dataset>-<preset>/<system>-s<seed>
     source: str = ""  # finished run that the training starts from; empty: from scratch
@@ -361,3 +364,50 @@ class System(nn.Module):
     def is_pictured(self, how: GenerateConfig, stage: str) -> bool:
         "Whether a stage belongs to the strip of pictures that is kept with a sample set."
         return True
+
+# %% ../../nbs/systems/00_base.ipynb #070c9055
+@contextmanager
+def seeded(
+    seed: int, # of the run
+):
+    "What is initialised inside follows from a seed; PyTorch's global generator is as it was outside."
+    with torch.random.fork_rng(devices=[]):
+        torch.random.default_generator.manual_seed(seed)     # torch.manual_seed would seed the GPU's as well
+        yield
+
+def build_optimizer(
+    config: OptimizerConfig,
+    network: nn.Module, # whose parameters it has, but for frozen ones
+    runtime: Runtime,
+    betas: tuple[float, float] = (0.9, 0.999), # of Adam: memory of the gradient, and of its square
+) -> Optimizer:
+    "SGD with momentum, or Adam; a recorded update reads SGD's learning rate from a tensor."
+    parameters = [p for p in network.parameters() if p.requires_grad]
+    common = dict(weight_decay=config.weight_decay, fused=runtime.device.type == "cuda")
+    if config.kind == "adam":
+        return torch.optim.Adam(parameters, config.lr, betas=betas, **common)
+    lr = torch.tensor(config.lr, device=runtime.device) if runtime.records else config.lr
+    return torch.optim.SGD(parameters, lr, momentum=0.9, nesterov=config.kind == "nesterov", **common)
+
+def averaged(
+    network: nn.Module, # in training
+    config: OptimizerConfig,
+    buffers: bool = False, # averaged too; no: as the network has them
+) -> AveragedModel | None: # none: the settings ask for no average
+    "The exponential moving average of a network's weights, to be updated after each step."
+    if not config.ema_decay:
+        return None
+    return AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay), use_buffers=buffers)
+
+def step_of(
+    stage: str, # prior, attack, contrast, step 1, …
+) -> int: # 0 before the chain
+    "The step of a chain that a stage is the end of."
+    return int(stage.removeprefix("step ")) if stage.startswith("step ") else 0
+
+def is_round(
+    stage: str, # as for `step_of`
+    last: int, # the chain's length
+) -> bool:
+    "Whether a stage is worth a picture: what comes before the chain, its steps 1, 2, 5, 10, …, and its end."
+    return step_of(stage) in {0, last} | {a * 10**b for a in (1, 2, 5) for b in range(4)}

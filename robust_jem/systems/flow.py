@@ -21,13 +21,12 @@ import torch.nn.functional as F
 from sklearn.mixture import GaussianMixture
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ..core.config import Config, option, settings
 from ..core.errors import InputError
 from ..core.images import Images, augment, bits_per_dim, dequantise
 from ..core.random import stream
-from .base import Batch, GenerateConfig, Runtime, Step, System, TrainConfig
+from .base import Batch, GenerateConfig, Runtime, Step, System, TrainConfig, averaged, build_optimizer
 
 # %% ../../nbs/systems/07_flow.ipynb #ff30db13
 @settings
@@ -475,32 +474,15 @@ class FlowSystem(System):
         self.log_prior = frequencies.log().to(runtime.device)           # log p(y) [K]
         self.average = None
         if rng is not None:
-            self._prepare_training()
+            self.average = averaged(self.flow, config.optimizer)
+            betas = (0.9, config.flow.beta2)
+            self._optimizer = build_optimizer(config.optimizer, self.flow, runtime, betas)
 
     def _check(self):
         "An `InputError` where the settings are another system's."
         flow = self.config.flow
         if flow.head or flow.conditional:
             raise InputError(f"flow: {self.config.system} doesn't classify; accepted: head 0 and conditional false")
-
-    def _prepare_training(self):
-        c = self.config
-        parameters = [p for p in self.flow.parameters() if p.requires_grad]
-        asked = c.optimizer
-        if asked.kind == "sgd":
-            self._optimizer = torch.optim.SGD(parameters, asked.lr, momentum=0.9, weight_decay=asked.weight_decay)
-        else:
-            betas = (0.9, c.flow.beta2)
-            self._optimizer = torch.optim.Adam(parameters, asked.lr, betas, weight_decay=asked.weight_decay)
-        if c.flow.clip:
-            self._optimizer.register_step_pre_hook(self._clip)
-        if asked.ema_decay:
-            self.average = AveragedModel(self.flow, multi_avg_fn=get_ema_multi_avg_fn(asked.ema_decay))
-
-    def _clip(self, optimizer: Optimizer, *_):
-        "Called before each step of the optimizer; the norm in the metrics is that of before."
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        nn.utils.clip_grad_norm_(parameters, self.config.flow.clip)
 
     # training
     def optimizers(self) -> dict[str, Optimizer]:
@@ -515,7 +497,10 @@ class FlowSystem(System):
         self.flow.train()
         with global_random(step.generators["choices"], self.runtime.device):
             loss, parts = self.loss(x, batch.y)
-            norm = step.optimize("flow", loss)
+            step.differentiate("flow", loss)
+            # the norm is that of before
+            norm = nn.utils.clip_grad_norm_(self.flow.parameters(), c.flow.clip or math.inf)
+            step.descend("flow")
             self.flow.renormalise(c.flow.power_iterations or None)
         if self.average is not None:
             self.average.update_parameters(self.flow)
@@ -555,9 +540,14 @@ class FlowSystem(System):
         """
         if y is not None:
             raise InputError(f"log_density: {self.config.system} knows no classes; accepted: no labels")
+        latents, log_det = self._encoded(x)
+        return self.flow.log_prob(latents) + log_det
+
+    def _encoded(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
+        "Latent variables, and the log-determinant `[B]`: where it is estimated, from the same noise at every call."
         with global_random(stream(self.config.seed, "log-determinant"), self.runtime.device):
             latents, _, log_det = self.flow.encode(x)
-        return self.flow.log_prob(latents) + log_det
+        return latents, log_det
 
     # samples
     @torch.no_grad()
@@ -602,8 +592,7 @@ class FlowClassifier(FlowSystem):
 
     def _joint(self, x: Tensor) -> Tensor:
         "log p(x, y) `[B,K]` of a class-conditional flow."
-        with global_random(stream(self.config.seed, "log-determinant"), self.runtime.device):
-            latents, _, log_det = self.flow.encode(x)
+        latents, log_det = self._encoded(x)
         classes = torch.arange(self.images.num_classes, device=x.device)
         given = torch.stack([self.flow.log_prob(latents, k.expand(len(x))) for k in classes], 1)
         return given + log_det[:, None] + self.log_prior

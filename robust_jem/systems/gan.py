@@ -14,13 +14,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.optim import Optimizer
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ..core.config import Config, option, settings
 from ..core.images import Images, augment, to_unit
 from ..ebm.energy import untouched
 from ..networks.sngan import Critic, Generator, settled
-from .base import Batch, GenerateConfig, Runtime, Step, System, TrainConfig
+from .base import Batch, GenerateConfig, Runtime, Step, System, TrainConfig, averaged, build_optimizer, seeded
 
 # %% ../../nbs/systems/08_gan.ipynb #f15c2e3b
 def critic_hinge(
@@ -53,9 +52,8 @@ class GanSampling(GenerateConfig):
     conditional: bool = False  # its samples are of no asked class
 
 @settings
-class ConditionalGanSampling(GenerateConfig):
-    "How a class-conditional GAN is sampled."
-    method: Literal["sample"] = "sample"  # there is one way
+class ConditionalGanSampling(GanSampling):
+    "The same, of a class-conditional GAN."
     conditional: bool = True  # of the asked classes; no: of classes drawn at random
 
 # %% ../../nbs/systems/08_gan.ipynb #e3b4d506
@@ -66,8 +64,7 @@ def build_networks(
 ) -> tuple[Generator, Critic]:
     "Generator and critic, initialised from the seed; the global random state is left alone."
     gan, num_classes = config.gan, images.num_classes if conditional else 0
-    with torch.random.fork_rng(devices=[]):
-        torch.random.default_generator.manual_seed(config.seed)
+    with seeded(config.seed):
         generator = Generator(images.shape, gan.latent, gan.generator_width, num_classes)
         return generator, Critic(images.shape, gan.critic_width, num_classes)
 
@@ -91,22 +88,14 @@ class Sngan(System):
         self.images, self.runtime = images, runtime
         generator, critic = build_networks(config, images, self.conditional)
         self.generator, self.critic = generator.to(runtime.device), critic.to(runtime.device)
-        self.average: AveragedModel | None = None
+        self.average = None
         if rng is not None:
-            self._prepare_training()
-
-    def _prepare_training(self):
-        c = self.config
-        if c.optimizer.ema_decay:
-            average = get_ema_multi_avg_fn(c.optimizer.ema_decay)
-            self.average = AveragedModel(self.generator, multi_avg_fn=average, use_buffers=True)
-        betas, fused = (c.gan.beta1, c.gan.beta2), self.runtime.device.type == "cuda"
-        self._optimizers: dict[str, Optimizer] = {
-            name: torch.optim.Adam(
-                network.parameters(), c.optimizer.lr, betas, weight_decay=c.optimizer.weight_decay, fused=fused,
-            )
-            for name, network in (("generator", self.generator), ("critic", self.critic))
-        }
+            self.average = averaged(self.generator, config.optimizer, buffers=True)
+            betas = (config.gan.beta1, config.gan.beta2)
+            self._optimizers = {
+                name: build_optimizer(config.optimizer, network, runtime, betas)
+                for name, network in (("generator", self.generator), ("critic", self.critic))
+            }
 
     # training
     def optimizers(self) -> dict[str, Optimizer]:
@@ -137,14 +126,14 @@ class Sngan(System):
     def generate(self,
         n: int, # images
         rng: torch.Generator, # on the device
+        labels: Tensor | None = None, # of their classes [n]; none: drawn at random, where they have classes
     ) -> tuple[Tensor, Tensor | None]: # images [n,C,H,W], and their labels [n] where they have classes
-        "Images of the generator as it stands, of classes drawn at random."
-        z = torch.randn(n, self.config.gan.latent, device=self.runtime.device, generator=rng)
-        labels = self._random_labels(n, rng) if self.conditional else None
+        "Images of the generator as it stands."
+        device = self.runtime.device
+        z = torch.randn(n, self.config.gan.latent, device=device, generator=rng)
+        if self.conditional and labels is None:
+            labels = torch.randint(self.images.num_classes, (n,), device=device, generator=rng)
         return self.generator(z, labels), labels
-
-    def _random_labels(self, n: int, rng: torch.Generator) -> Tensor:
-        return torch.randint(self.images.num_classes, (n,), device=self.runtime.device, generator=rng)
 
     def _teach_generator(self, n: int, step: Step):
         with untouched(self.critic.eval()):
@@ -194,11 +183,8 @@ class Sngan(System):
         on_stage: Callable[[str, Tensor], None] | None = None, # there are no stages
     ) -> Tensor: # images [B,C,H,W] in [-1, 1]
         "Draw images: one pass of the generator."
-        z = torch.randn(len(y), self.config.gan.latent, device=self.runtime.device, generator=rng)
-        if not self.conditional:
-            return self.generator(z)
-        labels = y.to(z.device) if how.conditional else self._random_labels(len(y), rng)
-        return self.generator(z, labels)
+        labels = y.to(self.runtime.device) if self.conditional and how.conditional else None
+        return self.generate(len(y), rng, labels)[0]
 
 # %% ../../nbs/systems/08_gan.ipynb #b27a7fb4
 class ConditionalSngan(Sngan):

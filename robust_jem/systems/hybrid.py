@@ -9,12 +9,10 @@ __all__ = ['EnergyClassifier', 'HybridState', 'Hybrid']
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ..core.errors import InputError
 from ..core.images import Images, add_noise, augment, to_unit
@@ -23,10 +21,9 @@ from ..ebm.energy import batch_norms, energy
 from ..ebm.growth import GrowingLength
 from ..ebm.replay import ReplayBuffer
 from . import hybrid_sampling
-from .base import Batch, Runtime, Step, System
+from .base import Batch, Runtime, Step, System, averaged, build_optimizer
 from .hybrid_sampling import generate
-from .hybrid_settings import HybridConfig, HybridSampling, Prior, from_flat
-from .hybrid_settings import build_model, build_optimizer, build_prior
+from .hybrid_settings import HybridConfig, HybridSampling, Prior, build_model, build_prior, from_flat
 from .hybrid_update import HotPaths
 
 # %% ../../nbs/systems/04_hybrid.ipynb #32eadbdb
@@ -101,23 +98,17 @@ class EnergyClassifier(System):
         "Draw images of the wanted classes in one of the four ways."
         return generate(self.fast, self.prior, y, how, trained=self.asked.chain, generator=rng, on_stage=on_stage)
 
-    def share_done(self, how: HybridSampling, stage: str) -> float:
-        "The share of the gradients of `sample` that are taken at a stage."
-        return hybrid_sampling.share_done(how, stage)
-
-    def is_pictured(self, how: HybridSampling, stage: str) -> bool:
-        "What comes before the chain, its steps 1, 2, 5, 10, …, and its end."
-        return hybrid_sampling.is_pictured(how, stage)
+    # what is said of a drawing is the same for every network
+    share_done = staticmethod(hybrid_sampling.share_done)
+    is_pictured = staticmethod(hybrid_sampling.is_pictured)
 
     def drawing_advice(self, how: HybridSampling) -> str:
         "A shorter step."
         return hybrid_sampling.drawing_advice(self.asked, how)
 
     # what tables and plans know of it, by its configuration alone
-    @classmethod
-    def renewed(cls, values: dict[str, Any], sampling: bool) -> dict[str, Any]:
-        "See `from_flat`."
-        return from_flat(values, sampling)
+    renewed = staticmethod(from_flat)
+    drawing_described = staticmethod(hybrid_sampling.drawing_described)
 
     @classmethod
     def described(cls, config: HybridConfig) -> dict[str, str]:
@@ -131,11 +122,6 @@ class EnergyClassifier(System):
             "attacks": attacked if config.objective.adversarial_weight else "",
             "weights": f"weights averaged with decay {decay:g}" if decay else "last weights, not averaged",
         }
-
-    @classmethod
-    def drawing_described(cls, config: HybridConfig, how: HybridSampling) -> str:
-        "The attack, the contrast, the chain."
-        return hybrid_sampling.drawing_described(config, how)
 
     @classmethod
     def effort(cls, config: HybridConfig) -> float:
@@ -172,10 +158,8 @@ class HybridState(EnergyClassifier):
 
     def _prepare_training(self, rng: torch.Generator):
         config = self.config
-        if config.optimizer.ema_decay:
-            averaging = get_ema_multi_avg_fn(config.optimizer.ema_decay)
-            self.average = AveragedModel(self.network, multi_avg_fn=averaging, use_buffers=True)
-        self._optimizer = build_optimizer(config.optimizer, list(self.network.parameters()), self.runtime)
+        self.average = averaged(self.network, config.optimizer, buffers=True)
+        self._optimizer = build_optimizer(config.optimizer, self.network, self.runtime)
         if config.objective.likelihood_weight:
             self._begin_chains(rng)
         self.register_load_state_dict_post_hook(lambda *_: self._loaded())
@@ -280,13 +264,6 @@ class Hybrid(HybridState):
             self._hot = HotPaths(self, step)
         return self._hot
 
-    def chains_of(self,
-        batch: int, # real images, of this process
-    ) -> int:
-        "Chains that an update runs in this process."
-        asked = self.config.replay.batch_size
-        return min(batch, self.runtime.world.share(asked, "replay.batch_size")) if asked else batch
-
     def _augmented(self, images: Tensor, noise: torch.Generator) -> tuple[Tensor, Tensor]:
         "Real images for the classifier's terms, and for the likelihood, which may see them as they are."
         augmented, raw = self.config.augment, to_unit(images)
@@ -295,7 +272,9 @@ class Hybrid(HybridState):
 
     def _continued_chains(self, batch: int, hot: HotPaths, step: Step) -> tuple[Tensor, Tensor]:
         "Chains from the buffer, run on and put back; and their labels, which conditional ones and ascents aim at."
-        start, index = self.replay.draw(self.chains_of(batch), step.generators["noise"], step.generators["choices"])
+        asked = self.config.replay.batch_size           # of all processes
+        number = min(batch, self.runtime.world.share(asked, "replay.batch_size")) if asked else batch
+        start, index = self.replay.draw(number, step.generators["noise"], step.generators["choices"])
         labels = self.replay.y[index]
         aimed = self.config.objective.conditional or self.config.chain.sampler == "ascent"
         x_sampled = hot.chain(start, labels if aimed else None)

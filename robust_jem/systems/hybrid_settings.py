@@ -4,17 +4,13 @@
 
 # %% auto #0
 __all__ = ['Statistics', 'Prior', 'METHODS', 'Network', 'Objective', 'Attack', 'Chain', 'Replay', 'HybridAugment',
-           'HybridRecovery', 'HybridConfig', 'build_model', 'build_prior', 'build_optimizer', 'TargetedAttack',
-           'DrawnChain', 'LogitAscent', 'HybridSampling', 'from_flat']
+           'HybridRecovery', 'HybridConfig', 'build_model', 'build_prior', 'TargetedAttack', 'DrawnChain',
+           'LogitAscent', 'HybridSampling', 'from_flat']
 
 # %% ../../nbs/systems/01_hybrid_settings.ipynb #edd85453
 import dataclasses
 import math
 from typing import Any, Literal
-
-import torch
-from torch import nn
-from torch.optim import Optimizer
 
 from ..core.config import Config, option, settings, unfolded
 from ..core.errors import InputError
@@ -22,7 +18,7 @@ from ..core.images import Images
 from ..ebm.objectives import Terms
 from ..ebm.priors import GaussianMixturePrior, UniformPrior
 from ..networks.wide_resnet import WideResNet
-from .base import Augment, GenerateConfig, OptimizerConfig, Recovery, Runtime, TrainConfig
+from .base import Augment, GenerateConfig, Recovery, TrainConfig, seeded
 
 # %% ../../nbs/systems/01_hybrid_settings.ipynb #cc082dd3
 Statistics = Literal["batch", "running"]
@@ -166,9 +162,8 @@ Prior = GaussianMixturePrior | UniformPrior
 
 def build_model(config: HybridConfig, images: Images) -> WideResNet:
     "The network of a configuration, initialised from its seed; the global random state is left alone."
-    with torch.random.fork_rng(devices=[]):
-        torch.random.default_generator.manual_seed(config.seed)     # torch.manual_seed would seed the GPU's as well
-        c = config.network
+    c = config.network
+    with seeded(config.seed):
         return WideResNet(c.depth, c.width, images.num_classes, images.shape[0], c.norm)
 
 def build_prior(config: HybridConfig, images: Images, device="cpu") -> Prior:
@@ -176,15 +171,6 @@ def build_prior(config: HybridConfig, images: Images, device="cpu") -> Prior:
     if config.replay.prior == "uniform":
         return UniformPrior(images.shape, images.num_classes, device)
     return GaussianMixturePrior.fit(images.train_x.to(device), images.train_y.to(device), images.num_classes)
-
-def build_optimizer(config: OptimizerConfig, parameters: list[nn.Parameter], runtime: Runtime) -> Optimizer:
-    "SGD with momentum, or Adam; a recorded update reads the learning rate from a tensor."
-    fused = runtime.device.type == "cuda"
-    if config.kind != "adam":
-        lr = torch.tensor(config.lr, device=runtime.device) if runtime.records else config.lr
-        return torch.optim.SGD(parameters, lr, momentum=0.9, weight_decay=config.weight_decay, fused=fused,
-                               nesterov=config.kind == "nesterov")
-    return torch.optim.Adam(parameters, config.lr, betas=(0.9, 0.999), weight_decay=config.weight_decay, fused=fused)
 
 # %% ../../nbs/systems/01_hybrid_settings.ipynb #eb1a6531
 METHODS = ("attack", "energy", "combined", "ascent")
@@ -225,7 +211,7 @@ class LogitAscent(Config):
 @settings
 class HybridSampling(GenerateConfig):
     "How samples are drawn from a hybrid: the paper's attack, energy and combined, or DAT's ascent."
-    method: Literal["attack", "energy", "combined", "ascent"] = "energy"  # see generation
+    method: Literal["attack", "energy", "combined", "ascent"] = "energy"  # ascent: DAT's; else the paper's
     conditional: bool = True  # chains on E(x,y); no: on E(x) (attacks and ascents always have a target)
     attack: TargetedAttack = TargetedAttack()  # of attack and combined
     contrast: float = option(0.8, 1e-9, 1)  # combined: the attack's result is scaled by this about mid-grey

@@ -18,7 +18,7 @@ from ..core.config import Config, option, settings
 from ..core.errors import InputError
 from ..core.images import Images, augment, to_unit
 from ..ebm.samplers import mala, sgld
-from .base import Batch, GenerateConfig, Runtime, Step, System
+from .base import Batch, GenerateConfig, Runtime, Step, System, build_optimizer, is_round, seeded, step_of
 from .gan import GanConfig, Sngan, build_networks
 
 # %% ../../nbs/systems/09_latent.ipynb #70759249
@@ -104,10 +104,7 @@ class Ddls(System):
         self.critic.requires_grad_(False)
         self.eval()
         if rng is not None:
-            fused, how = runtime.device.type == "cuda", config.optimizer
-            self._optimizer = torch.optim.Adam(
-                self.head.parameters(), how.lr, weight_decay=how.weight_decay, fused=fused,
-            )
+            self._optimizer = build_optimizer(config.optimizer, self.head, runtime)
 
     # training
     def adopt(self, source: System):
@@ -196,9 +193,8 @@ class Ddls(System):
                     on_stage(name, self.generator(z))
 
         def on_step(i: int, z: Tensor):
-            name = f"step {i + 1}"
-            if self.is_pictured(how, name):
-                show(name, z)
+            if self.is_pictured(how, f"step {i + 1}"):
+                show(f"step {i + 1}", z)
 
         z = self._prior(len(y), rng)
         show("prior", z)
@@ -215,12 +211,11 @@ class Ddls(System):
 
     def share_done(self, how: DdlsSampling, stage: str) -> float:
         "The share of the steps that are done at a stage."
-        return 0.0 if stage == "prior" else int(stage.removeprefix("step ")) / max(how.chain.steps, 1)
+        return step_of(stage) / max(how.chain.steps, 1)
 
     def is_pictured(self, how: DdlsSampling, stage: str) -> bool:
         "What comes before the chain, its steps 1, 2, 5, 10, …, and its end."
-        steps = {how.chain.steps} | {a * 10**b for a in (1, 2, 5) for b in range(4)}
-        return not stage.startswith("step ") or int(stage.removeprefix("step ")) in steps
+        return is_round(stage, how.chain.steps)
 
 # %% ../../nbs/systems/09_latent.ipynb #3fb4f249
 def build_head(
@@ -229,8 +224,7 @@ def build_head(
 ) -> nn.Sequential: # features [B,features] -> [B,1]
     "The head on a critic's features, drawn from the run's seed; it starts at log ratio 0."
     width = config.head.width
-    with torch.random.fork_rng(devices=[]):
-        torch.random.default_generator.manual_seed(config.seed)
+    with seeded(config.seed):
         hidden = [nn.LayerNorm(features)] + ([nn.Linear(features, width), nn.LeakyReLU(0.2)] if width else [])
         last = nn.Linear(width or features, 1)
         nn.init.zeros_(last.weight)

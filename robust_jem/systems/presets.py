@@ -21,7 +21,6 @@ _DIGITS = dict(
     chain=dict(step_size=0.04),
     replay=dict(size=1000),
 )
-_DIGITS_WIDE_RESNET = dict(network=dict(width=2), augment=dict(noise=0.1), schedule=dict(epochs=15))
 _DIGITS_SCORES = dict(
     attack_eps=(0.1, 0.2, 0.3, 0.4), l2_eps=(0.5, 1.0, 1.5, 2.0), restarts=5, num_restarts=360,
     autoattack_eps=(0.2, 0.3), num_autoattack=120,
@@ -80,7 +79,7 @@ _CIFAR10_CPU = dict(
     optimizer=dict(lr=0.05, batch_size=64),
     schedule=dict(kind="cosine", epochs=8, warmup_steps=400),
 )
-_ADAM = dict(optimizer=dict(lr=1e-4))                                                    # as in JEM
+_JEM_ROWS = dict.fromkeys(("jem", "jem_factored", "igebm"), dict(optimizer=dict(lr=1e-4)))         # as in JEM
 
 # %% ../../nbs/systems/05_presets.ipynb #pre-later
 # The later systems, of which some change what the others of a preset share. 1 is L2 0.5 of images in [0,1].
@@ -116,104 +115,82 @@ _DIGITS_LATER = {
         schedule=dict(epochs=8, warmup_steps=20),
     ),
 }
-_DIGITS_ASCENT = dict(ascent=dict(steps=10, step_size=0.05))
 
 # %% ../../nbs/systems/05_presets.ipynb #pre-flows
-# The systems of other kinds: dataset -> stage -> family or system -> changes.
+# The systems of other kinds.
 # Flows on CIFAR-10: Glow's public code has these and no number of epochs; Residual Flow's has them all, and its hybrid
 # no logits but crops (rtqichen/residual-flows, train_img.py).
 _RESIDUAL_CIFAR = dict(blocks=(16, 16, 16), fc_blocks=4, beta2=0.99)
 _CROPS = dict(augment=dict(pad=4))
-_FLOW_PAPER: dict[str, dict] = {
-    "train": {
-        "flow": dict(
-            optimizer=dict(batch_size=64), schedule=dict(kind="constant", epochs=1000, warmup_steps=1000),
-        ),
-        "residual_flow": dict(flow=_RESIDUAL_CIFAR | dict(logit=0.05)),
-        "residual_flow_hybrid": _CROPS | dict(flow=_RESIDUAL_CIFAR),
-        "glow_hybrid": _CROPS,
-    },
-    "generate": {},
+_FLOW_PAPER = {
+    "flow": dict(optimizer=dict(batch_size=64), schedule=dict(kind="constant", epochs=1000, warmup_steps=1000)),
+    "residual_flow": dict(flow=_RESIDUAL_CIFAR | dict(logit=0.05)),
+    "residual_flow_hybrid": _CROPS | dict(flow=_RESIDUAL_CIFAR),
+    "glow_hybrid": _CROPS,
 }
 # On 8x8 digits with 1,437 images, a Gaussian of each class at the end, and no factoring out, so that all pixels meet.
 # α = 0.01 takes the zeros, half of all pixels, apart; 1e-6 (Residual Flow on MNIST) fits better and draws worse.
 _DIGITS_GLOW = dict(blocks=(2, 2, 2), hidden=32, factor_out=False)
 _DIGITS_RESIDUAL = dict(blocks=(0,), fc_blocks=4)
-_LONGER = dict(optimizer=dict(lr=2e-3), schedule=dict(epochs=30))
-_FLOW_DIGITS: dict[str, dict] = {
-    "train": {
-        "flow": dict(optimizer=dict(batch_size=64), flow=dict(logit=0.01, components=1, power_iterations=1)),
-        "glow": dict(flow=_DIGITS_GLOW),
-        "glow_conditional": dict(flow=_DIGITS_GLOW),
-        "glow_hybrid": _LONGER | dict(flow=_DIGITS_GLOW),
-        "residual_flow": dict(optimizer=dict(ema_decay=0.99), flow=_DIGITS_RESIDUAL),
-        "residual_flow_hybrid": dict(
-            optimizer=dict(lr=2e-3, ema_decay=0.99),
-            schedule=dict(epochs=30),
-            flow=_DIGITS_RESIDUAL | dict(blocks=(0, 0, 0)),
-        ),
-    },
-    "generate": {"flow": dict(temperature=0.85)},
+_FLOW_DIGITS = {
+    "flow": dict(optimizer=dict(batch_size=64), flow=dict(logit=0.01, components=1, power_iterations=1)),
+    "glow": dict(flow=_DIGITS_GLOW),
+    "glow_conditional": dict(flow=_DIGITS_GLOW),
+    "glow_hybrid": dict(optimizer=dict(lr=2e-3), schedule=dict(epochs=30), flow=_DIGITS_GLOW),
+    "residual_flow": dict(optimizer=dict(ema_decay=0.99), flow=_DIGITS_RESIDUAL),
+    "residual_flow_hybrid": dict(
+        optimizer=dict(lr=2e-3, ema_decay=0.99),
+        schedule=dict(epochs=30),
+        flow=_DIGITS_RESIDUAL | dict(blocks=(0, 0, 0)),
+    ),
 }
 
 # %% ../../nbs/systems/05_presets.ipynb #pre-gans
+# The catalog's settings are the published ones; these are shorter.
+_GAN_H100 = {"gan": dict(schedule=dict(updates=20_000)), "latent": dict(schedule=dict(updates=2000))}
 _GAN_SCHEDULE = dict(kind="linear", warmup_steps=0)
-_GAN_RATES = dict(lr=2e-4, batch_size=64)
-_HEAD_RATES = dict(lr=1e-3, batch_size=64)
-_GAN_PAPER: dict[str, dict] = {"train": {}, "generate": {}}            # the catalog's settings are the published ones
-_GAN_H100 = {
-    "gan": dict(schedule=dict(updates=20_000)),
-    "latent": dict(schedule=dict(updates=2000)),
-}
 _GAN_NARROW = dict(generator_width=64, critic_width=64)
 _GAN_CPU = {
-    "gan": dict(gan=_GAN_NARROW, optimizer=_GAN_RATES, schedule=_GAN_SCHEDULE | dict(updates=4000)),
-    "latent": dict(gan=_GAN_NARROW, optimizer=_HEAD_RATES, schedule=dict(warmup_steps=0, updates=500)),
+    "gan": dict(
+        gan=_GAN_NARROW, optimizer=dict(lr=2e-4, batch_size=64), schedule=_GAN_SCHEDULE | dict(updates=4000),
+    ),
+    "latent": dict(
+        gan=_GAN_NARROW, optimizer=dict(lr=1e-3, batch_size=64), schedule=dict(warmup_steps=0, updates=500),
+    ),
 }
 _SHORT_CHAINS = {"latent": dict(chain=dict(steps=100))}
 _GAN_SIZES = dict(latent=16, generator_width=32, critic_width=32, critic_steps=1)
-_GAN_DIGITS: dict[str, dict] = {
-    "train": {
-        "gan": dict(
-            gan=_GAN_SIZES, optimizer=dict(lr=2e-3, ema_decay=0.99), schedule=_GAN_SCHEDULE | dict(updates=2800),
-        ),
-        "latent": dict(
-            gan=_GAN_SIZES, optimizer=dict(weight_decay=1e-4), schedule=dict(warmup_steps=0, updates=400),
-        ),
-    },
-    "generate": {"latent": dict(chain=dict(steps=100, step_size=0.05))},
+_GAN_DIGITS = {
+    "gan": dict(gan=_GAN_SIZES, optimizer=dict(lr=2e-3, ema_decay=0.99), schedule=_GAN_SCHEDULE | dict(updates=2800)),
+    "latent": dict(gan=_GAN_SIZES, optimizer=dict(weight_decay=1e-4), schedule=dict(warmup_steps=0, updates=400)),
 }
 
 # %% ../../nbs/systems/05_presets.ipynb #pre-scores
-_SCORE_PAPER: dict[str, dict] = {"train": {"score": dict(schedule=dict(updates=200_000))}, "generate": {}}
-_SCORE_DIGITS: dict[str, dict] = {
-    "train": {"score": dict(
-        score=dict(network="dense", channels=256, stages=3, scaled=True, sigma_max=5.0, sigma_min=0.1, levels=16),
-        optimizer=dict(lr=2e-3, ema_decay=0.998), schedule=dict(updates=5000), precision="float32",
-    )},
-    "generate": {"score": dict(level_steps=60, relative_step=0.2, denoise=True, precision="float32")},
-}
+_SCORE_PAPER = {"score": dict(schedule=dict(updates=200_000))}
+_SCORE_DIGITS = {"score": dict(
+    score=dict(network="dense", channels=256, stages=3, scaled=True, sigma_max=5.0, sigma_min=0.1, levels=16),
+    optimizer=dict(lr=2e-3, ema_decay=0.998), schedule=dict(updates=5000), precision="float32",
+)}
 
 # %% ../../nbs/systems/05_presets.ipynb #pre-all
-_DIGITS_OTHER_KINDS = _FLOW_DIGITS["train"] | _GAN_DIGITS["train"] | _SCORE_DIGITS["train"]
+_DIGITS_OTHERS_DRAWN = {
+    "flow": dict(temperature=0.85),
+    "latent": dict(chain=dict(steps=100, step_size=0.05)),
+    "score": dict(level_steps=60, relative_step=0.2, denoise=True, precision="float32"),
+}
+# preset → data set → stage → system, or its family → changes
 PRESETS: dict[str, dict[str, dict[str, dict[str, Any]]]] = {
     "paper": {"*": {
-        "train": _FLOW_PAPER["train"] | _GAN_PAPER["train"] | _SCORE_PAPER["train"],
-        "generate": (
-            {"energy-unconditional": dict(chain=dict(outer_steps=300))}
-            | _FLOW_PAPER["generate"] | _GAN_PAPER["generate"] | _SCORE_PAPER["generate"]
-        ),
+        "train": _FLOW_PAPER | _SCORE_PAPER,
+        "generate": {"energy-unconditional": dict(chain=dict(outer_steps=300))},
     }},
     "h100": {"*": {
-        "train": {"hybrid": _H100, "jem": _ADAM, "jem_factored": _ADAM, "igebm": _ADAM} | _H100_LATER | _GAN_H100,
+        "train": {"hybrid": _H100} | _JEM_ROWS | _H100_LATER | _GAN_H100,
         "generate": {"*": dict(num_samples=10_000, batch_size=500)},      # 50 steps: 18 seconds of an H200
         "evaluate": {"*": dict(num_restarts=1000, num_strangers=2000)},
     }},
     "cifar10-cpu": {"*": {
-        "train": (
-            {"hybrid": _CIFAR10_CPU, "jem": _ADAM, "jem_factored": _ADAM, "igebm": _ADAM}
-            | _CIFAR10_CPU_LATER | _GAN_CPU
-        ),
+        "train": {"hybrid": _CIFAR10_CPU} | _JEM_ROWS | _CIFAR10_CPU_LATER | _GAN_CPU,
         # with the paper's 50 steps, the default
         "generate": {"*": dict(num_samples=10_000, batch_size=250)} | _SHORT_CHAINS,
         "evaluate": {"*": dict(num_robust=1000, num_restarts=200, num_strangers=1000, num_autoattack=100)},
@@ -223,20 +200,20 @@ PRESETS: dict[str, dict[str, dict[str, dict[str, Any]]]] = {
             "train": {
                 "*": _DIGITS_BUDGET,
                 "hybrid": _DIGITS,
-                "wide_resnet": _DIGITS_WIDE_RESNET,
-            } | _DIGITS_JEM_ROWS | _DIGITS_LATER | _DIGITS_OTHER_KINDS,
+                "wide_resnet": dict(network=dict(width=2), augment=dict(noise=0.1), schedule=dict(epochs=15)),
+            } | _DIGITS_JEM_ROWS | _DIGITS_LATER | _FLOW_DIGITS | _GAN_DIGITS | _SCORE_DIGITS,
             "generate": {
                 "*": dict(num_samples=360, batch_size=120),
-                "hybrid": dict(attack=dict(eps=0.2), contrast=0.9) | _DIGITS_ASCENT,
-            } | _DIGITS_JEM_DRAWN | _FLOW_DIGITS["generate"] | _GAN_DIGITS["generate"] | _SCORE_DIGITS["generate"],
+                "hybrid": dict(attack=dict(eps=0.2), contrast=0.9, ascent=dict(steps=10, step_size=0.05)),
+            } | _DIGITS_JEM_DRAWN | _DIGITS_OTHERS_DRAWN,
             "evaluate": {"*": _DIGITS_SCORES},
         },
         "*": {
             "train": {"*": _CPU_BUDGET, "hybrid": _CPU} | _GAN_CPU,
-            "generate": (
-                {"*": dict(num_samples=1000, batch_size=125), "hybrid": dict(chain=dict(outer_steps=30))}
-                | _SHORT_CHAINS
-            ),
+            "generate": {
+                "*": dict(num_samples=1000, batch_size=125),
+                "hybrid": dict(chain=dict(outer_steps=30)),
+            } | _SHORT_CHAINS,
             "evaluate": {"*": dict(num_robust=1000)},
         },
     },

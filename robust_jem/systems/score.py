@@ -14,15 +14,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ..core.config import Config, option, settings
 from ..core.errors import InputError
 from ..core.images import Images, augment, to_unit
 from ..ebm.samplers import sgld
 from ..networks.ncsn import DenseScoreNet, ScoreNet
-from .base import Batch, GenerateConfig, Runtime, Step, System, TrainConfig
-from .hybrid_settings import build_optimizer
+from .base import Batch, GenerateConfig, Runtime, Step, System, TrainConfig, averaged, build_optimizer, seeded
 
 # %% ../../nbs/systems/10_score.ipynb #08b7b5cc
 @settings
@@ -118,8 +116,7 @@ def build_score_net(config: ScoreConfig, images: Images) -> ScoreNet | DenseScor
     "The network of a configuration, initialised from its seed; the global random state is left alone."
     c = config.score
     conditions = c.levels * (images.num_classes if c.conditional else 1)
-    with torch.random.fork_rng(devices=[]):
-        torch.random.default_generator.manual_seed(config.seed)     # torch.manual_seed would seed the GPU's as well
+    with seeded(config.seed):
         if c.network != "refinenet":
             return DenseScoreNet(images.shape, conditions, c.channels, c.stages, c.network == "gated")
         return ScoreNet(conditions, c.channels, c.stages, c.norm, images.shape[0])
@@ -151,13 +148,8 @@ class Ncsn(System):
         self.average = None
         self.to(runtime.device)
         if rng is not None:
-            self._prepare_training()
-
-    def _prepare_training(self):
-        c = self.config.optimizer
-        if c.ema_decay:
-            self.average = AveragedModel(self.network, multi_avg_fn=get_ema_multi_avg_fn(c.ema_decay))
-        self._optimizer = build_optimizer(c, list(self.network.parameters()), self.runtime)
+            self.average = averaged(self.network, config.optimizer)
+            self._optimizer = build_optimizer(config.optimizer, self.network, runtime)
 
     # training
     def optimizers(self) -> dict[str, Optimizer]:
