@@ -15,7 +15,7 @@ from robust_jem.systems.catalog import GenerateConfig, TrainConfig, configure
 from robust_jem.systems.hybrid_sampling import generate
 
 ROWS = ("jem", "jem_factored", "igebm")
-UPDATES = dict(jem=80, jem_factored=120, igebm=120)     # of the class-conditional rows each takes twice as long
+UPDATES = dict(jem=50, jem_factored=120, igebm=120)     # of the class-conditional rows each takes twice as long
 
 
 @pytest.fixture(scope="module", params=["jem", *(pytest.param(row, marks=pytest.mark.long) for row in ROWS[1:])])
