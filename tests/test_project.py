@@ -1,11 +1,13 @@
 """The repository agrees with itself: modules and README are what the notebooks make, rooms depend only downwards, and
 the code is readable by the rules in pyproject.toml."""
+import ast
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -136,6 +138,28 @@ def test_wheel_holds_every_room(tmp_path):
 def test_ruff_has_nothing_to_say(folder):
     found = [f"{Path(f['filename']).name}:{f['location']['row']}: {f['code']} {f['message']}" for f in ruff(folder)]
     assert found == []
+
+
+def statements_sharing_a_line(source):
+    "Lines on which more than one statement begins, but for those that nbdev makes and magics."
+    source = re.sub(r"^\s*[%!].*$", "", source, flags=re.M)
+    starts = Counter(node.lineno for node in ast.walk(ast.parse(source)) if isinstance(node, ast.stmt))
+    return sorted(line for line, n in starts.items() if n > 1)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: "/".join(p.relative_to(ROOT / "nbs").with_suffix("").parts))
+def test_notebook_is_readable(path):
+    "What ruff holds for modules, for the cells that aren't exported too: width, and one statement a line."
+    found = []
+    for number, cell in enumerate(cells(path)):
+        source = "".join(cell["source"])
+        if cell["cell_type"] != "code" or "nbdev.nbdev_export()" in source:
+            continue
+        lines = source.splitlines()
+        crowded = statements_sharing_a_line(source)
+        found += [f"cell {number}, line {i}: {len(line)} columns" for i, line in enumerate(lines, 1) if len(line) > 120]
+        found += [f"cell {number}, line {i}: several statements: {lines[i - 1]}" for i in crowded]
+    assert found == [], f"{path.relative_to(ROOT)}: {found}"
 
 
 @pytest.mark.parametrize("module", MODULES.values(), ids=MODULES)
