@@ -19,9 +19,8 @@ from ..core.config import Config, option, settings
 from ..core.images import Images, augment, to_unit
 from ..ebm.energy import untouched
 from ..networks.sngan import Critic, Generator, settled
-from robust_jem.systems.base import (
-    Batch, GenerateConfig, Runtime, Step, System, TrainConfig, averaged, build_optimizer, seeded,
-)
+from .base import Batch, GenerateConfig, Runtime, Step, System, TrainConfig
+from .base import averaged, build_optimizer, seeded
 
 # %% ../../nbs/systems/08_gan.ipynb #f15c2e3b
 def critic_hinge(

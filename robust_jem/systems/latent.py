@@ -18,9 +18,8 @@ from ..core.config import Config, option, settings
 from ..core.errors import InputError
 from ..core.images import Images, augment, to_unit
 from ..ebm.samplers import mala, sgld
-from robust_jem.systems.base import (
-    Batch, GenerateConfig, Runtime, Step, System, build_optimizer, is_round, seeded, step_of,
-)
+from .base import Batch, GenerateConfig, Runtime, Step, System
+from .base import build_optimizer, is_round, seeded, step_of
 from .gan import GanConfig, Sngan, build_networks
 
 # %% ../../nbs/systems/09_latent.ipynb #70759249

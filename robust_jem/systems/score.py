@@ -20,9 +20,8 @@ from ..core.errors import InputError
 from ..core.images import Images, augment, to_unit
 from ..ebm.samplers import sgld
 from ..networks.ncsn import DenseScoreNet, ScoreNet
-from robust_jem.systems.base import (
-    Batch, GenerateConfig, Runtime, Step, System, TrainConfig, averaged, build_optimizer, seeded,
-)
+from .base import Batch, GenerateConfig, Runtime, Step, System, TrainConfig
+from .base import averaged, build_optimizer, seeded
 
 # %% ../../nbs/systems/10_score.ipynb #08b7b5cc
 @settings
