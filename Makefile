@@ -41,9 +41,10 @@ benchmark: $(VENV)/.installed-run ## speed against the reference's arithmetic: f
 precision: replicate ## float32 and bfloat16 side by side over seeds: figures/precision*, a quarter of an hour
 	OMP_NUM_THREADS=1 $(BIN)/papermill nbs/replication/precision.ipynb runs/digits-cpu/notebooks/precision.ipynb -k python3
 
-# One thread a worker: two at a time share the machine instead of fighting over it.
-test: $(VENV)/.installed-test ## every notebook from top to bottom, and tests/: six minutes on two cores
-	MPLBACKEND=Agg OMP_NUM_THREADS=1 $(BIN)/pytest -q -n $(WORKERS) --dist worksteal tests $(PYTEST_FLAGS)
+# One thread a worker: two at a time share the machine instead of fighting over it. Bytecode is kept, whatever the
+# environment says: dozens of processes import the package.
+test: $(VENV)/.installed-test ## every notebook from top to bottom, and tests/: six and a half minutes on two cores
+	PYTHONDONTWRITEBYTECODE= MPLBACKEND=Agg OMP_NUM_THREADS=1 $(BIN)/pytest -q -n $(WORKERS) --dist worksteal tests $(PYTEST_FLAGS)
 
 faults: $(VENV)/.installed-test ## what takes longer: 30 kills, every write that can fail, all bad inputs, whole networks
 	MPLBACKEND=Agg OMP_NUM_THREADS=1 $(BIN)/pytest -q -n $(WORKERS) --dist worksteal -m long tests $(PYTEST_FLAGS)
