@@ -20,14 +20,13 @@ import pytest
 import torch
 from filelock import FileLock
 from matplotlib import pyplot as plt
-from papermill.iorw import load_notebook_node
-from papermill.parameterize import parameterize_notebook
 from PIL import Image
 
 from robust_jem.app import plan
 from robust_jem.app.cli import main
 from robust_jem.core.files import read_tensors
 from robust_jem.engine.runs import Run
+from robust_jem.engine.runtime import keep_freed_memory
 from robust_jem.engine.sample import generate_samples
 from robust_jem.engine.train import train
 from robust_jem.systems.catalog import GenerateConfig, TrainConfig, configure, register
@@ -56,6 +55,8 @@ FRESH.set_forkserver_preload([
 ])
 # jsonschema, by which notebooks are checked, compiles grammars for six seconds where JupyterLab is installed.
 sys.modules.setdefault("rfc3987_syntax", None)
+# What a run does for itself: tests and notebooks compute outside of runs too.
+keep_freed_memory()
 
 
 # Thousands of cases of some milliseconds.
@@ -273,11 +274,14 @@ def run_there(argv, folder, changes, printed, memory):
     os.environ.update(changes)
     if memory:
         resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+    keep_freed_memory()
     execute(argv)
 
 
 def executed_here(notebook, parameters):
     "A notebook's cells with papermill's parameters, in this process: no kernel starts."
+    from papermill.iorw import load_notebook_node
+    from papermill.parameterize import parameterize_notebook
     names = {}
     for cell in parameterize_notebook(load_notebook_node(str(notebook)), parameters).cells:
         if cell.cell_type == "code":
