@@ -64,24 +64,24 @@ def test_stages_run_alone_one_after_the_other(papermill, without_a_kernel, runs,
     folder, judge = Path("runs/digits-cpu/robust_jem-s0"), "classifier:runs/judge"
     short = dict(schedule__epochs=1, attack__steps=1, chain__outer_steps=1, schedule__warmup_steps=0, device="cpu")
 
-    def ran(notebook, run=without_a_kernel, **parameters):
-        done = run(notebook, **parameters)
+    def ran(by, notebook, **parameters):
+        done = by(notebook, **parameters)
         assert done.code == 0, done.err[-2000:]
         assert pictures(f"{notebook}-out.ipynb") > 0                         # each shows what it made
 
-    ran("train", papermill, system="robust_jem", dataset="digits", preset="cpu", **short)
+    ran(papermill, "train", system="robust_jem", dataset="digits", preset="cpu", **short)
     run = Run(folder)
     assert run.trained and run.config == configure(TrainConfig, "robust_jem", **short)
 
     short_chains = {"num_samples": 40, "batch_size": 40, "chain.outer_steps": 2, "attack.steps": 2}
-    ran("generate", run=folder, settings=short_chains)
+    ran(without_a_kernel, "generate", run=folder, settings=short_chains)
     assert run.sample_names() == sorted(c.label for c in sample_plan("robust_jem", "digits", "cpu"))
     assert all(len(run.samples(name)[0]) == 40 for name in run.sample_names())
 
-    ran("evaluate", run=folder, extractor=judge, attack_steps=1, num_robust=20)
+    ran(without_a_kernel, "evaluate", run=folder, extractor=judge, attack_steps=1, num_robust=20)
     assert set(run.scores()) == {"classification", "held-out", "prior", *run.sample_names()}
 
-    ran("report", runs="runs/digits-cpu", figures="figures")
+    ran(without_a_kernel, "report", runs="runs/digits-cpu", figures="figures")
     table = json.loads((here / "figures/table1.json").read_text())
     rows = {r["model"]: r for r in table["rows"]}
     assert rows["Robust JEM"]["FD-digits"]["values"] == [run.scores()["combined"]["FD-digits"]]

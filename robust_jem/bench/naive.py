@@ -115,9 +115,9 @@ def flops(
 
 @cache
 def wide_resnet_flops(
-    depth: int,
-    width: int,
-    num_classes: int = 10,
+    depth: int, # of the network
+    width: int, # of the network
+    num_classes: int = 10, # K
     shape: tuple[int, int, int] = (3, 32, 32), # of an image, [C,H,W]
     norm: str = "batch", # as `WideResNet` takes it
 ) -> MappingProxyType: # operations an image, by `forward`, `gradient` and `update`

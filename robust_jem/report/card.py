@@ -19,7 +19,8 @@ from ..core.files import read_json, read_tensors, write_bytes, write_json
 from ..engine.runs import Run
 from ..engine.pretrained import RobustJEM
 from ..judge.ood import SCORES
-from .figures import SuiteResults, distal_sheet, draw, draw_alone, reliability, robustness_curves, save_figure
+from .figures import SuiteResults, distal_sheet, draw, draw_alone
+from .figures import reliability, robustness_curves, save_figure
 from .results import SAMPLE_SCORES
 from .tables import grid_markdown
 from ..systems.catalog import SYSTEMS, TrainConfig
