@@ -264,6 +264,7 @@ def test_a_budget_is_spent_and_shared(source, here):
         trainings("robust_jem", "digits", "cpu", 1.0, (1, 8, 8), "runs", **changes)
 
 
+@pytest.mark.filterwarnings("ignore:FD-digits of 120 images")
 def test_the_study_runs_and_goes_on(runs, here):
     "The notebook on digits with a tiny budget; what is there is not made again, and an unknown parameter is refused."
     small = merged(SMALL, dict(schedule=dict(updates=0), optimizer=dict(batch_size=32), log_every=1))
