@@ -121,14 +121,15 @@ def test_run_folder_that_vanishes(here):
 
 def test_read_only_folder(here, cli, monkeypatch):
     "Permissions don't bind everyone who runs tests, so the system call says no."
-    real = os.mkdir
+    def refusing(real):
+        def mkdir(path, *a, **kw):
+            if "locked" in str(path):
+                raise PermissionError(13, "Permission denied", str(path))
+            return real(path, *a, **kw)
+        return mkdir
 
-    def mkdir(path, *a, **kw):
-        if "locked" in str(path):
-            raise PermissionError(13, "Permission denied", str(path))
-        return real(path, *a, **kw)
-
-    monkeypatch.setattr(os, "mkdir", mkdir)
+    monkeypatch.setattr(os, "mkdir", refusing(os.mkdir))
+    monkeypatch.setattr(Path, "mkdir", refusing(Path.mkdir))           # Python 3.10's has its own os.mkdir
     result = cli("train", "--out", "locked/run", *options(SHORT))
     assert result.code == 2 and "locked/run" in one_line(result.err) and "Permission denied" in result.err
     assert snapshot(here) == {}
