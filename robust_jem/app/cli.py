@@ -326,7 +326,7 @@ def _ended(e: BaseException, command: str) -> int:
         return _say(e, 1, always=True)
     if isinstance(e, OSError):
         return _say(f"{e.filename or 'output'}: {e.strerror or e}", 2)
-    from robust_jem.engine.runtime import out_of_memory
+    from robust_jem.core.memory import out_of_memory
     if out_of_memory(e):
         first = str(e).splitlines()[0][:120] if str(e) else "no more to be had"
         return _say(f"memory ran out ({first}); use a smaller network, batch or buffer", 1)

@@ -7,6 +7,8 @@ __all__ = ['GaussianMixturePrior', 'CompactGaussianPrior', 'prior_from_tensors',
 
 # %% ../../nbs/ebm/01_priors.ipynb #e655ff6b
 import math
+from collections.abc import Callable
+from functools import wraps
 
 import torch
 from torch import Tensor
@@ -15,6 +17,7 @@ from ..core.errors import InputError
 from robust_jem.core.inputs import (
     as_device, as_images, as_labels, as_number, as_points, check_generator, check_label_range,
 )
+from ..core.memory import memory_for
 from ..core.images import to_unit
 
 # %% ../../nbs/ebm/01_priors.ipynb #8af66938
@@ -51,6 +54,15 @@ def _where(device, dtype: torch.dtype | None) -> torch.device:
     if dtype is not None and not getattr(dtype, "is_floating_point", False):
         raise InputError(f"dtype: {dtype} is not accepted; accepted: a type of floats, such as torch.float16")
     return as_device(device)
+
+def _naming_size(sample: Callable) -> Callable:
+    "A prior's `sample` that says how many images don't fit into memory."
+    @wraps(sample)
+    def call(self, y: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        number = f"{len(y):,} " if hasattr(y, "__len__") else ""
+        with memory_for(f"prior: {number}images of {'x'.join(map(str, self.shape))}", "draw fewer at a time"):
+            return sample(self, y, generator)
+    return call
 
 class _ClassGaussians:
     "What the two Gaussian mixtures have in common; they differ in how they keep their covariances."
@@ -148,9 +160,18 @@ class GaussianMixturePrior(_ClassGaussians):
         counts = _class_counts(y, num_classes, jitter)
         x = to_unit(x) if x.dtype == torch.uint8 else x
         flat = x.flatten(1)
-        eye = torch.eye(flat.shape[1], dtype=torch.float64, device=x.device)
-        mean = torch.empty(num_classes, flat.shape[1], device=x.device)
-        factor = torch.empty(num_classes, *eye.shape, device=x.device)      # CIFAR-10: 0.4 GB, CIFAR-100: 3.8 GB
+        dim = flat.shape[1]
+        what = f"prior: {num_classes} covariances of {dim:,} pixel values"
+        with memory_for(what, "use smaller images, or a uniform prior", (4 * num_classes + 24) * dim**2, x.device):
+            mean, factor = cls._fitted(flat, y, num_classes, jitter)
+        return cls(mean, factor, counts.double() / len(y), x.shape[1:])
+
+    @staticmethod
+    def _fitted(flat: Tensor, y: Tensor, num_classes: int, jitter: float) -> tuple[Tensor, Tensor]:
+        "Means `[K,D]` and Cholesky factors `[K,D,D]` of points `[N,D]`."
+        eye = torch.eye(flat.shape[1], dtype=torch.float64, device=flat.device)
+        mean = torch.empty(num_classes, flat.shape[1], device=flat.device)
+        factor = torch.empty(num_classes, *eye.shape, device=flat.device)      # CIFAR-10: 0.4 GB, CIFAR-100: 3.8 GB
         for k in range(num_classes):
             members = flat[y == k].double()
             mean[k] = members.mean(0)
@@ -161,7 +182,7 @@ class GaussianMixturePrior(_ClassGaussians):
             except RuntimeError as e:
                 raise InputError(f"jitter: {jitter:g} is too small, class {k}'s covariance is singular; the default is "
                                  "1e-4") from e
-        return cls(mean, factor, counts.double() / len(y), x.shape[1:])
+        return mean, factor
 
     def to(self,
         device, # where to draw
@@ -171,6 +192,7 @@ class GaussianMixturePrior(_ClassGaussians):
         device = _where(device, dtype)
         return type(self)(self.mean.to(device), self.factor.to(device, dtype), self.weights.to(device), self.shape)
 
+    @_naming_size
     def sample(self,
         y: Tensor, # labels [B]: one image of each class named; on the CPU they cost a GPU no waiting
         generator: torch.Generator | None = None, # on the prior's device
@@ -265,6 +287,7 @@ class CompactGaussianPrior(_ClassGaussians):
         kept = [t.to(device, dtype) for t in (self.mean, self.directions, self.spread)]
         return type(self)(*kept, self.colours.to(device), self.weights.to(device), self.shape)
 
+    @_naming_size
     def sample(self,
         y: Tensor, # labels [B]: one image of each class named; on the CPU they cost a GPU no waiting
         generator: torch.Generator | None = None, # on the prior's device
@@ -356,6 +379,7 @@ class UniformPrior:
         _count(n, generator, self.device)
         return torch.randint(self.num_classes, (n,), device=self.device, generator=generator)
 
+    @_naming_size
     def sample(self, y: Tensor, generator: torch.Generator | None = None) -> Tensor:
         "Draw x ~ U(-1, 1), `[B,C,H,W]`. Raises `InputError` for labels outside 0..K-1."
         y = _labels_to_draw(y, self.num_classes, generator, self.device)

@@ -15,6 +15,7 @@ from ..core.errors import InputError
 from robust_jem.core.inputs import (
     as_labels, as_number, as_points, as_tensor, check_generator, check_label_range, reads_values,
 )
+from ..core.memory import memory_for
 
 # %% ../../nbs/ebm/04_replay.ipynb #d348be1a
 class ReplayBuffer:
@@ -33,10 +34,19 @@ class ReplayBuffer:
             raise InputError(f"prior: {type(prior).__name__} is not accepted; accepted: what has sample(y, generator) "
                              "and sample_labels(n, generator)")
         self.prior, self.reinit_prob = prior, reinit_prob
-        y = prior.sample_labels(capacity, generator)
-        # in parts: the noise of 10,000 images takes as much memory as they do
-        x = torch.cat([prior.sample(part, generator) for part in y.split(1000)])
-        self.fill(x, y)
+        shape = tuple(getattr(prior, "shape", ()))
+        what = f"buffer_size: {capacity:,} chains" + (f" of {'x'.join(map(str, shape))}" if shape else "")
+        size = capacity * (4 * math.prod(shape) + 8) if shape else 0             # float32, and labels
+        with memory_for(what, "lower buffer_size (replay.size)", size, getattr(prior, "device", "cpu")):
+            y = prior.sample_labels(capacity, generator)
+            # in parts: the noise of 10,000 images takes as much memory as they do
+            first, *others = y.split(1000)
+            drawn = prior.sample(first, generator)
+            x = drawn.new_empty(capacity, *drawn.shape[1:])
+            x[:len(first)] = drawn
+            for i, part in enumerate(others, 1):
+                x[1000 * i:1000 * i + len(part)] = prior.sample(part, generator)
+            self.fill(x, y)
 
     def fill(self,
         x: Tensor, # [capacity,C,H,W]
