@@ -235,8 +235,10 @@ def parse(
 
 # %% ../../nbs/app/04_cli.ipynb #25eba575
 def _first_process() -> bool:
-    "Of the processes that torchrun starts, the first speaks."
-    return os.environ.get("RANK", "0") == "0"
+    "Of the processes that torchrun starts, the first speaks; a variable that an earlier job left silences nobody."
+    size, rank = (os.environ.get(name, "").strip() for name in ("WORLD_SIZE", "RANK"))
+    alone = not (size.isdecimal() and int(size) > 1 and rank.isdecimal())
+    return alone or int(rank) == 0 or int(rank) >= int(size)
 
 def _training_said(config: Config, folder: Any) -> str | None:
     from robust_jem.engine.runs import Run

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import psutil
 import torch
 
 from .errors import InputError
@@ -31,21 +32,17 @@ _LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_b
 
 def free_memory(
     device: torch.device | str = "cpu",
-) -> int | None: # bytes; none: the system doesn't say
+) -> int: # bytes
     "What could still be allocated on a device."
     device = torch.device(device)
     if device.type == "cuda":
         reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + reserved
-    found = []
-    with suppress(OSError):
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        sizes = [int(line.split()[1]) for line in lines if line.startswith(("MemAvailable:", "SwapFree:"))]
-        found.append(1024 * sum(sizes))
+    found = [psutil.virtual_memory().available + psutil.swap_memory().free]
     for file in map(Path, _LIMITS):
         with suppress(OSError, ValueError):                     # the latter: max, that is none
             found.append(int(file.read_text(encoding="ascii")))
-    return min(found, default=None)
+    return min(found)
 
 def _gigabytes(size: float) -> str:
     return f"{size / 1e9:,.1f} GB"
@@ -66,8 +63,7 @@ def memory_for(
     device: torch.device | str = "cpu", # where
 ) -> Iterator[None]:
     "A block that needs memory: an `OutOfMemory` of one line where more is needed than is free, or it runs out."
-    free = free_memory(device) if size else None
-    if free is not None and size > free:
+    if size and size > (free := free_memory(device)):
         raise OutOfMemory(f"{what} would take {_gigabytes(size)}, {_gigabytes(free)} are free on {device}; {lower}")
     try:
         yield

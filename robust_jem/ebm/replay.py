@@ -37,7 +37,8 @@ class ReplayBuffer:
         shape = tuple(getattr(prior, "shape", ()))
         what = f"buffer_size: {capacity:,} chains" + (f" of {'x'.join(map(str, shape))}" if shape else "")
         size = capacity * (4 * math.prod(shape) + 8) if shape else 0             # float32, and labels
-        with memory_for(what, "lower buffer_size (replay.size)", size, getattr(prior, "device", "cpu")):
+        device = getattr(getattr(prior, "weights", prior), "device", "cpu")
+        with memory_for(what, "lower buffer_size (replay.size)", size, device):
             y = prior.sample_labels(capacity, generator)
             # in parts: the noise of 10,000 images takes as much memory as they do
             first, *others = y.split(1000)

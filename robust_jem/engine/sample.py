@@ -64,7 +64,11 @@ def _is_same_set(folder: Path, config: GenerateConfig, run: Run) -> bool:
     if other:
         said = ", ".join(f"{k}: {old} there, {new} given" for k, (old, new) in other[:3])
         raise InputError(f"name: {folder} holds samples with other settings ({said}); give another name or remove it")
-    return summary.get("weights") == run.weights                    # else they are of an earlier training: draw anew
+    if summary.get("weights") != run.weights:                       # they are of an earlier training: draw anew
+        return False
+    # so where the prior was fitted to images that are neither the run's nor here any more
+    there = summary.get("fingerprint")
+    return there == run.summary.get("fingerprint", there) or there == run.images().fingerprint
 
 # %% ../../nbs/engine/08_sample.ipynb #886988d2
 class _Drawing:
@@ -78,7 +82,7 @@ class _Drawing:
         self.images = run.images()
         self.batches = -(-config.num_samples // size)               # whole ones; the surplus is cut off in the end
         self.y = torch.arange(self.batches * size) % self.images.num_classes
-        self.parts = _Parts(config, run, folder, runtime, size)
+        self.parts = _Parts(config, run, folder, runtime, size, self.images.fingerprint)
 
     def draw(self, progress: bool):
         "Draw the batches that aren't there, and put the set together."
@@ -158,9 +162,9 @@ class _Drawing:
 class _Parts:
     "A set's finished batches: a file each, in a folder named after all that they depend on."
 
-    def __init__(self, config: GenerateConfig, run: Run, folder: Path, runtime: Execution, size: int):
+    def __init__(self, config: GenerateConfig, run: Run, folder: Path, runtime: Execution, size: int, fitted_to: str):
         what = {k: v for k, v in config.to_dict().items() if k not in RUNTIME_FIELDS}
-        what |= {"weights": run.weights, "size": size, "precision": runtime.precision}
+        what |= {"weights": run.weights, "size": size, "precision": runtime.precision, "images": fitted_to}
         self.folder = folder / f"parts-{fingerprint(what)}"
 
     def file(self, i: int) -> Path:
