@@ -1261,6 +1261,131 @@ def test_a_distance_of_few_samples_is_called_biased():
         near(torch.randn(4, 4))
 
 
+# What surrounds a call
+
+
+def test_draws_are_the_same_under_autocast_and_another_default_type(digits):
+    "Products of the priors would be rounded to bfloat16, or meet numbers of another type."
+    full = GaussianMixturePrior.fit(digits.train_x, digits.train_y, 10)
+    y = torch.arange(10)
+    for prior in (full, full.compact(5), UniformPrior((1, 8, 8))):
+        plain = prior.sample(y, torch.Generator().manual_seed(0))
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(prior.sample(y, torch.Generator().manual_seed(0)), plain)
+        try:
+            torch.set_default_dtype(torch.float64)
+            assert torch.equal(prior.sample(y, torch.Generator().manual_seed(0)), plain)
+        finally:
+            torch.set_default_dtype(torch.float32)
+
+
+def test_a_buffer_writes_into_no_tensor_of_the_callers(digits):
+    "Nor, where its chains came expanded, into all of them at once; half precision and gradients stay usable."
+    x, y, ones = to_unit(digits.test_x[:4]), digits.test_y[:4], torch.ones(1, 1, 8, 8)
+    b = ReplayBuffer(4, UniformPrior((1, 8, 8)), reinit_prob=1.0)
+    for given in (x, x.numpy(), nn.Parameter(x.clone()), x.half(), x[:1].expand(4, -1, -1, -1)):
+        before = torch.as_tensor(given).detach().clone()
+        b.fill(given, y)
+        b.store([0], ones)
+        assert torch.equal(torch.as_tensor(given).detach(), before)
+        assert (b.x[0] == 1).all() and torch.equal(b.x[1:], before[1:])
+        assert not b.draw(4)[0].requires_grad
+
+
+def test_no_steps_give_a_copy(linear, digits):
+    x = to_unit(digits.test_x[:4])
+    for walk in (lambda v: sgld(score_of(linear), v, 0, 0.1), lambda v: pgd(linear, v, [0] * 4, 0.1, 0),
+                 lambda v: mala(lambda u: -u.square().flatten(1).sum(1), v, 0, 0.1)[0]):
+        given = x.clone()
+        walk(given).zero_()
+        assert torch.equal(given, x)
+
+
+def test_a_copy_of_a_training_image_is_at_distance_zero(digits):
+    "Products of float32 would leave it a little away."
+    x = (digits.train_x.float() + 1000).flatten(1)
+    distance, index = nearest(x[:50], x)
+    assert (distance == 0).all() and torch.equal(x[index[:, 0]], x[:50])
+    distance, index = nearest(x[:50].double(), x.double(), 4)
+    exact, order = (x[:50, None].double() - x[None].double()).norm(dim=2).topk(4, largest=False)
+    assert torch.allclose(distance.double(), exact, rtol=1e-5)
+
+
+@pytest.mark.parametrize("change", [
+    {"WORLD_SIZE": "x"}, {"WORLD_SIZE": "2.5"}, {"WORLD_SIZE": "2", "RANK": "x", "MASTER_ADDR": "a", "MASTER_PORT": "1"},
+    {"WORLD_SIZE": "2", "RANK": "5", "MASTER_ADDR": "a", "MASTER_PORT": "1"},
+    {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "a", "MASTER_PORT": "99999"},
+])
+def test_a_job_that_is_none_is_one_line(change, runs, cli, monkeypatch):
+    for name, value in change.items():
+        monkeypatch.setenv(name, value)
+    done = cli("generate", "runs/robust_jem", "--num-samples", 10, "--name", "new", "--device", "cpu")
+    assert done.code == 2 and "torchrun" in done.err and len(done.err.strip().splitlines()) == 1, done.err
+
+
+@pytest.mark.parametrize("change", [{"WORLD_SIZE": ""}, {"RANK": "1"}, {"RANK": ""}, {"RANK": "3", "WORLD_SIZE": "1"}])
+def test_variables_that_an_earlier_job_left_silence_nobody(change, runs, cli, monkeypatch):
+    for name, value in change.items():
+        monkeypatch.setenv(name, value)
+    assert "unknown option" in cli("generate", "runs/robust_jem", "--colour", "red").err
+
+
+def test_strangers_of_more_than_8_bits_are_refused(digits, tmp_path):
+    "They would all come out white."
+    Image.fromarray(np.full((8, 8), 40_000, np.uint16)).save(tmp_path / "deep.png")
+    with pytest.raises(InputError, match="8 bits"):
+        ood_images(str(tmp_path), digits.test_x, 3)
+
+
+def test_a_set_without_its_chains_is_exported_all_the_same(runs, cli):
+    run = Run("runs/robust_jem")
+    x, y, summary = run.samples("energy")
+    run.save_samples("mine", dict(x=x, y=y), summary)
+    with pytest.raises(InputError, match="keeps no chains"):
+        run.strip("mine")
+    assert cli("export", "runs/robust_jem", "--name", "mine", "--to", "npz", "--out", "new").code == 0
+
+
+def test_samples_of_a_prior_fitted_to_images_that_are_gone_are_drawn_again(here, image_tree, cli):
+    "Those of the images that the run was trained on are kept, whatever lies there now."
+    image_tree()
+    run = small_run("data", system="jempp", chain__outer_steps=1, replay__size=4)
+    argv = ["generate", run.path, "--num-samples", 2, "--batch-size", 2, "--chain.outer-steps", 1, "--device", "cpu"]
+
+    def drawn(name):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            assert cli(*argv, "--name", name).code == 0
+        return Run(run.path).samples(name)[0]
+
+    first = drawn("first")
+    with_other_pixels(Path("data/pets/train"))
+    assert torch.equal(drawn("first"), first)
+    second = drawn("second")
+    assert torch.equal(drawn("second"), second)
+    for file in Path("data/pets/train").rglob("*.png"):
+        Image.fromarray(np.random.default_rng(0).integers(256, size=(8, 8, 3), dtype=np.uint8)).save(file)
+    assert not torch.equal(drawn("second"), second)
+
+
+def test_the_landscape_is_measured_again_with_another_chain(runs, cli):
+    argv = ["evaluate", "runs/robust_jem", "--suite", "landscape", "--device", "cpu", "--attack-steps", 1]
+    file = runs / "robust_jem/suite/landscape.json"
+    assert cli(*argv).code == 0
+    before = read_json(file)["chain"]
+    config = read_json(runs / "robust_jem/config.json")
+    config["chain"]["step_size"] *= 2
+    write_json(runs / "robust_jem/config.json", config)
+    assert cli(*argv).code == 0
+    assert read_json(file)["chain"]["step_size"] == 2 * before["step_size"]
+
+
+@pytest.mark.parametrize("argv", ["tune --networks", "tune --variants"])
+def test_an_empty_list_is_one_line(argv, here, cli):
+    said = cli(*argv.split())
+    assert said.code == 2 and "is empty" in said.err and len(said.err.strip().splitlines()) == 1
+
+
 def test_a_pipe_that_closes(evaluated, command):
     "`robust-jem report | head -1`: no traceback."
     shell = f'"{sys.executable}" -m robust_jem.app.cli report --runs "{evaluated.parent}" | head -c 10'

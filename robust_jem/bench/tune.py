@@ -49,6 +49,8 @@ class TuneConfig(Config):
     threads: int = option(0, 0)              # CPU threads, at most one a core; 0: PyTorch's choice
 
     def __post_init__(self):
+        if not (self.networks and self.variants):
+            raise InputError(f"{'variants' if self.networks else 'networks'}: is empty; accepted: at least one")
         for name in self.variants:
             if name not in VARIANTS:
                 raise InputError(f"variants: {name!r} is unknown; accepted: {', '.join(VARIANTS)}")

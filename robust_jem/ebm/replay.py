@@ -47,20 +47,21 @@ class ReplayBuffer:
             x[:len(first)] = drawn
             for i, part in enumerate(others, 1):
                 x[1000 * i:1000 * i + len(part)] = prior.sample(part, generator)
-            self.fill(x, y)
+            self.fill(x, y, copy=False)
 
     def fill(self,
         x: Tensor, # [capacity,C,H,W]
         y: Tensor, # [capacity]
+        copy: bool = True, # no: what is stored later is written into these very tensors
     ):
         "Put other chains in place of all, as read from a checkpoint; `InputError` where they don't belong together."
-        x = as_points(x, "chains", None)
+        x = as_points(x, "chains", None).detach()
         shape = tuple(getattr(self.prior, "shape", x.shape[1:]))
         if x.shape[1:] != shape:
             raise InputError(f"chains: {tuple(x.shape[1:])}; expected {shape}, as the prior draws them")
         y = as_labels(y, len(x))
-        self.x, self.y = x, y.to(x.device)
-        self.labels = y.cpu()        # a copy that the host reads without waiting for a GPU
+        self.x, self.y = x.clone() if copy else x, y.to(x.device, copy=copy)
+        self.labels = self.y.cpu()        # a copy that the host reads without waiting for a GPU
 
     def __len__(self):
         return len(self.x)
@@ -88,7 +89,7 @@ class ReplayBuffer:
         x = self.x[index]
         if len(restarted):
             fresh = self.prior.sample(self.labels[chosen[restarted]], generator)
-            x[restarted.to(x.device, non_blocking=True)] = fresh
+            x[restarted.to(x.device, non_blocking=True)] = fresh.to(x.dtype)
         return x, index
 
     def store(self,
