@@ -1380,6 +1380,13 @@ def test_the_landscape_is_measured_again_with_another_chain(runs, cli):
     assert read_json(file)["chain"]["step_size"] == 2 * before["step_size"]
 
 
+def test_the_command_answers_from_its_beginning(command):
+    "What takes a second to import comes within `main`, where Ctrl-C is one line."
+    code = "import sys, robust_jem.app.cli; print({'torch', 'tyro', 'pydantic', 'numpy'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], env=command.env, capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == "set()", done.stderr
+
+
 @pytest.mark.parametrize("argv", ["tune --networks", "tune --variants"])
 def test_an_empty_list_is_one_line(argv, here, cli):
     said = cli(*argv.split())
