@@ -1,7 +1,8 @@
 """Classifiers of other libraries by name, samples in other tools' forms, and what `doctor` says.
 
-timm and RobustBench are stood in for by modules with the functions that are called: neither is installed for tests, and
-no weights can be downloaded there."""
+No weights can be downloaded in tests. What timm and RobustBench answer with weights is stood in for by modules with the
+functions that are called; the real libraries are tried with weights from a file."""
+import importlib
 import sys
 import types
 
@@ -130,6 +131,44 @@ def test_robustbench_says_what_is_wrong(robustbench, monkeypatch, here):
     refused("robustbench:Ann2019", data(10), "no models for mine", "cifar10")
     monkeypatch.setattr(robustbench.utils, "load_model", offline)
     refused("robustbench:Ann2019", data(10, "cifar10"), "can't be had", "robustbench/cifar10/Linf")
+
+
+def real(name):
+    "A library that is installed, as its users import it; the test is skipped where it isn't or can't be imported."
+    try:
+        return importlib.import_module(name)
+    except ImportError as e:
+        pytest.skip(f"{name} can't be imported here: {e}")
+
+
+def test_the_real_timm(here):
+    timm = real("timm")
+    theirs = timm.create_model("resnet18", num_classes=10).eval()
+    torch.save(theirs.state_dict(), "mine.pt")
+    x = torch.rand(2, 3, 32, 32) * 2 - 1
+    torch.testing.assert_close(zoo_model("timm:resnet18@mine.pt", data(10))(x), theirs(x))
+    unit = zoo_model("timm:resnet18@mine.pt", data(10), inputs="unit")
+    torch.testing.assert_close(unit(x), theirs((x + 1) / 2), rtol=1e-4, atol=1e-5)
+    refused("timm:resnet34@mine.pt", data(10), "mine.pt", "doesn't hold its weights")
+    refused("timm:resnet18", data(10), "1000 classes", "has 10", "@FILE")
+    refused("timm:resnet18.none", data(1000), "no weights for 'resnet18.none'", "resnet18.a1_in1k")
+    refused("timm:rsnet18", data(10), "'rsnet18'", "did you mean resnet18")
+
+
+def test_the_real_robustbench(here):
+    "Its smallest network: it looks for the weights in our cache before it downloads."
+    dicts = real("robustbench.model_zoo").model_dicts
+    threats = {str(getattr(k, "value", k)): v for k, v in dicts.items()}["cifar10"]
+    models = {str(getattr(k, "value", k)): v for k, v in threats.items()}["Linf"]
+    name = "Addepalli2022Efficient_RN18"
+    theirs = models[name]["model"]().eval()
+    folder = here / ".cache/robustbench/cifar10/Linf"
+    folder.mkdir(parents=True)
+    torch.save(theirs.state_dict(), folder / f"{name}.pt")
+    ours = zoo_model(f"robustbench:{name}", data(10, "cifar10"), root=here)
+    x = torch.rand(2, 3, 32, 32) * 2 - 1
+    torch.testing.assert_close(ours(x), theirs((x + 1) / 2), rtol=1e-4, atol=1e-5)
+    refused("robustbench:Nobody2020", data(10, "cifar10"), "'Nobody2020'", "models to choose from")
 
 
 def test_torchvision_says_what_is_wrong(monkeypatch, here):
