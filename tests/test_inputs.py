@@ -1312,7 +1312,9 @@ def test_a_copy_of_a_training_image_is_at_distance_zero(digits):
 
 
 @pytest.mark.parametrize("change", [
-    {"WORLD_SIZE": "x"}, {"WORLD_SIZE": "2.5"}, {"WORLD_SIZE": "2", "RANK": "x", "MASTER_ADDR": "a", "MASTER_PORT": "1"},
+    {"WORLD_SIZE": "x"},
+    {"WORLD_SIZE": "2.5"},
+    {"WORLD_SIZE": "2", "RANK": "x", "MASTER_ADDR": "a", "MASTER_PORT": "1"},
     {"WORLD_SIZE": "2", "RANK": "5", "MASTER_ADDR": "a", "MASTER_PORT": "1"},
     {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "a", "MASTER_PORT": "99999"},
 ])
