@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import warnings
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,12 +19,14 @@ import numpy as np
 import pytest
 import torch
 from filelock import FileLock
+from matplotlib import pyplot as plt
 from PIL import Image
 
 from robust_jem.app import plan
 from robust_jem.app.cli import main
 from robust_jem.core.files import read_tensors
 from robust_jem.engine.runs import Run
+from robust_jem.engine.runtime import keep_freed_memory
 from robust_jem.engine.sample import generate_samples
 from robust_jem.engine.train import train
 from robust_jem.systems.catalog import GenerateConfig, TrainConfig, configure, register
@@ -52,6 +55,8 @@ FRESH.set_forkserver_preload([
 ])
 # jsonschema, by which notebooks are checked, compiles grammars for six seconds where JupyterLab is installed.
 sys.modules.setdefault("rfc3987_syntax", None)
+# What a run does for itself: tests and notebooks compute outside of runs too.
+keep_freed_memory()
 
 
 # Thousands of cases of some milliseconds.
@@ -225,7 +230,9 @@ def command():
 
 
 def execute(argv):
-    "The package's command line; or, as Python takes them, a script or `-m` and a module."
+    """The package's command line; or, as Python takes them, a script or `-m` and a module.
+
+    Or a notebook, to be tested; or `fill` and a notebook, to be executed in its place."""
     if argv[0] == "-m":
         sys.argv = argv[1:]
         runpy.run_module(argv[1], run_name="__main__", alter_sys=True)
@@ -234,16 +241,27 @@ def execute(argv):
         runpy.run_path(argv[0], run_name="__main__")
     elif argv[0].endswith(".ipynb"):
         run_notebook(Path(argv[0]))
+    elif argv[0] == "fill":
+        fill_notebook(argv[1])
     else:
         sys.exit(main(argv))
 
 
 def run_notebook(path):
     "A notebook's cells from top to bottom, as nbdev_test runs them: those that its flags name are left out."
+    from nbdev import test
     from nbdev.config import get_config
-    from nbdev.test import test_nb
-    passed, _ = test_nb(path, skip_flags=get_config().tst_flags.split(), basepath=REPO)
+    # figures as a plain screen shows them: for one of twice the pixels, they take twice as long
+    test.CaptureShell = partial(test.CaptureShell, mpl_format="png")
+    passed, _ = test.test_nb(path, skip_flags=get_config().tst_flags.split(), basepath=REPO)
     sys.exit(not passed)
+
+
+def fill_notebook(path):
+    "A notebook's cells from top to bottom; what they show is kept in the file."
+    from execnb.shell import CaptureShell
+    os.environ["MPLBACKEND"] = "module://matplotlib_inline.backend_inline"
+    CaptureShell(mpl_format="png").execute(path, path, exc_stop=True)
 
 
 def run_there(argv, folder, changes, printed, memory):
@@ -256,7 +274,19 @@ def run_there(argv, folder, changes, printed, memory):
     os.environ.update(changes)
     if memory:
         resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+    keep_freed_memory()
     execute(argv)
+
+
+def executed_here(notebook, parameters):
+    "A notebook's cells with papermill's parameters, in this process: no kernel starts."
+    from papermill.iorw import load_notebook_node
+    from papermill.parameterize import parameterize_notebook
+    names = {}
+    for cell in parameterize_notebook(load_notebook_node(str(notebook)), parameters).cells:
+        if cell.cell_type == "code":
+            exec(cell.source, names)
+    plt.close("all")
 
 
 class Fresh:

@@ -3,13 +3,10 @@
 import copy
 import shutil
 
-import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
 import torch
-from papermill import execute_notebook
-from papermill.iorw import load_notebook_node
-from papermill.parameterize import parameterize_notebook
+from conftest import executed_here
 from torch import nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -267,15 +264,7 @@ def test_a_budget_is_spent_and_shared(source, here):
         trainings("robust_jem", "digits", "cpu", 1.0, (1, 8, 8), "runs", **changes)
 
 
-def executed_here(notebook, parameters):
-    "A notebook's cells with papermill's parameters, in this process: no kernel starts."
-    names = {}
-    for cell in parameterize_notebook(load_notebook_node(str(notebook)), parameters).cells:
-        if cell.cell_type == "code":
-            exec(cell.source, names)
-    plt.close("all")
-
-
+@pytest.mark.filterwarnings("ignore:FD-digits of 120 images")
 def test_the_study_runs_and_goes_on(runs, here):
     "The notebook on digits with a tiny budget; what is there is not made again, and an unknown parameter is refused."
     small = merged(SMALL, dict(schedule=dict(updates=0), optimizer=dict(batch_size=32), log_every=1))
@@ -283,8 +272,7 @@ def test_the_study_runs_and_goes_on(runs, here):
     asked = dict(worth=250, systems=["robust_classifier", "dat"], runs="study", figures="figures", num_samples=120,
                  looked_at=40, attacked=20, device=device, extractor=f"classifier:{runs / 'judge'}",
                  settings=small)
-    execute_notebook(notebook_path("equal_compute"), "out.ipynb", asked, kernel_name="python3", cwd=str(here),
-                     progress_bar=False)
+    executed_here(notebook_path("equal_compute"), asked)
     table = pd.read_csv("figures/table.csv").set_index("name")
     assert set(table.index) == {"robust_classifier", "dat"} and (table["PFLOP"] > 0).all()
     assert table.filter(like="FD").notna().all(axis=None) and table["PGD-20, l2 1"].between(0, 1).all()

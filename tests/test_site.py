@@ -6,10 +6,9 @@ import math
 import sys
 from hashlib import sha256
 
-import papermill
 import pytest
 import torch
-from conftest import REPO
+from conftest import REPO, executed_here
 from PIL import Image
 
 from robust_jem.core.images import load_images
@@ -68,8 +67,7 @@ def test_notebook_draws_any_networks(tmp_path, here):
     rows = ["robust_classifier attack", "robust_jem energy", "robust_jem combined"]
     asked = dict(out=str(tmp_path / "out"), folders=str(tmp_path / "networks/{system}"), rows=rows, chains=2, stages=6,
                  real_images=2, settings=settings)
-    papermill.execute_notebook(REPO / "nbs/replication/explore.ipynb", tmp_path / "explore.ipynb", asked,
-                               kernel_name="python3", progress_bar=False)
+    executed_here(REPO / "nbs/replication/explore.ipynb", asked)
     made = explore.read(tmp_path / "out")
     assert [row["title"] for row in made["rows"]] == ["Single Robust Classifier", "Robust JEM, energy",
                                                       "Robust JEM, combined"]

@@ -213,6 +213,7 @@ def benchmark(
     progress: bool = True, # show bars
 ) -> dict: # what the JSON holds
     "Measure everything; write `benchmark.json`, `benchmark.md` and `benchmark.png`."
+    from matplotlib import pyplot as plt
     c = config
     check_writable(Path(c.out))
     with executing(c, c.threads) as at, warnings.catch_warnings():
@@ -234,5 +235,7 @@ def benchmark(
     folder = Path(c.out)
     write_json(folder / "benchmark.json", out)
     write_bytes(folder / "benchmark.md", markdown(out).encode())
-    figure(out).savefig(folder / "benchmark.png", dpi=200)
+    fig = figure(out)
+    fig.savefig(folder / "benchmark.png", dpi=200)
+    plt.close(fig)
     return out

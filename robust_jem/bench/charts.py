@@ -6,9 +6,8 @@
 __all__ = ['GROWTHS', 'SCALINGS', 'HEAD', 'COLOURS', 'CURVES', 'markdown', 'figure']
 
 # %% ../../nbs/bench/03_charts.ipynb #e90d46a5
-from .naive import flops, step_flops
+from .naive import step_flops, wide_resnet_flops
 from .scaling import modelled_seconds
-from ..networks.wide_resnet import WideResNet
 from ..systems.catalog import TrainConfig, configure
 
 # %% ../../nbs/bench/03_charts.ipynb #58f2c7d1
@@ -96,7 +95,7 @@ def _draw_scale_out(ax, measured: dict):
     "Images a second of many devices, against one."
     n, parameters = [1, 2, 4, 8, 16, 32, 64], 36_500_000
     paper = configure(TrainConfig, "robust_jem", "cifar10", "paper")
-    per_image = step_flops(paper, flops(WideResNet(28, 10), (3, 32, 32))) / 320e12
+    per_image = step_flops(paper, wide_resnet_flops(28, 10)) / 320e12
 
     def modelled(gpus: int, images: int) -> float:
         return images / modelled_seconds(gpus, images, 0.05, per_image, parameters)

@@ -8,12 +8,11 @@ __all__ = ['FIRST_STAGE', 'update_flops', 'budget_of', 'trainings', 'spent']
 # %% ../../nbs/bench/07_compute.ipynb #462ab729
 from pathlib import Path
 
-from .naive import flops, step_flops
+from .naive import step_flops, wide_resnet_flops
 from ..core.config import merged, unfolded
 from ..core.errors import InputError
 from ..core.inputs import as_number
 from ..engine.runs import Run
-from ..networks.wide_resnet import WideResNet
 from ..systems.catalog import SYSTEMS, TrainConfig, configure
 
 # %% ../../nbs/bench/07_compute.ipynb #9f782cb1
@@ -25,7 +24,7 @@ def update_flops(
 ) -> float: # operations
     "Floating-point operations of a whole update, all images of the batch together."
     network = config.network
-    counted = flops(WideResNet(network.depth, network.width, num_classes, shape[0], network.norm), shape)
+    counted = wide_resnet_flops(network.depth, network.width, num_classes, tuple(shape), network.norm)
     return step_flops(config, counted, chain_steps) * config.optimizer.batch_size
 
 def budget_of(

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .naive import flops, step_flops
+from .naive import step_flops, wide_resnet_flops
 from .scaling import one_update, random_images, seconds
 from ..ebm.energy import input_gradient, marginal_energy, untouched
 from ..engine.checkpoints import TrainState
@@ -83,7 +83,7 @@ def hot_paths(
         return score_of_batch(system.fast, images)
     if hot.captures:
         single = Captured(single)
-    f = flops(WideResNet(config.network.depth, config.network.width), (3, 32, 32))
+    f = wide_resnet_flops(config.network.depth, config.network.width)
     attack = config.attack
     return {
         "one gradient": (lambda: single(x), f["gradient"]),

@@ -103,10 +103,8 @@ def side_by_side(
     def under(policy: Policy) -> TrainState:
         return TrainState(config, random_images(), Execution(at.world, at.device, policy, at.deadline))
 
-    states = {name: under(policy) for name, policy in policies.items()}
-    plain = [state for state in states.values() if state.precision == "float32"]
-    prior = (plain or [under(choose_policy(at.device, "float32", "off"))])[0].system.prior      # takes seconds to fit
-    ours = {name: our_works(state, config, steps) for name, state in states.items()}
+    prior = under(choose_policy(at.device, "float32", "off")).system.prior      # takes seconds to fit; ours share it
+    ours = {name: our_works(under(policy), config, steps) for name, policy in policies.items()}
     return {"reference": naive_works(config, at.device, prior, steps)} | ours
 
 def work_done(

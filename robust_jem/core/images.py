@@ -142,17 +142,19 @@ class Images:
 
 # %% ../../nbs/core/04_images.ipynb #0a46ef7e
 @cache
-def _all_digits() -> tuple[Tensor, Tensor]:
-    "Images and labels, not to change; scikit-learn keeps them as text, which takes a twelfth of a second to read."
+def _all_digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Images and labels, not to change, and which are for training and for testing.
+
+    scikit-learn keeps them as text, which takes a twelfth of a second to read."""
     from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
     bunch = load_digits()
     x = torch.from_numpy(bunch.images * 255 / 16).round().to(torch.uint8)[:, None]
-    return x, torch.from_numpy(bunch.target).long()
+    y = torch.from_numpy(bunch.target).long()
+    return x, y, *map(torch.tensor, train_test_split(range(len(x)), test_size=360, stratify=y, random_state=0))
 
 def _digits() -> Images:
-    from sklearn.model_selection import train_test_split
-    x, y = _all_digits()
-    train, test = train_test_split(range(len(x)), test_size=360, stratify=y, random_state=0)
+    x, y, train, test = _all_digits()
     return Images("digits", x[train], y[train], x[test], y[test], tuple(map(str, range(10))))
 
 def _torchvision(name: str, root: Path, download: bool) -> Images:

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
-import matplotlib.pyplot as plt
 import torch
 
 from ..core.errors import InputError
@@ -20,7 +19,8 @@ from ..core.files import read_json, read_tensors, write_bytes, write_json
 from ..engine.runs import Run
 from ..engine.pretrained import RobustJEM
 from ..judge.ood import SCORES
-from .figures import SuiteResults, distal_sheet, draw, reliability, robustness_curves, save_figure
+from .figures import SuiteResults, distal_sheet, draw, draw_alone
+from .figures import reliability, robustness_curves, save_figure
 from .results import SAMPLE_SCORES
 from .tables import grid_markdown
 from ..systems.catalog import SYSTEMS, TrainConfig
@@ -417,8 +417,5 @@ def write_comparison(
     for name, fig in figures.items():
         save_figure(fig, out / name, about)
     for f in subjects:
-        for name, fig in draw(f).items():
-            if name in ("detection", "landscape", "neighbours"):
-                save_figure(fig, out / f"suite-{name}-{_kind(f)}", about)
-            else:
-                plt.close(fig)
+        for name, fig in draw_alone(f).items():
+            save_figure(fig, out / f"suite-{name}-{_kind(f)}", about)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COLOURS', 'SuiteResults', 'styled', 'robustness_curves', 'reliability', 'ood_score_histograms', 'distal_sheet',
-           'landscape', 'neighbours', 'sample_sheets', 'save_figure', 'draw']
+           'landscape', 'neighbours', 'sample_sheets', 'save_figure', 'draw_alone', 'draw']
 
 # %% ../../nbs/report/04_figures.ipynb #c0166602
 import io
@@ -22,7 +22,7 @@ from ..core.errors import InputError
 from ..core.files import read_json, write_bytes
 from ..engine.runs import Run
 from ..judge.ood import SCORES
-from .run_figures import INK, sheet, tiles
+from .run_figures import INK, lay_out, sheet, tiles
 from ..systems.catalog import SYSTEMS
 
 # %% ../../nbs/report/04_figures.ipynb #b3ae21b4
@@ -285,12 +285,24 @@ def save_figure(
         "png": {"Software": "robust-jem", "Description": about},
         "svg": {"Creator": "robust-jem", "Description": about, "Date": None},
     }
-    for kind in metadata:
-        out = io.BytesIO()
-        with plt.rc_context(_SMALL | {"svg.hashsalt": "robust-jem"}):
+    with plt.rc_context(_SMALL | {"svg.hashsalt": "robust-jem"}):
+        lay_out(fig, 200)
+        for kind in metadata:
+            out = io.BytesIO()
             fig.savefig(out, format=kind, dpi=200, metadata=metadata[kind])
-        write_bytes(path.with_suffix(f".{kind}"), out.getvalue())
+            write_bytes(path.with_suffix(f".{kind}"), out.getvalue())
     plt.close(fig)
+
+def draw_alone(f: SuiteResults) -> dict[str, Figure]:
+    "The figures that show one subject only, as far as its parts allow, by name."
+    out = {}
+    if f.parts.get("detection", {}).get("AUROC"):
+        out["detection"] = ood_score_histograms(f)
+    if "landscape" in f.parts:
+        out["landscape"] = landscape(f)
+    if "neighbours" in f.parts:
+        out["neighbours"] = neighbours(f)
+    return out
 
 def draw(f: SuiteResults) -> dict[str, Figure]:
     "Every figure that one subject's parts allow, by name."
@@ -299,14 +311,9 @@ def draw(f: SuiteResults) -> dict[str, Figure]:
         out["robustness"] = robustness_curves([f])
     if "calibration" in f.parts:
         out["calibration"] = reliability([f])
-    if f.parts.get("detection", {}).get("AUROC"):
-        out["detection"] = ood_score_histograms(f)
     if "distal" in f.parts:
         out["distal"] = distal_sheet([f])
-    if "landscape" in f.parts:
-        out["landscape"] = landscape(f)
-    if "neighbours" in f.parts:
-        out["neighbours"] = neighbours(f)
+    out |= draw_alone(f)
     if f.subject["run"]:
         out |= {f"samples-{name}": fig for name, fig in sample_sheets(f).items()}
     return out

@@ -60,9 +60,9 @@ class EnergyClassifier(System):
     def prior(self) -> Prior:
         "Where chains start; fitted when first asked for, in half precision where products are."
         if self._prior is None:
-            dtype = None if self.runtime.precision == "float32" else torch.bfloat16
             fitted = build_prior(self.asked, self.images, self.runtime.device)
-            self._prior = fitted.to(self.runtime.device, dtype)
+            single = self.runtime.precision == "float32"
+            self._prior = fitted if single else fitted.to(self.runtime.device, torch.bfloat16)
         return self._prior
 
     def weights(self) -> dict[str, Tensor]:

@@ -12,6 +12,7 @@ import dataclasses
 import math
 import warnings
 from typing import Any, Literal
+from weakref import WeakValueDictionary
 
 from ..core.config import Config, option, settings, unfolded
 from ..core.errors import InputError
@@ -169,6 +170,7 @@ class HybridConfig(TrainConfig):
 
 # %% ../../nbs/systems/01_hybrid_settings.ipynb #05ad7d99
 Prior = GaussianMixturePrior | UniformPrior
+_FITTED: WeakValueDictionary = WeakValueDictionary()         # by data set and device, as long as anyone has them
 
 def build_model(config: HybridConfig, images: Images) -> WideResNet:
     "The network of a configuration, initialised from its seed; the global random state is left alone."
@@ -177,10 +179,15 @@ def build_model(config: HybridConfig, images: Images) -> WideResNet:
         return WideResNet(c.depth, c.width, images.num_classes, images.shape[0], c.norm)
 
 def build_prior(config: HybridConfig, images: Images, device="cpu") -> Prior:
-    "Where a configuration's chains start; Gaussians are fitted to the training images."
+    "Where a configuration's chains start; Gaussians are fitted to the training images, unless another has them."
     if config.replay.prior == "uniform":
         return UniformPrior(images.shape, images.num_classes, device)
-    return GaussianMixturePrior.fit(images.train_x.to(device), images.train_y.to(device), images.num_classes)
+    key = images.fingerprint, str(device)
+    prior = _FITTED.get(key)
+    if prior is None:
+        x, y = images.train_x.to(device), images.train_y.to(device)
+        prior = _FITTED[key] = GaussianMixturePrior.fit(x, y, images.num_classes)
+    return prior
 
 # %% ../../nbs/systems/01_hybrid_settings.ipynb #eb1a6531
 METHODS = ("attack", "energy", "combined", "ascent")
