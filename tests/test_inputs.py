@@ -1389,7 +1389,7 @@ def test_the_command_answers_from_its_beginning(command):
     assert done.stdout.strip() == "set()", done.stderr
 
 
-@pytest.mark.parametrize("argv", ["tune --networks", "tune --variants"])
+@pytest.mark.parametrize("argv", ["tune --networks", "tune --variants", "benchmark --batches"])
 def test_an_empty_list_is_one_line(argv, here, cli):
     said = cli(*argv.split())
     assert said.code == 2 and "is empty" in said.err and len(said.err.strip().splitlines()) == 1
