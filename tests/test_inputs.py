@@ -19,7 +19,7 @@ from torch import nn
 from robust_jem.app.cli import main, parse
 from robust_jem.bench.comparison import all_logits
 from robust_jem.core.errors import InputError
-from robust_jem.core.files import fingerprint, read_json, write_json
+from robust_jem.core.files import fingerprint, read_json, read_tensors, write_json, write_tensors
 from robust_jem.core.images import (
     Batches, Images, add_noise, augment, bits_per_dim as bits_of_density, data_root, dequantise, load_images, to_uint8,
     to_unit,
@@ -27,7 +27,7 @@ from robust_jem.core.images import (
 from robust_jem.core.inputs import evaluating
 from robust_jem.ebm.attacks import attack_start, climb, pgd
 from robust_jem.ebm.energy import (
-    conditional_density, detect, energy, joint_energy, marginal_energy, predict, rank,
+    conditional_density, detect, energy, joint_energy, marginal_energy, predict, rank, score_of,
 )
 from robust_jem.ebm.growth import GrowingLength, area_under_roc
 from robust_jem.ebm.objectives import Terms, hybrid_loss, likelihood_loss
@@ -37,6 +37,7 @@ from robust_jem.ebm.samplers import mala, sgld
 from robust_jem.ebm.sharpness import ascent_step, at_worst_weights
 from robust_jem.engine.pretrained import RobustJEM
 from robust_jem.engine.runs import Run
+from robust_jem.engine.runtime import Accelerated
 from robust_jem.engine.train import train
 from robust_jem.judge.calibration import all_logits as all_logits_judged, calibration
 from robust_jem.judge.diversity import class_frechet, nearest
@@ -51,7 +52,7 @@ from robust_jem.judge.sample_scores import (
 from robust_jem.judge.curves import masking_verdict
 from robust_jem.judge.foreign import check_classifier, import_model
 from robust_jem.judge.likelihood import bits_per_dim, gmm_bits_per_dim
-from robust_jem.judge.sweep import FrechetTo
+from robust_jem.judge.sweep import FrechetTo, sweep
 from robust_jem.judge.zoo import zoo_model
 from robust_jem.networks.wide_resnet import WideResNet
 from robust_jem.report.figures import SuiteResults
@@ -1130,6 +1131,16 @@ ODD_CALLS = {
     "a depth in words": lambda d, m: WideResNet("28"),
     "a width of a half": lambda d, m: WideResNet(10, 1.5),
     "a network without classes": lambda d, m: WideResNet(10, 1, num_classes=0),
+    "grey levels of NaN": lambda d, m: to_uint8(torch.tensor([0.0, torch.nan])),
+    "energies in a tuple": lambda d, m: hybrid_loss(
+        m, Terms(likelihood=1.0), [0, 1], x_real=d.test_x[:2], x_sampled=d.test_x[:2], energies=()),
+    "floats to train on": lambda d, m: Batches(to_unit(d.train_x), d.train_y, 8, 0),
+    "a process that isn't there": lambda d, m: Batches(d.train_x, d.train_y, 8, 0, rank=2, size=2),
+    "a batch for fewer than all processes": lambda d, m: Batches(d.train_x, d.train_y, 2, 0, rank=2, size=3),
+    "chains by the billion": lambda d, m: ReplayBuffer(10**12, UniformPrior((1, 8, 8))),
+    "images by the billion": lambda d, m: UniformPrior((1, 8, 8)).sample(torch.zeros(1, dtype=int).expand(10**12)),
+    "covariances of photographs": lambda d, m: GaussianMixturePrior.fit(
+        torch.zeros(4, 3, 512, 512, dtype=torch.uint8), [0, 1, 0, 1], 2),
 }
 
 
@@ -1138,6 +1149,250 @@ def test_odd_calls_are_one_line(what, digits):
     with pytest.raises(InputError) as error:
         ODD_CALLS[what](digits, nn.Sequential(nn.Flatten(), nn.Linear(64, 10)))
     assert "\n" not in str(error.value) and len(str(error.value)) < 400
+
+
+# Memory
+
+
+class Huge(nn.Module):
+    "A model that asks for more memory than any machine has."
+
+    def forward(self, x):
+        return torch.empty(len(x), 10**15)
+
+
+@pytest.mark.filterwarnings("ignore:out of memory")
+@pytest.mark.parametrize("measure", [
+    lambda x, y: accuracy(Huge(), x, y), lambda x, y: robust_accuracy(Huge(), x, y, 0.1, 2),
+    lambda x, y: energy(Huge(), x), lambda x, y: pgd(Huge(), to_unit(x), y, 0.1, 2),
+    lambda x, y: sgld(score_of(Huge()), to_unit(x), 2, 0.1), lambda x, y: ood_scores(Huge(), x),
+    lambda x, y: ReplayBuffer(10**12, UniformPrior((1, 8, 8))),
+])
+def test_memory_that_runs_out_is_one_line(measure, digits):
+    "It says what didn't fit, how much it takes, and what to lower; whoever handles a MemoryError handles it."
+    with pytest.raises(InputError, match=r"[\d,.]+ GB") as error:
+        measure(digits.test_x[:4], digits.test_y[:4])
+    assert isinstance(error.value, MemoryError) and "\n" not in str(error.value)
+    assert "lower" in str(error.value) or "fewer" in str(error.value)
+
+
+def test_a_buffer_larger_than_the_memory_is_named_by_training(here, cli, monkeypatch):
+    monkeypatch.setattr("robust_jem.core.memory.free_memory", lambda device: 10**7)
+    said = cli("train", "--system", "jempp", "--replay.size", 10**6, "--out", "new", "--device", "cpu")
+    assert said.code == 2 and "chains of 1x8x8 would take" in said.err and "replay.size" in said.err
+    assert len(said.err.strip().splitlines()) == 1 and not Path("new/config.json").exists()
+    config = configure(TrainConfig, "jempp", replay__size=10**6, device="cpu", out="new")
+    with pytest.raises(InputError, match="replay.size"):
+        train(config, progress=False)
+
+
+def test_memory_that_runs_out_in_training_names_what_to_lower(here, cli, monkeypatch):
+    "As on a GPU, whose message is of many lines."
+    said = "CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has ...\nIf reserved but unallocated memory is large"
+
+    def forward(self, x):
+        raise torch.OutOfMemoryError(said)
+
+    monkeypatch.setattr(Accelerated, "for_update", forward)
+    done = cli("train", "--system", "jempp", "--replay.size", 64, "--schedule.updates", 1, "--out", "new",
+               "--chain.outer-steps", 1, "--device", "cpu")
+    assert done.code == 2 and "Traceback" not in done.err, done.err
+    assert "21.5 GB" in done.err and "optimizer.batch_size (64)" in done.err and "replay.size (64)" in done.err
+
+
+def test_a_system_says_what_it_lacks_and_what_it_has(here, digits):
+    config = configure(TrainConfig, "sngan", "digits", "cpu", device="cpu", threads=1, schedule__updates=1, out="gan")
+    gan = Run(train(config, progress=False)).system()
+    x, y = digits.test_x[:4], digits.test_y[:4]
+    for asked in (lambda: gan(to_unit(x)), lambda: gan.log_density(to_unit(x)), lambda: gan.start(y, None),
+                  lambda: accuracy(gan, x, y), lambda: ood_scores(gan, x), lambda: bits_per_dim(gan, x)):
+        with pytest.raises(InputError, match=r"^system: sngan, a Sngan, has no \w+; it has: sample$"):
+            asked()
+
+
+def test_an_unnormalised_density_has_no_bits(runs, digits):
+    "An energy's constant isn't known: the number would mean nothing."
+    with pytest.raises(InputError, match="up to a constant"):
+        bits_per_dim(Run("runs/robust_jem").system(), digits.test_x[:4])
+
+
+# Images without a dark pixel
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16])
+def test_a_bright_image_alone_is_not_taken_for_one_in_0_to_1(dtype, linear):
+    "One in ten thousand of CIFAR-10; what lies on the grey levels of -1..1 is on that scale."
+    bright = torch.randint(128, 256, (1, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    assert accuracy(linear, to_unit(bright).to(dtype), [3]) == accuracy(linear, bright, [3])
+    assert pgd(linear, to_unit(bright).to(dtype), [3], 0.1, 2).shape == bright.shape
+    for other in (bright / 255, torch.rand(1, 1, 8, 8)):
+        with pytest.raises(InputError, match=r"as in images in 0..1"):
+            accuracy(linear, other.to(dtype), [3])
+    with pytest.raises(InputError, match=r"or dark ones in 0..255"):
+        accuracy(linear, (bright > 200).to(dtype), [3])
+
+
+# Samples that are no numbers
+
+
+def test_samples_that_are_no_numbers_are_counted(runs, cli):
+    weights = runs / "robust_jem/model.safetensors"
+    tensors, meta = read_tensors(weights)
+    write_tensors(weights, {k: v * torch.nan if v.is_floating_point() else v for k, v in tensors.items()}, meta)
+    argv = ["generate", "runs/robust_jem", "--num-samples", 20, "--batch-size", 10, "--name", "new", "--device", "cpu"]
+    done = cli(*argv, "--chain.outer-steps", 1)
+    assert done.code == 2 and "samples: in 10 of 10 drawn" in done.err and "aren't numbers" in done.err
+
+
+def test_a_walk_that_diverges_is_infinitely_far(runs):
+    system = Run("runs/robust_jem").system()
+    for p in system.parameters():
+        p.data.fill_(torch.nan)
+    rows, _ = sweep(system, lambda x: float(len(x)), "digits", "cpu", (("ascent", 0.2, (1, 2)),), 10)
+    assert [row["distance"] for row in rows] == [np.inf, np.inf]
+
+
+def test_a_distance_of_few_samples_is_called_biased():
+    near = FrechetTo(np.zeros(4), np.eye(4))
+    with pytest.warns(UserWarning, match="of 3 samples in 4 dimensions"):
+        near(torch.randn(3, 4))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        near(torch.randn(4, 4))
+
+
+# What surrounds a call
+
+
+def test_draws_are_the_same_under_autocast_and_another_default_type(digits):
+    "Products of the priors would be rounded to bfloat16, or meet numbers of another type."
+    full = GaussianMixturePrior.fit(digits.train_x, digits.train_y, 10)
+    y = torch.arange(10)
+    for prior in (full, full.compact(5), UniformPrior((1, 8, 8))):
+        plain = prior.sample(y, torch.Generator().manual_seed(0))
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(prior.sample(y, torch.Generator().manual_seed(0)), plain)
+        try:
+            torch.set_default_dtype(torch.float64)
+            assert torch.equal(prior.sample(y, torch.Generator().manual_seed(0)), plain)
+        finally:
+            torch.set_default_dtype(torch.float32)
+
+
+def test_a_buffer_writes_into_no_tensor_of_the_callers(digits):
+    "Nor, where its chains came expanded, into all of them at once; half precision and gradients stay usable."
+    x, y, ones = to_unit(digits.test_x[:4]), digits.test_y[:4], torch.ones(1, 1, 8, 8)
+    b = ReplayBuffer(4, UniformPrior((1, 8, 8)), reinit_prob=1.0)
+    for given in (x, x.numpy(), nn.Parameter(x.clone()), x.half(), x[:1].expand(4, -1, -1, -1)):
+        before = torch.as_tensor(given).detach().clone()
+        b.fill(given, y)
+        b.store([0], ones)
+        assert torch.equal(torch.as_tensor(given).detach(), before)
+        assert (b.x[0] == 1).all() and torch.equal(b.x[1:], before[1:])
+        assert not b.draw(4)[0].requires_grad
+
+
+def test_no_steps_give_a_copy(linear, digits):
+    x = to_unit(digits.test_x[:4])
+    for walk in (lambda v: sgld(score_of(linear), v, 0, 0.1), lambda v: pgd(linear, v, [0] * 4, 0.1, 0),
+                 lambda v: mala(lambda u: -u.square().flatten(1).sum(1), v, 0, 0.1)[0]):
+        given = x.clone()
+        walk(given).zero_()
+        assert torch.equal(given, x)
+
+
+def test_a_copy_of_a_training_image_is_at_distance_zero(digits):
+    "Products of float32 would leave it a little away."
+    x = (digits.train_x.float() + 1000).flatten(1)
+    distance, index = nearest(x[:50], x)
+    assert (distance == 0).all() and torch.equal(x[index[:, 0]], x[:50])
+    distance, index = nearest(x[:50].double(), x.double(), 4)
+    exact, order = (x[:50, None].double() - x[None].double()).norm(dim=2).topk(4, largest=False)
+    assert torch.allclose(distance.double(), exact, rtol=1e-5)
+
+
+@pytest.mark.parametrize("change", [
+    {"WORLD_SIZE": "x"},
+    {"WORLD_SIZE": "2.5"},
+    {"WORLD_SIZE": "2", "RANK": "x", "MASTER_ADDR": "a", "MASTER_PORT": "1"},
+    {"WORLD_SIZE": "2", "RANK": "5", "MASTER_ADDR": "a", "MASTER_PORT": "1"},
+    {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "a", "MASTER_PORT": "99999"},
+])
+def test_a_job_that_is_none_is_one_line(change, runs, cli, monkeypatch):
+    for name, value in change.items():
+        monkeypatch.setenv(name, value)
+    done = cli("generate", "runs/robust_jem", "--num-samples", 10, "--name", "new", "--device", "cpu")
+    assert done.code == 2 and "torchrun" in done.err and len(done.err.strip().splitlines()) == 1, done.err
+
+
+@pytest.mark.parametrize("change", [{"WORLD_SIZE": ""}, {"RANK": "1"}, {"RANK": ""}, {"RANK": "3", "WORLD_SIZE": "1"}])
+def test_variables_that_an_earlier_job_left_silence_nobody(change, runs, cli, monkeypatch):
+    for name, value in change.items():
+        monkeypatch.setenv(name, value)
+    assert "unknown option" in cli("generate", "runs/robust_jem", "--colour", "red").err
+
+
+def test_strangers_of_more_than_8_bits_are_refused(digits, tmp_path):
+    "They would all come out white."
+    Image.fromarray(np.full((8, 8), 40_000, np.uint16)).save(tmp_path / "deep.png")
+    with pytest.raises(InputError, match="8 bits"):
+        ood_images(str(tmp_path), digits.test_x, 3)
+
+
+def test_a_set_without_its_chains_is_exported_all_the_same(runs, cli):
+    run = Run("runs/robust_jem")
+    x, y, summary = run.samples("energy")
+    run.save_samples("mine", dict(x=x, y=y), summary)
+    with pytest.raises(InputError, match="keeps no chains"):
+        run.strip("mine")
+    assert cli("export", "runs/robust_jem", "--name", "mine", "--to", "npz", "--out", "new").code == 0
+
+
+def test_samples_of_a_prior_fitted_to_images_that_are_gone_are_drawn_again(here, image_tree, cli):
+    "Those of the images that the run was trained on are kept, whatever lies there now."
+    image_tree()
+    run = small_run("data", system="jempp", chain__outer_steps=1, replay__size=4)
+    argv = ["generate", run.path, "--num-samples", 2, "--batch-size", 2, "--chain.outer-steps", 1, "--device", "cpu"]
+
+    def drawn(name):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            assert cli(*argv, "--name", name).code == 0
+        return Run(run.path).samples(name)[0]
+
+    first = drawn("first")
+    with_other_pixels(Path("data/pets/train"))
+    assert torch.equal(drawn("first"), first)
+    second = drawn("second")
+    assert torch.equal(drawn("second"), second)
+    for file in Path("data/pets/train").rglob("*.png"):
+        Image.fromarray(np.random.default_rng(0).integers(256, size=(8, 8, 3), dtype=np.uint8)).save(file)
+    assert not torch.equal(drawn("second"), second)
+
+
+def test_the_landscape_is_measured_again_with_another_chain(runs, cli):
+    argv = ["evaluate", "runs/robust_jem", "--suite", "landscape", "--device", "cpu", "--attack-steps", 1]
+    file = runs / "robust_jem/suite/landscape.json"
+    assert cli(*argv).code == 0
+    before = read_json(file)["chain"]
+    config = read_json(runs / "robust_jem/config.json")
+    config["chain"]["step_size"] *= 2
+    write_json(runs / "robust_jem/config.json", config)
+    assert cli(*argv).code == 0
+    assert read_json(file)["chain"]["step_size"] == 2 * before["step_size"]
+
+
+def test_the_command_answers_from_its_beginning(command):
+    "What takes a second to import comes within `main`, where Ctrl-C is one line."
+    code = "import sys, robust_jem.app.cli; print({'torch', 'tyro', 'pydantic', 'numpy'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], env=command.env, capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == "set()", done.stderr
+
+
+@pytest.mark.parametrize("argv", ["tune --networks", "tune --variants", "benchmark --batches"])
+def test_an_empty_list_is_one_line(argv, here, cli):
+    said = cli(*argv.split())
+    assert said.code == 2 and "is empty" in said.err and len(said.err.strip().splitlines()) == 1
 
 
 def test_a_pipe_that_closes(evaluated, command):

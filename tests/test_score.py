@@ -230,7 +230,7 @@ def test_it_is_sampled_by_level_and_repeats(here):
     system, config = run.system(), configure(GenerateConfig, "ncsn", **how)
     assert [system.share_done(config, s) for s in stages] == [0, 0.2, 0.4, 0.6, 0.8, 1, 1]
     assert system.capabilities == {"sample"} and not config.conditional
-    with pytest.raises(NotImplementedError, match="no density"):
+    with pytest.raises(InputError, match="no density; it has: sample"):
         system.log_density(torch.zeros(1, 1, 8, 8))
 
 

@@ -118,7 +118,7 @@ def test_it_is_sampled_and_its_density_is_normalised(gaussian, here):
     assert not system.training and "normalised" in system.capabilities and "logits" not in system.capabilities
     real, noise = to_unit(run.images().test_x[:100]), torch.rand(100, 1, 8, 8) * 2 - 1
     assert system.log_density(real).mean() > system.log_density(noise).mean()
-    with pytest.raises(NotImplementedError, match="Gaussian has no logits"):
+    with pytest.raises(InputError, match="Gaussian, has no logits"):
         system(real)
     with pytest.raises(InputError, match="accepted: a system that classifies"):
         run.model()

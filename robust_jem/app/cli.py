@@ -19,10 +19,10 @@ import typing
 from collections.abc import Callable
 from typing import Any
 
-import tyro
-
-from ..core.config import Config, accepted, folded
 from ..core.errors import InputError, Interrupted, OutOfTime, PeerLost
+
+if typing.TYPE_CHECKING:     # what takes its time is imported in `main`, where Ctrl-C is answered in one line
+    from robust_jem.core.config import Config
 
 # %% ../../nbs/app/04_cli.ipynb #cf82aece
 COMMANDS = {        # of each command: its settings, and what takes them
@@ -117,12 +117,12 @@ def _given(argv: list[str], *names: str) -> dict[str, str]:
                 found[n] = a.split("=", 1)[1]
     return found
 
-def _train_defaults(argv: list[str]) -> Config:
+def _train_defaults(argv: list[str]) -> "Config":
     from robust_jem.systems.catalog import TrainConfig, configure
     layers = {"dataset": "digits", "preset": "cpu"} | _given(argv, "system", "dataset", "preset")
     return configure(TrainConfig, **layers)
 
-def _generate_defaults(argv: list[str]) -> Config:
+def _generate_defaults(argv: list[str]) -> "Config":
     "Those of the run that is named."
     from robust_jem.engine.runs import Run
     from robust_jem.systems.catalog import GenerateConfig, configure
@@ -134,7 +134,7 @@ def _generate_defaults(argv: list[str]) -> Config:
         how["conditional"] = False
     return configure(GenerateConfig, c.system, c.dataset, c.preset, **how)
 
-def _evaluate_defaults(argv: list[str]) -> Config:
+def _evaluate_defaults(argv: list[str]) -> "Config":
     "Those of the run that is named, or of the data that a model from elsewhere is judged on."
     from robust_jem.engine.runs import Run
     from robust_jem.systems.catalog import EvaluateConfig, configure
@@ -148,7 +148,7 @@ def _evaluate_defaults(argv: list[str]) -> Config:
     c = Run(path).config
     return configure(EvaluateConfig, c.system, c.dataset, c.preset)
 
-_DEFAULTS: dict[str, Callable[[list[str]], Config]] = {
+_DEFAULTS: dict[str, Callable[[list[str]], "Config"]] = {
     "train": _train_defaults,
     "generate": _generate_defaults,
     "evaluate": _evaluate_defaults,
@@ -160,8 +160,9 @@ def _hyphened(option: str) -> str:
     name, equals, value = option.partition("=")
     return name.replace("_", "-") + equals + value if option.startswith("--") else option
 
-def _nearest(unknown: str, default: Config) -> list[str]:
+def _nearest(unknown: str, default: "Config") -> list[str]:
     "Options like one that isn't there: by their last word, or by all words."
+    from robust_jem.core.config import folded
     known: dict[str, list[str]] = {}
     for name in (n.replace("_", "-") for n in folded(default)):
         for spelt in {name.rpartition(".")[2], name.replace(".", "-")}:
@@ -170,8 +171,9 @@ def _nearest(unknown: str, default: Config) -> list[str]:
     close = [asked] if asked in known else difflib.get_close_matches(asked, known, 2)
     return [option for spelt in close for option in known[spelt]][:3]
 
-def _parser_said(printed: str, default: Config) -> str:
+def _parser_said(printed: str, default: "Config") -> str:
     "What is in the parser's box, in one line, with what the field accepts."
+    from robust_jem.core.config import accepted
     text = printed.split("Argument helptext")[0].split("For full helptext")[0]
     text = re.sub(r"[│╭╮╰╯─]+|(?<!\S)\|(?!\S)|[-+]{4,}", " ", text)
     titles = r"^\s*(Value error|Unrecognized options|Invalid choice|Parsing error|Missing argument)\s*\n"
@@ -196,14 +198,14 @@ def _at_home(argument: str) -> str:
     option, equals, value = argument.partition("=") if argument.startswith("--") else ("", "", argument)
     return option + equals + (os.path.expanduser(value) if value.startswith("~") else value)
 
-def _takes_none(option: str, default: Config) -> bool:
+def _takes_none(option: str, default: "Config") -> bool:
     "Whether none is among what a field accepts."
     field = type(default)
     for part in option.lstrip("-").replace("-", "_").split("."):
         field = typing.get_type_hints(field).get(part) if hasattr(field, "__annotations__") else None
     return type(None) in typing.get_args(field)
 
-def _with_none(argv: list[str], default: Config) -> list[str]:
+def _with_none(argv: list[str], default: "Config") -> list[str]:
     "The parser knows none as None alone."
     pairs = zip(["", *argv], argv)
     argv = ["None" if value == "none" and _takes_none(option, default) else value for option, value in pairs]
@@ -212,8 +214,9 @@ def _with_none(argv: list[str], default: Config) -> list[str]:
 def parse(
     command: str, # one of EXAMPLES
     argv: list[str], # its options
-) -> Config: # of the command
+) -> "Config": # of the command
     "Options of a command to its configuration; anything wrong is an `InputError`."
+    import tyro
     if command in _FIRST and argv and not argv[0].startswith("-"):
         argv = [_FIRST[command], *argv]                                 # `robust-jem generate RUN`
     argv = [_at_home(_hyphened(a)) for a in argv]
@@ -235,10 +238,12 @@ def parse(
 
 # %% ../../nbs/app/04_cli.ipynb #25eba575
 def _first_process() -> bool:
-    "Of the processes that torchrun starts, the first speaks."
-    return os.environ.get("RANK", "0") == "0"
+    "Of the processes that torchrun starts, the first speaks; a variable that an earlier job left silences nobody."
+    size, rank = (os.environ.get(name, "").strip() for name in ("WORLD_SIZE", "RANK"))
+    alone = not (size.isdecimal() and int(size) > 1 and rank.isdecimal())
+    return alone or int(rank) == 0 or int(rank) >= int(size)
 
-def _training_said(config: Config, folder: Any) -> str | None:
+def _training_said(config: "Config", folder: Any) -> str | None:
     from robust_jem.engine.runs import Run
     if not _first_process():
         return None
@@ -246,10 +251,10 @@ def _training_said(config: Config, folder: Any) -> str | None:
     many = "s" if times > 1 else ""
     return f"{folder} (recovered {times} time{many} from divergence: see summary.json)" if times else str(folder)
 
-def _samples_said(config: Config, folder: Any) -> str | None:
+def _samples_said(config: "Config", folder: Any) -> str | None:
     return str(folder) if _first_process() else None
 
-def _evaluation_said(config: Config, found: Any) -> str | None:
+def _evaluation_said(config: "Config", found: Any) -> str | None:
     if config.suite != "table":
         from robust_jem.judge.suite import suite_folder
         from robust_jem.report.card import suite_markdown, write_card
@@ -267,7 +272,7 @@ def _evaluation_said(config: Config, found: Any) -> str | None:
         lines.append(f"{name}: " + ", ".join(said))
     return "\n".join(lines) or None
 
-def _report_said(config: Config, table: Any) -> str:
+def _report_said(config: "Config", table: Any) -> str:
     from robust_jem.report.results import find_runs
     from robust_jem.report.tables import markdown
     lines = [markdown(table)]
@@ -275,10 +280,10 @@ def _report_said(config: Config, table: Any) -> str:
         lines.append(f"not in the table: {f.run.path.name}: {f.missing} ({f.has})")
     return "\n".join(lines)
 
-def _lines_said(config: Config, lines: Any) -> str:
+def _lines_said(config: "Config", lines: Any) -> str:
     return "\n".join(map(str, lines))
 
-_SAID: dict[str, Callable[[Config, Any], str | None]] = {
+_SAID: dict[str, Callable[["Config", Any], str | None]] = {
     "train": _training_said,
     "generate": _samples_said,
     "evaluate": _evaluation_said,
@@ -326,7 +331,7 @@ def _ended(e: BaseException, command: str) -> int:
         return _say(e, 1, always=True)
     if isinstance(e, OSError):
         return _say(f"{e.filename or 'output'}: {e.strerror or e}", 2)
-    from robust_jem.engine.runtime import out_of_memory
+    from robust_jem.core.memory import out_of_memory
     if out_of_memory(e):
         first = str(e).splitlines()[0][:120] if str(e) else "no more to be had"
         return _say(f"memory ran out ({first}); use a smaller network, batch or buffer", 1)

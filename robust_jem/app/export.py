@@ -65,11 +65,12 @@ def sample_set(
     name: str, # of the set
 ) -> SampleSet:
     "A stored sample set; chains are left out where it has none."
-    x, y, summary = run.samples(name)
-    if summary.get("stages"):
+    x, y, _ = run.samples(name)
+    try:
         stages, strip = run.strip(name)
-        return SampleSet(name, x, y, tuple(stages), strip)
-    return SampleSet(name, x, y)
+    except InputError:
+        return SampleSet(name, x, y)
+    return SampleSet(name, x, y, tuple(stages), strip)
 
 # %% ../../nbs/app/07_export.ipynb #e4b9025c
 def write_pngs(

@@ -100,7 +100,7 @@ def draw_images(
         def seen(module, inputs):
             nonlocal at
             if at in kept:
-                kept[at].append(to_uint8(inputs[0]).cpu())
+                kept[at].append(to_uint8(inputs[0], numbers=True).cpu())           # looked at in the end
             at += 1
             bar.update(len(inputs[0]))
 

@@ -18,7 +18,7 @@ from .charts import figure, markdown
 from .naive import network_facts
 from .scaling import gradient_chain, processes, seconds
 from .workloads import WORKLOADS, side_by_side, work_done
-from ..core.config import Config, option, settings
+from ..core.config import Config, check_some, option, settings
 from ..core.files import check_writable, write_bytes, write_json
 from ..core.images import progress_bar
 from ..engine.runs import provenance
@@ -46,6 +46,7 @@ class BenchmarkConfig(Config):
     max_minutes: float = option(0.0, 0)      # leave out what would start after this time; 0: no limit
 
     def __post_init__(self):
+        check_some(self, "batches", "policies")
         for p in (*self.policies, f"{self.precision}/{self.compile}"):
             self.policy(p)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from .hot_paths import agreement, hot_paths, kernel_table, median_time
-from ..core.config import Config, merged, option, settings
+from ..core.config import Config, check_some, merged, option, settings
 from ..core.errors import InputError
 from ..core.files import check_writable, write_bytes, write_json
 from ..core.images import progress_bar
@@ -49,6 +49,7 @@ class TuneConfig(Config):
     threads: int = option(0, 0)              # CPU threads, at most one a core; 0: PyTorch's choice
 
     def __post_init__(self):
+        check_some(self, "networks", "variants")
         for name in self.variants:
             if name not in VARIANTS:
                 raise InputError(f"variants: {name!r} is unknown; accepted: {', '.join(VARIANTS)}")

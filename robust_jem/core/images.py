@@ -30,6 +30,7 @@ from tqdm import tqdm
 from .cache import ResultCache
 from .errors import InputError
 from .files import fingerprint
+from .memory import memory_for
 from .random import stream
 
 # %% ../../nbs/core/04_images.ipynb #43a7b716
@@ -56,15 +57,20 @@ def to_unit(
 
 def to_uint8(
     x: Tensor, # float images; values outside [-1, 1] are clamped
+    numbers: bool = False, # whether all are known to be numbers: then nobody looks, and a GPU isn't waited for
 ) -> Tensor: # uint8, same shape
     """Map [-1, 1] to the nearest grey level 0..255: the inverse of `to_unit`.
 
-    Raises `InputError` for anything but floats: grey levels would come out white.
+    Raises `InputError` for anything but floats, as grey levels would come out white, and for what is no number, which
+    would come out black.
     """
     _check_tensor("to_uint8", x)
     if not x.is_floating_point():
         hint = "; these are grey levels already" if x.dtype == torch.uint8 else ""
         raise InputError(f"to_uint8: {x.dtype}; expected floats in -1..1{hint}")
+    if not numbers and x.isnan().any():
+        raise InputError(f"to_uint8: {int(x.isnan().sum()):,} of {x.numel():,} values aren't numbers; expected floats "
+                         "in -1..1 (samples like these come of weights that are broken, or chains that diverge)")
     return x.detach().float().add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
 
 # %% ../../nbs/core/04_images.ipynb #da675e05
@@ -241,7 +247,9 @@ def _folder(name: str, root: Path) -> Images:
             differing = sorted(set(found) ^ set(classes))
             raise InputError(f"dataset '{name}': train and test have different classes: {differing}")
         classes = found
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
+        needed = 2 * len(files) * decode(files[0][0]).numel()             # as a list, and stacked
+        what = f"dataset '{name}': {len(files):,} {split} images"
+        with memory_for(what, "use fewer or smaller ones", needed), ThreadPoolExecutor(os.cpu_count()) as pool:
             decoded = pool.map(decode, [file for file, _ in files])
             bar = progress_bar(decoded, total=len(files), desc=f"decoding {name}/{split}", unit="img")
             splits[f"{split}_x"] = torch.stack(list(bar))
@@ -383,7 +391,7 @@ class Batches:
     """Shuffled batches of `(uint8 images, labels)` from tensors on the device.
 
     The order of an epoch depends on the seed and the epoch's number alone. Raises `InputError` for a batch size
-    outside 1..N, or another number of labels than images.
+    outside 1..N, images that aren't uint8, another number of labels than images, or a process that isn't there.
     """
 
     def __init__(self,
@@ -397,10 +405,16 @@ class Batches:
     ):
         for what, tensor in (("images", x), ("labels", y)):
             _check_tensor(what, tensor)
+        if x.dtype != torch.uint8 or x.ndim != 4:
+            raise InputError(f"images: {x.dtype} {tuple(x.shape)}; expected uint8 grey levels [N,C,H,W], see to_uint8")
         if len(x) != len(y) or y.ndim != 1 or y.is_floating_point():
             raise InputError(f"labels: {y.dtype} {tuple(y.shape)} for {len(x)} images; expected one whole number each")
         if isinstance(batch_size, bool) or not isinstance(batch_size, Integral) or not 1 <= batch_size <= len(x):
             raise InputError(f"batch_size: {batch_size} is outside 1..{len(x)}, the number of training images")
+        if not 0 <= rank < size:
+            raise InputError(f"rank: {rank} is outside 0..{size - 1}, the processes that there are")
+        if size > batch_size:
+            raise InputError(f"batch_size: {batch_size} images for {size} processes; each needs one at least")
         self.x, self.y = x.to(device), y.to(device)
         self.batch_size, self.seed, self.rank, self.size = batch_size, seed, rank, size
 

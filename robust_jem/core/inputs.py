@@ -22,6 +22,7 @@ from torch.nn.parameter import UninitializedParameter
 
 from .errors import InputError
 from .images import to_uint8, to_unit
+from .memory import memory_for
 
 # %% ../../nbs/core/06_inputs.ipynb #3e9a1c05
 _TRUSTED: ContextVar[frozenset[str]] = ContextVar("trusted_inputs", default=frozenset())
@@ -104,9 +105,15 @@ def _check_range(x: Tensor, what: str, bounds: tuple[float, float] | None, hint:
     if low < bounds[0] - slack or high > bounds[1] + slack:
         raise InputError(f"{what}: floats in {low:.3g}..{high:.3g}; {asked}")
     told = x.ndim == 4 and x.numel() >= few
-    if told and bounds[0] < 0 <= low and high > 0:
+    if told and bounds[0] < 0 <= low and high > 0 and not (tuple(bounds) == (-1, 1) and _on_grey_levels(x)):
+        also = ", or dark ones in 0..255 (then to_unit(x.byte()))" if high == 1 and (x == x.round()).all() else ""
         raise InputError(f"{what}: floats in {low:.3g}..{high:.3g}, none below 0, as in images in 0..1 (then 2 * x - 1 "
-                         f"is meant); {asked}")
+                         f"is meant){also}; {asked}")
+
+def _on_grey_levels(x: Tensor) -> bool:
+    "Whether all pixels are grey levels as `to_unit` maps them: then images without a dark pixel are bright ones."
+    place, slack = (x.detach().float() + 1) * 127.5, 255 * torch.finfo(x.dtype).eps + 1e-3
+    return slack < 0.5 and bool(((place - place.round()).abs() < slack).all())          # bfloat16 is too coarse to tell
 
 def as_images(
     x, # [N,C,H,W]: uint8, or float in the bounds; a tensor, a NumPy array or nested lists
@@ -270,9 +277,8 @@ _FAULTS = (
 )
 
 def _own_fault(e: Exception) -> bool:
-    "Whether a fault is the model's: not that memory has run out, a device has failed, or something is refused."
-    memory = isinstance(e, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(e)
-    return not (memory or isinstance(e, (InputError, getattr(torch, "AcceleratorError", InputError))))
+    "Whether a fault is the model's: not that a device has failed, or something is refused."
+    return not isinstance(e, (InputError, getattr(torch, "AcceleratorError", InputError)))
 
 @contextmanager
 def naming_the_model(
@@ -288,7 +294,8 @@ def naming_the_model(
         yield
         return
     try:
-        yield
+        with memory_for(f"images: {len(x):,} of {'x'.join(map(str, x.shape[1:]))}", "give fewer at a time"):
+            yield
     except _FAULTS as e:
         if not _own_fault(e):
             raise

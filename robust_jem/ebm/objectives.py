@@ -106,6 +106,8 @@ def hybrid_loss(
     Raises `InputError` where a term's images are missing, or an energy penalty has no likelihood.
     """
     _check_terms(terms, clean=(x_clean,), adversarial=(x_adversarial,), likelihood=(x_real, x_sampled))
+    if energies is not None and not isinstance(energies, list):
+        raise InputError(f"energies: {type(energies).__name__} is not accepted; accepted: a list to add to, or none")
     y = as_labels(y, empty=True, ranged=False)
     loss, parts = torch.zeros((), device=y.device), {}
     for name, weight, x in (("clean", terms.clean, x_clean), ("adversarial", terms.adversarial, x_adversarial)):

@@ -7,6 +7,8 @@ __all__ = ['GaussianMixturePrior', 'CompactGaussianPrior', 'prior_from_tensors',
 
 # %% ../../nbs/ebm/01_priors.ipynb #e655ff6b
 import math
+from collections.abc import Callable
+from functools import wraps
 
 import torch
 from torch import Tensor
@@ -15,6 +17,7 @@ from ..core.errors import InputError
 from robust_jem.core.inputs import (
     as_device, as_images, as_labels, as_number, as_points, check_generator, check_label_range,
 )
+from ..core.memory import memory_for
 from ..core.images import to_unit
 
 # %% ../../nbs/ebm/01_priors.ipynb #8af66938
@@ -51,6 +54,17 @@ def _where(device, dtype: torch.dtype | None) -> torch.device:
     if dtype is not None and not getattr(dtype, "is_floating_point", False):
         raise InputError(f"dtype: {dtype} is not accepted; accepted: a type of floats, such as torch.float16")
     return as_device(device)
+
+def _drawing(sample: Callable) -> Callable:
+    "A prior's `sample`: the same numbers under autocast as without, and told how many images don't fit into memory."
+    @wraps(sample)
+    def call(self, y: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        number = f"{len(y):,} " if hasattr(y, "__len__") else ""
+        what = f"prior: {number}images of {'x'.join(map(str, self.shape))}"
+        kind = getattr(self, "weights", self).device.type
+        with memory_for(what, "draw fewer at a time"), torch.autocast(kind, enabled=False):
+            return sample(self, y, generator)
+    return call
 
 class _ClassGaussians:
     "What the two Gaussian mixtures have in common; they differ in how they keep their covariances."
@@ -105,7 +119,7 @@ def _correlated(z: Tensor, factor: Tensor) -> Tensor:
     "factor z for noise z `[n,D]`, in blocks: the zeros above a factor's diagonal cost nothing."
     n, dim = z.shape
     block = max(256, -(-dim // 8))
-    x = torch.empty(n, dim, device=z.device)
+    x = torch.empty(n, dim, dtype=torch.float32, device=z.device)
     for row in range(0, dim, block):
         end = row + block                 # rows row..end of a lower triangular factor end at column `end`
         x[:, row:end] = z[:, :end] @ factor[row:end, :end].T
@@ -148,9 +162,19 @@ class GaussianMixturePrior(_ClassGaussians):
         counts = _class_counts(y, num_classes, jitter)
         x = to_unit(x) if x.dtype == torch.uint8 else x
         flat = x.flatten(1)
-        eye = torch.eye(flat.shape[1], dtype=torch.float64, device=x.device)
-        mean = torch.empty(num_classes, flat.shape[1], device=x.device)
-        factor = torch.empty(num_classes, *eye.shape, device=x.device)      # CIFAR-10: 0.4 GB, CIFAR-100: 3.8 GB
+        dim = flat.shape[1]
+        what = f"prior: {num_classes} covariances of {dim:,} pixel values"
+        with memory_for(what, "use smaller images, or a uniform prior", (4 * num_classes + 24) * dim**2, x.device):
+            mean, factor = cls._fitted(flat, y, num_classes, jitter)
+        return cls(mean, factor, counts.double() / len(y), x.shape[1:])
+
+    @staticmethod
+    def _fitted(flat: Tensor, y: Tensor, num_classes: int, jitter: float) -> tuple[Tensor, Tensor]:
+        "Means `[K,D]` and Cholesky factors `[K,D,D]` of points `[N,D]`."
+        eye = torch.eye(flat.shape[1], dtype=torch.float64, device=flat.device)
+        mean = torch.empty(num_classes, flat.shape[1], dtype=torch.float32, device=flat.device)
+        # CIFAR-10: 0.4 GB, CIFAR-100: 3.8 GB
+        factor = torch.empty(num_classes, *eye.shape, dtype=torch.float32, device=flat.device)
         for k in range(num_classes):
             members = flat[y == k].double()
             mean[k] = members.mean(0)
@@ -161,7 +185,7 @@ class GaussianMixturePrior(_ClassGaussians):
             except RuntimeError as e:
                 raise InputError(f"jitter: {jitter:g} is too small, class {k}'s covariance is singular; the default is "
                                  "1e-4") from e
-        return cls(mean, factor, counts.double() / len(y), x.shape[1:])
+        return mean, factor
 
     def to(self,
         device, # where to draw
@@ -171,6 +195,7 @@ class GaussianMixturePrior(_ClassGaussians):
         device = _where(device, dtype)
         return type(self)(self.mean.to(device), self.factor.to(device, dtype), self.weights.to(device), self.shape)
 
+    @_drawing
     def sample(self,
         y: Tensor, # labels [B]: one image of each class named; on the CPU they cost a GPU no waiting
         generator: torch.Generator | None = None, # on the prior's device
@@ -180,8 +205,9 @@ class GaussianMixturePrior(_ClassGaussians):
         y = _labels_to_draw(y, num_classes, generator, device)
         labels = y.cpu()
         order = labels.argsort(stable=True).to(device, non_blocking=True)
-        z = torch.randn(len(y), dim, device=device, generator=generator).to(self.factor.dtype)[order]
-        x = torch.empty(len(y), dim, device=device)
+        z = torch.randn(len(y), dim, dtype=torch.float32, device=device, generator=generator)
+        z = z.to(self.factor.dtype)[order]
+        x = torch.empty(len(y), dim, dtype=torch.float32, device=device)
         first = 0
         for k, n in enumerate(torch.bincount(labels, minlength=num_classes).tolist()):
             if n:
@@ -265,6 +291,7 @@ class CompactGaussianPrior(_ClassGaussians):
         kept = [t.to(device, dtype) for t in (self.mean, self.directions, self.spread)]
         return type(self)(*kept, self.colours.to(device), self.weights.to(device), self.shape)
 
+    @_drawing
     def sample(self,
         y: Tensor, # labels [B]: one image of each class named; on the CPU they cost a GPU no waiting
         generator: torch.Generator | None = None, # on the prior's device
@@ -272,7 +299,7 @@ class CompactGaussianPrior(_ClassGaussians):
         "Draw x ~ N(mean_y, covariance_y), clipped to [-1, 1]."
         device, (num_classes, rank, dim) = self.mean.device, self.directions.shape
         labels = _labels_to_draw(y, num_classes, generator, device).cpu()
-        z = torch.randn(len(labels), rank + dim, device=device, generator=generator)
+        z = torch.randn(len(labels), rank + dim, dtype=torch.float32, device=device, generator=generator)
         along, rest = z[:, :rank], z[:, rank:]
         x = torch.empty_like(rest)
         for k in labels.unique().tolist():
@@ -356,7 +383,9 @@ class UniformPrior:
         _count(n, generator, self.device)
         return torch.randint(self.num_classes, (n,), device=self.device, generator=generator)
 
+    @_drawing
     def sample(self, y: Tensor, generator: torch.Generator | None = None) -> Tensor:
         "Draw x ~ U(-1, 1), `[B,C,H,W]`. Raises `InputError` for labels outside 0..K-1."
         y = _labels_to_draw(y, self.num_classes, generator, self.device)
-        return torch.rand(len(y), *self.shape, device=self.device, generator=generator).mul_(2).sub_(1)
+        x = torch.rand(len(y), *self.shape, dtype=torch.float32, device=self.device, generator=generator)
+        return x.mul_(2).sub_(1)

@@ -15,6 +15,7 @@ from ..core.errors import InputError
 from robust_jem.core.inputs import (
     as_labels, as_number, as_points, as_tensor, check_generator, check_label_range, reads_values,
 )
+from ..core.memory import memory_for
 
 # %% ../../nbs/ebm/04_replay.ipynb #d348be1a
 class ReplayBuffer:
@@ -33,23 +34,34 @@ class ReplayBuffer:
             raise InputError(f"prior: {type(prior).__name__} is not accepted; accepted: what has sample(y, generator) "
                              "and sample_labels(n, generator)")
         self.prior, self.reinit_prob = prior, reinit_prob
-        y = prior.sample_labels(capacity, generator)
-        # in parts: the noise of 10,000 images takes as much memory as they do
-        x = torch.cat([prior.sample(part, generator) for part in y.split(1000)])
-        self.fill(x, y)
+        shape = tuple(getattr(prior, "shape", ()))
+        what = f"buffer_size: {capacity:,} chains" + (f" of {'x'.join(map(str, shape))}" if shape else "")
+        size = capacity * (4 * math.prod(shape) + 8) if shape else 0             # float32, and labels
+        device = getattr(getattr(prior, "weights", prior), "device", "cpu")
+        with memory_for(what, "lower buffer_size (replay.size)", size, device):
+            y = prior.sample_labels(capacity, generator)
+            # in parts: the noise of 10,000 images takes as much memory as they do
+            first, *others = y.split(1000)
+            drawn = prior.sample(first, generator)
+            x = drawn.new_empty(capacity, *drawn.shape[1:])
+            x[:len(first)] = drawn
+            for i, part in enumerate(others, 1):
+                x[1000 * i:1000 * i + len(part)] = prior.sample(part, generator)
+            self.fill(x, y, copy=False)
 
     def fill(self,
         x: Tensor, # [capacity,C,H,W]
         y: Tensor, # [capacity]
+        copy: bool = True, # no: what is stored later is written into these very tensors
     ):
         "Put other chains in place of all, as read from a checkpoint; `InputError` where they don't belong together."
-        x = as_points(x, "chains", None)
+        x = as_points(x, "chains", None).detach()
         shape = tuple(getattr(self.prior, "shape", x.shape[1:]))
         if x.shape[1:] != shape:
             raise InputError(f"chains: {tuple(x.shape[1:])}; expected {shape}, as the prior draws them")
         y = as_labels(y, len(x))
-        self.x, self.y = x, y.to(x.device)
-        self.labels = y.cpu()        # a copy that the host reads without waiting for a GPU
+        self.x, self.y = x.clone() if copy else x, y.to(x.device, copy=copy)
+        self.labels = self.y.cpu()        # a copy that the host reads without waiting for a GPU
 
     def __len__(self):
         return len(self.x)
@@ -77,7 +89,7 @@ class ReplayBuffer:
         x = self.x[index]
         if len(restarted):
             fresh = self.prior.sample(self.labels[chosen[restarted]], generator)
-            x[restarted.to(x.device, non_blocking=True)] = fresh
+            x[restarted.to(x.device, non_blocking=True)] = fresh.to(x.dtype)
         return x, index
 
     def store(self,

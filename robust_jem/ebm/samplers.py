@@ -64,7 +64,7 @@ def _chain(
                 x = x.clamp(*bounds)
             if on_step is not None:
                 on_step(i, x)
-    return x
+    return x if steps else x.clone()                            # never the caller's own tensor
 
 @taking_gradients
 def sgld(
@@ -195,4 +195,4 @@ def mala(
         accepted += accepts
         if on_step is not None:
             on_step(i, state[0])
-    return state[0], accepted / max(steps, 1)
+    return state[0] if steps else x.clone(), accepted / max(steps, 1)

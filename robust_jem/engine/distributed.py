@@ -79,13 +79,26 @@ class World:
             dist.barrier()
 
 # %% ../../nbs/engine/00_distributed.ipynb #9dec49d9
+def _number_in(variable: str, otherwise: int) -> int:
+    "A whole number in the environment; `InputError` for what is none."
+    value = os.environ.get(variable, "").strip()
+    if not value.isdecimal():
+        if value:
+            raise InputError(f"{variable} is {value!r}, which is no whole number; start the job with torchrun, or "
+                             f"unset {variable}")
+        return otherwise
+    return int(value)
+
 def _job_of_torchrun(device_type: str) -> int:
     "This process's number on its machine; an `InputError` where the job, or its GPU, is incomplete."
     missing = [k for k in ("RANK", "MASTER_ADDR", "MASTER_PORT") if k not in os.environ]
     if missing:
         raise InputError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']} but {', '.join(missing)} isn't set; "
                          "start the job with torchrun, or unset WORLD_SIZE")
-    local = int(os.environ.get("LOCAL_RANK", 0))
+    local = _number_in("LOCAL_RANK", 0)
+    if _number_in("RANK", 0) >= _number_in("WORLD_SIZE", 1) or _number_in("MASTER_PORT", 0) > 65535:
+        raise InputError(f"RANK {os.environ['RANK']} of WORLD_SIZE {os.environ['WORLD_SIZE']}, MASTER_PORT "
+                         f"{os.environ['MASTER_PORT']}: no such process or port; start the job with torchrun")
     if device_type == "cuda":
         if local >= torch.cuda.device_count():
             raise InputError(f"--nproc-per-node: process {local} has no GPU of its own, "
@@ -106,7 +119,7 @@ def join_world(
 
     Raises `PeerLost` in the block when another process dies, or lets this one wait for ten minutes.
     """
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or not dist.is_available():
+    if _number_in("WORLD_SIZE", 1) <= 1 or not dist.is_available():
         yield World()
         return
     local = _job_of_torchrun(device_type)

@@ -294,7 +294,11 @@ class Run(RunImages):
     def strip(self, name: str) -> tuple[list[str], Tensor]:
         "Stage names, and ten chains at these stages `[stages,10,C,H,W]`."
         tensors, summary = self._sample_set(name)
-        return summary["stages"], tensors["strip"]
+        stages, strip = summary.get("stages"), tensors.get("strip")
+        if not isinstance(stages, list) or strip is None or len(stages) != len(strip):
+            raise InputError(f"samples: {self.path / 'samples' / name} keeps no chains, or not at the stages that its "
+                             "summary names; draw the samples again where they are wanted")
+        return stages, strip
 
     def scores(self) -> dict[str, dict]:
         "What evaluation found, by name."

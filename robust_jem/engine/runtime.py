@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['resolve_device', 'fast_bfloat16', 'Policy', 'tuned_compile', 'choose_policy', 'Accelerated', 'UpdateView',
-           'out_of_memory', 'at_a_size_that_fits', 'Deadline', 'StopRequest', 'Execution', 'as_written',
-           'keep_freed_memory', 'executing']
+           'at_a_size_that_fits', 'Deadline', 'StopRequest', 'Execution', 'as_written', 'keep_freed_memory',
+           'executing']
 
 # %% ../../nbs/engine/01_runtime.ipynb #9a9cfd7a
 import copy
@@ -30,8 +30,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..core.errors import InputError, Interrupted
+from ..core.config import folded
 from ..core.files import read_json
 from ..core.inputs import as_device
+from ..core.memory import OutOfMemory, memory_for, out_of_memory
 from .distributed import World, join_world
 from .graphs import Captured
 from ..networks.fused import can_fuse, fused_forward
@@ -265,11 +267,6 @@ class UpdateView(nn.Module):
         return self.network.for_update(x)
 
 # %% ../../nbs/engine/01_runtime.ipynb #2610748d
-def out_of_memory(e: BaseException) -> bool:
-    "Whether an exception says that memory has run out."
-    known = isinstance(e, (MemoryError, torch.OutOfMemoryError))
-    return known or isinstance(e, RuntimeError) and "can't allocate memory" in str(e)
-
 def at_a_size_that_fits(
     work: Callable[[int], object], # called with a batch size; does everything, from the beginning
     batch_size: int, # tried first
@@ -285,7 +282,9 @@ def at_a_size_that_fits(
             if not out_of_memory(e):
                 raise
             if batch_size == 1:
-                raise InputError("memory: not even one image fits; use a smaller network or another device") from e
+                why = " ".join(str(e).split())[:200]
+                raise OutOfMemory(f"memory: not even one image fits{f' ({why})' if why else ''}; use a smaller network "
+                                  "or another device") from e
         batch_size //= 2
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -391,6 +390,14 @@ def keep_freed_memory():
         mallopt(-3, 2**30)                                       # M_MMAP_THRESHOLD, bytes
         mallopt(-1, 2**31 - 1)                                   # M_TRIM_THRESHOLD, bytes
 
+def _to_lower(config) -> str:
+    "What takes less memory, of what a configuration holds."
+    fields = folded(config) if hasattr(config, "to_dict") else {}
+    sizes = {name: v for name, v in fields.items() if name.rpartition(".")[2] in _SIZES and v}
+    return "lower " + ", ".join(f"{name} ({v})" for name, v in sizes.items()) if sizes else "use smaller batches"
+
+_SIZES = ("batch_size", "size", "width", "depth", "batches", "capacity")
+
 @contextmanager
 def executing(
     config, # has device, precision, compile and max_minutes
@@ -407,7 +414,8 @@ def executing(
             if device.type == "cpu":
                 keep_freed_memory()
             policy = choose_policy(device, config.precision, config.compile)
-            with torch.backends.cudnn.flags(enabled=True, benchmark=True, deterministic=False, allow_tf32=False):
+            flags = torch.backends.cudnn.flags(enabled=True, benchmark=True, deterministic=False, allow_tf32=False)
+            with flags, memory_for(f"memory on {device}", _to_lower(config)):
                 yield Execution(world, device, policy, Deadline(config.max_minutes))
     finally:
         torch.set_num_threads(before)

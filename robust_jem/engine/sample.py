@@ -64,7 +64,11 @@ def _is_same_set(folder: Path, config: GenerateConfig, run: Run) -> bool:
     if other:
         said = ", ".join(f"{k}: {old} there, {new} given" for k, (old, new) in other[:3])
         raise InputError(f"name: {folder} holds samples with other settings ({said}); give another name or remove it")
-    return summary.get("weights") == run.weights                    # else they are of an earlier training: draw anew
+    if summary.get("weights") != run.weights:                       # they are of an earlier training: draw anew
+        return False
+    # so where the prior was fitted to images that are neither the run's nor here any more
+    there = summary.get("fingerprint")
+    return there == run.summary.get("fingerprint", there) or there == run.images().fingerprint
 
 # %% ../../nbs/engine/08_sample.ipynb #886988d2
 class _Drawing:
@@ -78,7 +82,7 @@ class _Drawing:
         self.images = run.images()
         self.batches = -(-config.num_samples // size)               # whole ones; the surplus is cut off in the end
         self.y = torch.arange(self.batches * size) % self.images.num_classes
-        self.parts = _Parts(config, run, folder, runtime, size)
+        self.parts = _Parts(config, run, folder, runtime, size, self.images.fingerprint)
 
     def draw(self, progress: bool):
         "Draw the batches that aren't there, and put the set together."
@@ -97,18 +101,20 @@ class _Drawing:
             now = left[first:first + self.world.size]
             done = self.batches - len(left) + first
             # In the last round, some may have nothing left: they repeat another's batch.
-            x, outside, strip = self._batch(now[min(self.world.rank, len(now) - 1)], done)
-            x, outside = self.world.gather(x), self.world.gather(outside)
-            if outside.isnan().any():
+            x, shares, strip = self._batch(now[min(self.world.rank, len(now) - 1)], done)
+            x, shares = self.world.gather(x), self.world.gather(shares).tolist()
+            broken = round(sum(share for _, share in shares) * self.size)
+            if broken:
                 raise InputError(
-                    f"samples: some pixels of {self.run.path}'s aren't numbers; its weights are broken, or it diverges "
-                    f"while drawing: try {self.system.drawing_advice(self.config)}--precision float32")
+                    f"samples: in {broken} of {len(x)} drawn from {self.run.path}, some pixels aren't numbers; its "
+                    "weights are broken, or it diverges while drawing: "
+                    f"try {self.system.drawing_advice(self.config)}--precision float32")
             seconds = round((time.perf_counter() - last) / len(now), 4)
             for k, i in enumerate(now if self.world.main else ()):
                 tensors = {"x": x[k * self.size:(k + 1) * self.size]}
                 if i == 0:
                     tensors["strip"] = torch.stack(list(strip.values()))
-                meta = {"outside": float(outside[k]), "stages": list(strip), "seconds": seconds}
+                meta = {"outside": shares[k][0], "stages": list(strip), "seconds": seconds}
                 write_tensors(self.parts.file(i), tensors, meta)
             last = time.perf_counter()
             self.bar.update(min((done + len(now)) * self.size, self.config.num_samples) - self.bar.n)
@@ -132,7 +138,7 @@ class _Drawing:
         i: int, # its number
         done: int, # batches that are finished
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """A batch, and the share of its pixels outside [-1, 1]: NaN where one isn't finite.
+        """A batch, the share of its pixels outside [-1, 1], and that of images with a pixel that isn't finite `[1,2]`.
 
         Of the first batch, ten chains at their stages as well, for pictures.
         """
@@ -140,7 +146,7 @@ class _Drawing:
 
         def keep(stage, x):
             if i == 0 and self.system.is_pictured(self.config, stage):
-                strip[stage] = to_uint8(x[:10])
+                strip[stage] = to_uint8(x[:10], numbers=True)               # they are counted in the end
             share = self.system.share_done(self.config, stage) * self.world.size
             reached = min(int((done + share) * self.size), total)
             self.bar.update(max(0, reached - self.bar.n))                       # a batch may take half an hour
@@ -148,17 +154,17 @@ class _Drawing:
         rng = stream(self.config.seed, "batch", i, device=self.runtime.device)
         x = self.system.sample(self.y[i * self.size:(i + 1) * self.size], self.config, rng, keep)
         if i == 0 and not strip:
-            strip["sample"] = to_uint8(x[:10])
-        outside = torch.where(x.isfinite().all(), (x.abs() > 1).float().mean(), torch.nan)
-        return to_uint8(x), outside.view(1), strip
+            strip["sample"] = to_uint8(x[:10], numbers=True)
+        shares = torch.stack([(x.abs() > 1).float().mean(), (~x.isfinite().flatten(1).all(1)).float().mean()])
+        return to_uint8(x, numbers=True), shares[None], strip
 
 # %% ../../nbs/engine/08_sample.ipynb #c6d49146
 class _Parts:
     "A set's finished batches: a file each, in a folder named after all that they depend on."
 
-    def __init__(self, config: GenerateConfig, run: Run, folder: Path, runtime: Execution, size: int):
+    def __init__(self, config: GenerateConfig, run: Run, folder: Path, runtime: Execution, size: int, fitted_to: str):
         what = {k: v for k, v in config.to_dict().items() if k not in RUNTIME_FIELDS}
-        what |= {"weights": run.weights, "size": size, "precision": runtime.precision}
+        what |= {"weights": run.weights, "size": size, "precision": runtime.precision, "images": fitted_to}
         self.folder = folder / f"parts-{fingerprint(what)}"
 
     def file(self, i: int) -> Path:

@@ -120,8 +120,15 @@ def nearest(
     if a.shape[1] != b.shape[1] or k > len(b):
         raise InputError(f"nearest: {tuple(queries.shape)} among {tuple(real.shape)}, k {k}; "
                          f"shapes must match and k lie in 1..{len(b)}")
-    found = [torch.cdist(part, b).topk(k, largest=False) for part in a.split(1000)]
-    return torch.cat([f.values for f in found]), torch.cat([f.indices for f in found])
+    found = [_nearest_of(part, b, k) for part in a.split(1000)]
+    return torch.cat([distance for distance, _ in found]), torch.cat([index for _, index in found])
+
+def _nearest_of(a: Tensor, b: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    "Of a part of the queries. Products find the neighbours; their distances are those of differences, 0 of a copy."
+    index = torch.cdist(a, b).topk(k, largest=False).indices
+    distance = torch.stack([(a - b[column]).norm(dim=1) for column in index.T], 1)
+    distance, order = distance.sort(1)
+    return distance, index.gather(1, order)
 
 def memorisation(
     samples: Tensor, # features of samples [N,D]

@@ -46,6 +46,10 @@ def bits_per_dim(
     if not hasattr(system, "log_density") or not len(x):
         raise InputError(f"bits_per_dim: {type(system).__name__} and {len(x)} images; expected a system with a "
                          "log_density, and at least one image")
+    can = getattr(system, "capabilities", ())
+    if "log_density" in can and "normalised" not in can:
+        raise InputError(f"system: the density of {type(system).__name__} is known up to a constant alone, so that it "
+                         "has no bits a dimension; accepted: a normalised one, such as a flow's")
     noisy = dequantise(x, stream(seed, "dequantise"))
     with torch.no_grad(), evaluating(system):
         log_p = torch.cat([_log_density(system, part.to(device)) for part in noisy.split(batch_size)])

@@ -182,7 +182,12 @@ def _below(folder: Path, n: int, size: int, generator) -> Tensor:
     for i in torch.randperm(len(files), generator=generator)[:n].tolist():
         try:
             with Image.open(files[i]) as image:
+                if image.mode[0] in "IF":
+                    raise InputError(f"{files[i]}: more than 8 bits a channel (mode {image.mode}); convert the images "
+                                     "to 8 bits first")
                 square = np.array(ImageOps.fit(image.convert("RGB"), (size, size)))
+        except InputError:
+            raise
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
             raise InputError(f"{files[i]}: not a readable image ({e}); replace or remove it") from e
         out.append(torch.from_numpy(square).permute(2, 0, 1))

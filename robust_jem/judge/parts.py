@@ -49,7 +49,8 @@ def measure_parts(
     if wanted("landscape"):
         trained = target.config
         asked = dict(seed=c.seed, attack_steps=c.attack_steps, eps=trained.attack.eps,
-                     prior=system_class(trained.system).prior_named(trained))
+                     prior=system_class(trained.system).prior_named(trained),
+                     chain=target.chain.chain.of(trained.chain).to_dict())
         cache.get("landscape", same | asked, lambda: landscape_part(target, c), tensors=True)
     if wanted("neighbours") and c.run:
         scorer = SampleScorer(replace(c, root=target.config.root), target.images, target.at, progress)

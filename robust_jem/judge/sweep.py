@@ -7,6 +7,8 @@ __all__ = ['Walks', 'WALKS', 'DIGITS_WALKS', 'SWEEP_SEED', 'FrechetTo', 'Nearnes
            'sweep']
 
 # %% ../../nbs/judge/18_sweep.ipynb #3966b64a
+import math
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -52,6 +54,9 @@ class FrechetTo:
             raise InputError(f"FrechetTo: features {tuple(features.shape)}; expected finite [N,{len(self.mu)}]")
         if len(features) < 2:
             raise InputError(f"features: {len(features)}; a covariance needs at least two")
+        if len(features) < len(self.mu):
+            warnings.warn(f"Fréchet distance of {len(features)} samples in {len(self.mu)} dimensions: strongly biased "
+                          "upwards; compare it only with others of as many samples")
         f = features.to(self.mu)
         centred = (f - f.mean(0)) / (len(f) - 1) ** 0.5
         shared = torch.linalg.svdvals(centred @ self.root).sum()
@@ -120,18 +125,21 @@ def states_along(
     lengths: tuple[int, ...], # at which it is looked at
     number: int, # of samples
     device: torch.device | str = "cpu",
-) -> dict[int, Tensor]: # uint8 [N,C,H,W] by the number of steps
+) -> dict[int, Tensor]: # uint8 [N,C,H,W] by the number of steps; none of a length where a pixel isn't finite
     "The same chains after some of their steps."
     states: dict[int, list[Tensor]] = {n: [] for n in lengths}
+    broken = set()
 
     def keep(stage: str, x: Tensor):
         if step_of(stage) in states:
-            states[step_of(stage)].append(to_uint8(x).cpu())
+            states[step_of(stage)].append(to_uint8(x, numbers=True).cpu())
+            broken.update([] if x.isfinite().all() else [step_of(stage)])
 
     y = torch.arange(number) % system.images.num_classes
     for i, part in enumerate(y.split(how.batch_size)):
         system.sample(part.to(device), how, stream(how.seed, "batch", i, device=device), keep)
-    return {length: torch.cat(parts) for length, parts in states.items() if parts}
+    found = {length: torch.cat(parts) for length, parts in states.items() if parts}
+    return {length: x[:0] if length in broken else x for length, x in found.items()}
 
 def sweep(
     system: System, # trained, where it is to be judged
@@ -151,7 +159,8 @@ def sweep(
         how = walk_config(system.config.system, dataset, preset, method, step_size, max(lengths), **changes)
         how = replace(how, seed=SWEEP_SEED)
         for steps, x in states_along(system, how, lengths, number, device).items():
-            rows.append(dict(method=method, step_size=step_size, steps=steps, distance=distance(x)))
+            how_far = distance(x) if len(x) else math.inf
+            rows.append(dict(method=method, step_size=step_size, steps=steps, distance=how_far))
     if not rows:
         raise InputError("walks: none was given; accepted: tuples of a method, a step size and lengths")
     return rows, min(rows, key=lambda row: row["distance"])

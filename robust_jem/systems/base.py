@@ -327,22 +327,27 @@ class System(nn.Module):
         "Become what `weights` gave."
         self.load_state_dict(tensors)
 
+    def _lacks(self, what: str) -> InputError:
+        "What is raised where something is asked for that this kind can't do."
+        can = ", ".join(sorted(self.capabilities)) or "nothing of the kind"
+        return InputError(f"system: {self.config.system}, a {type(self).__name__}, {what}; it has: {can}")
+
     def forward(self, x: Tensor) -> Tensor:
         "The logits `[B,K]`, where it classifies."
         return self.logits(x)
 
     def logits(self, x: Tensor) -> Tensor:
         "Logits `[B,K]` of images `[B,C,H,W]` in [-1, 1]."
-        raise NotImplementedError(f"{type(self).__name__} has no logits")
+        raise self._lacks("has no logits")
 
     def log_density(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         "log p(x), or log p(x, y), `[B]`; up to a constant unless it is normalised."
-        raise NotImplementedError(f"{type(self).__name__} has no density")
+        raise self._lacks("has no density")
 
     # samples
     def start(self, y: Tensor, rng: torch.Generator) -> Tensor:
         "Where chains begin, `[B,C,H,W]`."
-        raise NotImplementedError(f"{type(self).__name__} has no chains")
+        raise self._lacks("has no chains")
 
     def sample(self,
         y: Tensor, # labels [B] of the images to draw
@@ -351,7 +356,7 @@ class System(nn.Module):
         on_stage: Callable[[str, Tensor], None] | None = None, # called with (name, images) after each stage
     ) -> Tensor: # [B,C,H,W]
         "Draw images."
-        raise NotImplementedError(f"{type(self).__name__} draws no samples")
+        raise self._lacks("draws no samples")
 
     def drawing_advice(self, how: GenerateConfig) -> str:
         "Options to try where images that were drawn aren't numbers; what is said goes before `--precision float32`."

@@ -182,7 +182,7 @@ class HybridState(EnergyClassifier):
             self.growing.remember()
         if self.replay is not None:
             with trusted_inputs():
-                self.replay.fill(self.replay_x, self.replay_y)
+                self.replay.fill(self.replay_x, self.replay_y, copy=False)
 
     def adopt(self, source: System):
         "Begin with another hybrid's weights; an `InputError` for another kind of system, or another network."
