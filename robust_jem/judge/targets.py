@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from ..core.errors import InputError
 from ..core.files import fingerprint
 from ..core.images import Images, load_images, to_uint8
 from ..core.random import stream
@@ -91,6 +92,9 @@ class EvalTarget:
         for method in ("attack", "energy"):
             x = generate(model, prior, y, replace(chain, method=method), trained=asked.chain,
                          generator=stream(config.seed, method, device=at.device))
+            if not x.isfinite().all():
+                raise InputError(f"model: {config.model}: the gradients of its logits aren't finite, so nothing can be "
+                                 f"drawn by {method}")
             sets[method] = to_uint8(x).cpu(), y, True
         settings = dict(
             factory=config.model,
