@@ -12,13 +12,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from ..core.errors import InputError
 from ..core.files import fingerprint
 from ..core.images import Images, load_images, to_uint8
 from ..core.random import stream
 from ..engine.runs import Run
 from ..engine.runtime import Execution
-from .foreign import check_classifier, named_classifier, rounded_hash, source_hash
+from .foreign import check_classifier, check_drawn, named_classifier, rounded_hash, source_hash
 from .ood import ood_scores
 from .probes import CLASSIFIER, capabilities_of
 from ..systems.catalog import SYSTEMS, EvaluateConfig, GenerateConfig, TrainConfig, configure
@@ -92,9 +91,7 @@ class EvalTarget:
         for method in ("attack", "energy"):
             x = generate(model, prior, y, replace(chain, method=method), trained=asked.chain,
                          generator=stream(config.seed, method, device=at.device))
-            if not x.isfinite().all():
-                raise InputError(f"model: {config.model}: the gradients of its logits aren't finite, so nothing can be "
-                                 f"drawn by {method}")
+            check_drawn(x, config.model)
             sets[method] = to_uint8(x).cpu(), y, True
         settings = dict(
             factory=config.model,
