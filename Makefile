@@ -43,7 +43,7 @@ precision: replicate ## float32 and bfloat16 side by side over seeds: figures/pr
 
 # One thread a worker: two at a time share the machine instead of fighting over it. Bytecode is kept, whatever the
 # environment says: dozens of processes import the package.
-test: $(VENV)/.installed-test ## every notebook from top to bottom, and tests/: six and a half minutes on two cores
+test: $(VENV)/.installed-test ## every notebook from top to bottom, and tests/: five and a half minutes on two cores
 	PYTHONDONTWRITEBYTECODE= MPLBACKEND=Agg OMP_NUM_THREADS=1 $(BIN)/pytest -q -n $(WORKERS) --dist worksteal tests $(PYTEST_FLAGS)
 
 faults: $(VENV)/.installed-test ## what takes longer: 30 kills, every write that can fail, all bad inputs, whole networks

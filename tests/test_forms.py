@@ -192,6 +192,7 @@ REASONS = {
     "foreign.on_signed_images": "a module around a model",
     "sweep.Nearness": "hands the images to extract, which looks at them",
     "targets.EvalTarget": "made of a run or a factory's model, which check_classifier has looked at",
+    "foreign.check_drawn": "what our own chains drew; looked at for numbers and nothing else",
     "ood.auroc": "takes scores",
     "likelihood.bits_per_dim": "takes uint8 grey levels alone: dequantise refuses all else",
     "likelihood.gmm_bits_per_dim": "as bits_per_dim",
